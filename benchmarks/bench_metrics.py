@@ -1,0 +1,102 @@
+"""Time `single_trial_correlation` against a plain loop over `np.corrcoef`, side by side in one process.
+
+python benchmarks/bench_metrics.py --out FILE.json
+
+The arrays have the size of the test tier of study 1: 62 samples, 227 neurons, 140 frames, float32.
+Both run in turn, `--repeats` times; the ratio is that of the medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+import tracemalloc
+from collections.abc import Callable
+
+import numpy as np
+
+from cortexlit.core import provenance, rng, write_json
+from cortexlit.evaluation.metrics import single_trial_correlation
+
+SHAPE = (62, 227, 140)
+
+
+def loop(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    "One call of np.corrcoef per sample and neuron."
+    out = np.empty(labels.shape[:2])
+    for sample in range(labels.shape[0]):
+        for neuron in range(labels.shape[1]):
+            out[sample, neuron] = np.corrcoef(predictions[sample, neuron], labels[sample, neuron])[0, 1]
+    return out
+
+
+def timed(function: Callable[[], np.ndarray]) -> tuple[float, np.ndarray]:
+    "Seconds and result of one call."
+    start = time.perf_counter()
+    result = function()
+    return time.perf_counter() - start, result
+
+
+def peak_bytes(function: Callable[[], np.ndarray]) -> int:
+    "Largest memory allocated during the call, result included, inputs not."
+    tracemalloc.start()
+    function()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+def compare(last: int | None, repeats: int) -> dict[str, object]:
+    "Both ways on the same arrays."
+    generator = rng(0, "bench_metrics")
+    labels = generator.gamma(1.0, 1.0, SHAPE).astype(np.float32)
+    predictions = (0.2 * labels + generator.normal(size=SHAPE)).astype(np.float32)
+    cut = slice(None) if last is None else slice(-last, None)
+
+    def fast() -> np.ndarray:
+        return single_trial_correlation(predictions, labels, last, reduce=None)
+
+    def slow() -> np.ndarray:
+        return loop(predictions[..., cut], labels[..., cut])
+
+    fast()
+    fast_s, slow_s = [], []
+    for _ in range(repeats):
+        seconds, expected = timed(slow)
+        slow_s.append(seconds)
+        for _ in range(5):
+            seconds, found = timed(fast)
+            fast_s.append(seconds)
+    return {
+        "last": last,
+        "loop_s": slow_s,
+        "library_s": fast_s,
+        "ratio_of_medians": statistics.median(slow_s) / statistics.median(fast_s),
+        "largest_difference": float(np.abs(found - expected).max()),
+        "peak_mib": peak_bytes(fast) / 2**20,
+        "inputs_mib": (predictions.nbytes + labels.nbytes) / 2**20,
+    }
+
+
+def main() -> None:
+    "Command line."
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", required=True, help="JSON file to write")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="runs of the loop (5 of the library's to each)"
+    )
+    args = parser.parse_args()
+    cases = [compare(last, args.repeats) for last in (None, 66)]
+    threads = os.environ.get("OMP_NUM_THREADS")
+    write_json(args.out, {"shape": SHAPE, "cases": cases, "provenance": provenance(omp_num_threads=threads)})
+    for case in cases:
+        print(json.dumps({k: v for k, v in case.items() if not k.endswith("_s")}))
+
+
+if __name__ == "__main__":
+    main()

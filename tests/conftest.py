@@ -1,0 +1,36 @@
+"""Fixtures for all tests: private folders, and a tiny session with known ground truth."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("MPLBACKEND", "Agg")  # no test opens a window
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the network
+
+
+@pytest.fixture(autouse=True)
+def private_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give each test a work folder and a data home of its own, and return the work folder.
+
+    `_data/` and `_runs/` are made in the work folder. The data home links to whatever the user's
+    CORTEXLIT_DATA holds, so data that is there can be read, and what a test adds lands in the test's folder.
+    """
+    work, data, cache = (tmp_path_factory.mktemp(name) for name in ("work", "data", "cache"))
+    chosen = os.environ.get("CORTEXLIT_DATA", "").strip()
+    if chosen and Path(chosen).is_dir():
+        for entry in Path(chosen).resolve().iterdir():
+            (data / entry.name).symlink_to(entry)
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("CORTEXLIT_DATA", str(data))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.delenv("CORTEXLIT_SCALE", raising=False)
+    return work
+
+
+@pytest.fixture(scope="session")
+def tiny_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "An allensdk cache folder with the tiny embedded sessions, made once for all tests: read it, never write."
+    from cortexlit.data.synthetic import write_session
+
+    return write_session(tmp_path_factory.mktemp("sessions") / "tiny", size="tiny")

@@ -1,0 +1,144 @@
+"""What holds for every notebook, checked without running any."""
+
+import ast
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from nbdev.config import get_config
+from nbdev.doclinks import nbglob
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted(
+    [*ROOT.glob("*.ipynb"), *ROOT.glob("nbs/[!_.]*.ipynb"), *ROOT.glob("neuro_nbs/[!_.]*.ipynb")]
+)
+LIMIT = 1.5e6  # bytes of a notebook with its figures
+
+each = pytest.mark.parametrize("path", NOTEBOOKS, ids=[p.relative_to(ROOT).as_posix() for p in NOTEBOOKS])
+
+
+def cells(path: Path, kind: str) -> list[dict]:
+    "Cells of one kind; `source` as one text."
+    found = [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == kind]
+    return [
+        {**c, "source": c["source"] if isinstance(c["source"], str) else "".join(c["source"])} for c in found
+    ]
+
+
+def statements(cell: dict) -> list[ast.stmt]:
+    "Parsed code of a cell, without magics."
+    lines = cell["source"].splitlines()
+    return ast.parse("\n".join(line for line in lines if not line.lstrip().startswith(("%", "!")))).body
+
+
+def directive(cell: dict, names: str) -> re.Match | None:
+    "The first `#| name` line of a cell whose name matches."
+    return re.search(rf"^\s*#\|\s*({names})\b[ \t]*(.*)$", cell["source"], flags=re.M)
+
+
+def default_exp(path: Path) -> str | None:
+    "The module a notebook exports."
+    found = [m.group(2).strip() for m in (directive(c, "default_exp") for c in cells(path, "code")) if m]
+    assert len(found) < 2, f"more than one default_exp: {found}"
+    return found[0] if found else None
+
+
+def test_there_are_notebooks_and_nbdev_sees_them_all():
+    "nbdev_test prints 'No files were eligible' and succeeds when its search finds nothing."
+    seen = {Path(p).resolve() for p in nbglob(path=get_config(path=ROOT).nbs_path)}
+    assert len(NOTEBOOKS) > 2
+    assert seen == set(NOTEBOOKS)
+    assert not [p for folder in (".", "nbs", "neuro_nbs") for p in (ROOT / folder).glob(".notest")]
+
+
+@each
+def test_opens_with_title_and_summary_alone(path):
+    """nbdev turns the first cell into the page's title and description and drops whatever else it holds."""
+    first = json.loads(path.read_text(encoding="utf-8"))["cells"][0]
+    assert first["cell_type"] == "markdown"
+    text = cells(path, "markdown")[0]["source"]
+    assert re.fullmatch(r"# \S[^\n]*\n\n> \S[^\n]*\s*", text), (
+        "the first cell must be '# Title', a blank line, '> summary in one line', and nothing else "
+        f"(put what follows into a second cell):\n{text[:400]}"
+    )
+
+
+@each
+def test_imports_have_cells_of_their_own(path):
+    """nbdev executes every cell that holds an import while it builds the site."""
+    for cell in cells(path, "code"):
+        if directive(cell, "export|exports|exporti"):
+            continue
+        body = statements(cell)
+        nested = any(isinstance(n, ast.Import | ast.ImportFrom) for s in body for n in ast.walk(s))
+        alone = all(isinstance(s, ast.Import | ast.ImportFrom) for s in body)
+        assert alone or not nested, f"an import among other code:\n{cell['source']}"
+
+
+@each
+def test_exported_imports_come_apart_from_definitions(path):
+    for cell in cells(path, "code"):
+        if directive(cell, "export|exports|exporti"):
+            kinds = {isinstance(s, ast.Import | ast.ImportFrom) for s in statements(cell)}
+            assert len(kinds) < 2, f"imports and definitions in one exported cell:\n{cell['source'][:400]}"
+
+
+@each
+def test_never_imports_the_module_it_exports(path):
+    """The notebook's classes would exist twice, and isinstance would tell them apart."""
+    module = default_exp(path)
+    if module is None:
+        return
+    own = f"cortexlit.{module}"
+    parent, _, last = own.rpartition(".")
+    for cell in cells(path, "code"):
+        for node in (n for s in statements(cell) for n in ast.walk(s)):
+            if isinstance(node, ast.Import):
+                assert own not in [a.name for a in node.names], cell["source"]
+            elif isinstance(node, ast.ImportFrom):
+                assert node.module != own, cell["source"]
+                assert not (node.module == parent and last in [a.name for a in node.names]), cell["source"]
+
+
+@each
+def test_saved_outputs_are_there_and_hold_no_error(path):
+    code = cells(path, "code")
+    outputs = [o for c in code for o in c["outputs"]]
+    assert outputs or not code, "no outputs: execute the notebook before committing it"
+    errors = [f"{o['ename']}: {o['evalue']}" for o in outputs if o["output_type"] == "error"]
+    assert not errors
+
+
+@each
+def test_saved_outputs_name_no_private_folder(path):
+    """An absolute path differs on every machine, and says who made the notebook."""
+    for cell in cells(path, "code"):
+        texts = [o.get("text") or o.get("data", {}).get("text/plain") or "" for o in cell["outputs"]]
+        found = re.findall(r"(?<![\w.])/(?:home|root|Users|work)/\S+", "".join("".join(t) for t in texts))
+        assert not found, f"{found} in the output of:\n{cell['source'][:400]}"
+
+
+@each
+def test_no_two_equal_headings(path):
+    """Two equal headings make a link to either of them ambiguous."""
+    text = "\n\n".join(c["source"] for c in cells(path, "markdown"))
+    text = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+    counts = Counter(h.strip().lower() for h in re.findall(r"^#{1,6}[ \t]+(.+)$", text, flags=re.M))
+    assert not [h for h, n in counts.items() if n > 1]
+
+
+@each
+def test_is_small(path):
+    assert path.stat().st_size < LIMIT, f"{path.stat().st_size / 1e6:.1f} MB: lower the dpi of the figures"
+
+
+def test_names_are_unique_across_folders():
+    """nbdev_test reports notebooks by file name alone."""
+    assert not [name for name, n in Counter(p.name for p in NOTEBOOKS).items() if n > 1]
+
+
+def test_one_notebook_for_each_module():
+    modules = Counter(m for m in map(default_exp, NOTEBOOKS) if m)
+    assert not [module for module, n in modules.items() if n > 1]

@@ -1,0 +1,238 @@
+"""The score sheet: what a row holds, what it refuses, and that saving loses nothing."""
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cortexlit.core import DataError, MissingError
+from cortexlit.evaluation.metrics import bootstrap_interval, mean_score
+from cortexlit.evaluation.scores import Score, ScoreSheet
+
+WHERE = dict(dataset="A", tier="test", split="repeats", split_hash="0123456789abcdef")
+CLIP = np.repeat(np.arange(6), 2)
+
+
+@pytest.fixture
+def values():
+    g = np.random.default_rng(0)
+    table = g.normal(0.1, 0.1, (12, 5))
+    table[g.random(table.shape) < 0.2] = np.nan
+    return table
+
+
+def full_sheet(values):
+    sheet = ScoreSheet()
+    sheet.add("model", "r", values, clip=CLIP, baseline=0.05, ceiling=0.3, seed=0, **WHERE)
+    sheet.add("model", "r", values * 0.9, clip=CLIP, baseline=0.05, ceiling=0.3, seed=1, **WHERE)
+    sheet.add("model", "CC_norm", values[0], clip=CLIP, ceiling=1, note='a <b> & \u00e4, "c"\nd', **WHERE)
+    sheet.add("constant", "r", np.full((12, 5), np.nan), clip=CLIP, **WHERE)
+    sheet.add(
+        "repeat mean",
+        "r",
+        None,
+        dataset="A",
+        tier="test",
+        split="stimuli",
+        split_hash="ff",
+        note="no training response",
+    )
+    return sheet
+
+
+def test_row_is_computed_from_the_values(values):
+    row = ScoreSheet().add("model", "r", values, clip=CLIP, chance=0.01, **WHERE)
+    assert row.value == mean_score(values)
+    assert (row.low, row.high) == bootstrap_interval(values, CLIP)
+    assert (row.n_clips, row.n_samples, row.n_neurons) == (6, 12, 5)
+    assert row.undefined == np.isnan(values).mean()
+    assert row.chance == 0.01 and math.isnan(row.baseline) and math.isnan(row.ceiling)
+    assert row.seed is None and row.note == ""
+
+
+def test_counts_without_clip_and_for_vectors(values):
+    sheet = ScoreSheet()
+    row = sheet.add("a", "r", values, **WHERE)
+    assert (row.n_clips, row.n_samples, row.n_neurons) == (12, 12, 5)
+    row = sheet.add("b", "r", np.arange(5.0), **WHERE)
+    assert (row.n_clips, row.n_samples, row.n_neurons) == (None, None, 5)
+    row = sheet.add("c", "r", np.arange(5.0), clip=CLIP, **WHERE)
+    assert (row.n_clips, row.n_samples, row.n_neurons) == (6, 12, 5)
+    assert (row.low, row.high) == bootstrap_interval(np.arange(5.0))
+
+
+def test_rows_without_value_are_kept_with_a_reason(values):
+    table = full_sheet(values).table()
+    assert table.value.isna().tolist() == [False, False, False, True, True]
+    assert (table.note[table.value.isna()] != "").all()
+    assert table.undefined[3] == 1 and math.isnan(table.undefined[4])
+    assert table.n_neurons.tolist()[3] == 5 and table.n_neurons[4] is pd.NA
+    assert "no training response" in repr(full_sheet(values))
+    with pytest.raises(DataError, match="say in note"):
+        ScoreSheet().add("x", "r", None, **WHERE)
+
+
+def test_own_note_wins_over_the_automatic_one():
+    row = ScoreSheet().add("x", "r", np.full(3, np.nan), note="mine", **WHERE)
+    assert row.note == "mine"
+
+
+def test_one_clip_has_a_value_but_no_interval():
+    row = ScoreSheet().add("x", "r", [[0.1, 0.2]], **WHERE)
+    assert row.value == pytest.approx(0.15) and math.isnan(row.low) and math.isnan(row.high)
+    assert row.note == ""
+
+
+def test_save_and_load_lose_nothing(values, tmp_path):
+    sheet = full_sheet(values)
+    again = ScoreSheet.load(sheet.save(tmp_path / "new" / "run"))
+    pd.testing.assert_frame_equal(again.table(), sheet.table(), check_exact=True)
+    assert list(again.table().dtypes) == list(sheet.table().dtypes)
+    content = json.loads(
+        (tmp_path / "new/run/scores.json").read_text(encoding="utf-8"), parse_constant=pytest.fail
+    )
+    assert content["rows"][3]["value"] is None and content["rows"][4]["n_clips"] is None
+    table = pd.read_csv(tmp_path / "new/run/scores.csv", dtype={"note": str})
+    np.testing.assert_allclose(table.value, sheet.table().value)
+
+
+FLOAT = st.floats(allow_infinity=False)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    value=FLOAT, low=FLOAT, ceiling=FLOAT, undefined=st.one_of(st.just(math.nan), st.floats(0, 1)),
+    counts=st.one_of(st.none(), st.integers(0, 2**40)), seed=st.one_of(st.none(), st.integers(0, 2**31)),
+    note=st.text(st.characters(codec="utf-8"), min_size=1),
+)  # fmt: skip
+def test_any_row_survives_the_file(tmp_path_factory, value, low, ceiling, undefined, counts, seed, note):
+    limits = (0.0, low, ceiling)
+    row = Score(
+        "m", "t", "r", value, low, low, counts, counts, counts, undefined, *limits, "A", "s", "h", seed, note
+    )
+    folder = tmp_path_factory.mktemp("sheet")
+    again = ScoreSheet.load(ScoreSheet([row]).save(folder)).rows[0]
+    assert repr(again) == repr(row)
+
+
+def test_empty_sheet(tmp_path):
+    again = ScoreSheet.load(ScoreSheet().save(tmp_path))
+    assert len(again) == 0 and "empty" in repr(again)
+    assert list(again.table().columns) == list(Score.__dataclass_fields__)
+
+
+def test_provenance_is_that_of_the_computation(values, tmp_path):
+    full_sheet(values).save(tmp_path)
+    path = tmp_path / "scores.json"
+    content = json.loads(path.read_text())
+    content["provenance"]["python"] = "1.0"
+    path.write_text(json.dumps(content))
+    again = ScoreSheet.load(tmp_path)
+    again.save(tmp_path / "copy")
+    assert json.loads((tmp_path / "copy/scores.json").read_text())["provenance"]["python"] == "1.0"
+    again.add("new", "r", values, **WHERE)
+    again.save(tmp_path / "changed")
+    assert json.loads((tmp_path / "changed/scores.json").read_text())["provenance"]["python"] != "1.0"
+
+
+def test_failed_save_keeps_the_old_file(values, tmp_path, monkeypatch):
+    sheet, folder = full_sheet(values), tmp_path / "run"
+    sheet.save(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(pd.DataFrame, "to_csv", lambda self, path, **_: (path.write_text("half"), 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        ScoreSheet(sheet.rows[:1]).save(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_duplicates_raise_but_seeds_and_splits_do_not(values):
+    sheet = full_sheet(values)
+    with pytest.raises(DataError, match="already"):
+        sheet.add("model", "r", values, seed=1, **WHERE)
+    assert len(sheet) == 5
+    sheet.add("model", "r", values, seed=2, **WHERE)
+    sheet.add("model", "r", values, seed=2, **{**WHERE, "split_hash": "other"})
+    sheet.add("model", "r", values, seed=2, **{**WHERE, "tier": "validation"})
+    sheet.add("model", "r", values, seed=2, **{**WHERE, "dataset": "B"})
+    with pytest.raises(DataError, match="already"):
+        ScoreSheet([*sheet.rows, sheet.rows[0]])
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(values=np.zeros((2, 2, 2))), r"\(samples, neurons\)"),
+        (dict(values=0.3), r"\(samples, neurons\)"),
+        (dict(values=[]), "empty or infinite"),
+        (dict(values=[[np.inf, 1.0]]), "empty or infinite"),
+        (dict(clip=[0, 1]), "one id per row"),
+        (dict(model=""), "column model"),
+        (dict(split_hash=""), "column split_hash"),
+        (dict(dataset=""), "column dataset"),
+        (dict(tier=None), "column tier"),
+        (dict(ceiling=math.inf), "column ceiling"),
+        (dict(seed=-3), "column seed"),
+    ],
+)
+def test_wrong_rows_raise(change, words):
+    arguments = dict(model="m", metric="r", values=np.ones((12, 5)), clip=CLIP, **WHERE) | change
+    with pytest.raises(DataError, match=words):
+        ScoreSheet().add(**arguments)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda c: [],
+        lambda c: c | {"format": 2},
+        lambda c: c | {"rows": None},
+        lambda c: c | {"rows": [1]},
+        lambda c: c | {"rows": [{**c["rows"][0], "extra": 1}]},
+        lambda c: c | {"rows": [{k: v for k, v in c["rows"][0].items() if k != "note"}]},
+        lambda c: c | {"rows": [{**c["rows"][0], "value": "0.1"}]},
+        lambda c: c | {"rows": [{**c["rows"][0], "n_clips": 2.5}]},
+        lambda c: c | {"rows": [{**c["rows"][0], "value": None}]},
+        lambda c: c | {"rows": c["rows"][:1] * 2},
+    ],
+)
+def test_damaged_files_raise(damage, values, tmp_path):
+    path = full_sheet(values).save(tmp_path) / "scores.json"
+    path.write_text(json.dumps(damage(json.loads(path.read_text()))))
+    with pytest.raises(DataError):
+        ScoreSheet.load(tmp_path)
+
+
+def test_missing_and_unreadable_files(tmp_path):
+    with pytest.raises(MissingError):
+        ScoreSheet.load(tmp_path)
+    (tmp_path / "scores.json").write_text("{")
+    with pytest.raises(DataError, match="JSON"):
+        ScoreSheet.load(tmp_path)
+
+
+def test_html_is_escaped(values):
+    html = full_sheet(values)._repr_html_()
+    assert "&lt;b&gt;" in html and "<b>" not in html
+
+
+def test_plot_shows_every_row(values):
+    figure = full_sheet(values).plot()
+    axes = figure.axes
+    assert len(axes) == 4  # two metrics by two splits
+    labels = [text.get_text() for text in axes[0].get_yticklabels()]
+    assert labels == ["model (seed 0)", "model (seed 1)", "model", "constant", "repeat mean"]
+    dots = [
+        line for line in axes[0].lines if line.get_marker() == "o" and not np.isnan(line.get_xdata()).any()
+    ]
+    assert [float(line.get_xdata()[0]) for line in dots] == [row.value for row in full_sheet(values).rows[:2]]
+    ceilings = [
+        line for line in axes[0].lines if line.get_color() == "tab:red" and line.get_xdata()[0] == 0.3
+    ]
+    assert len(ceilings) == 2
+    assert [text.get_text() for text in axes[2].texts] == ["no value"]
+    with pytest.raises(DataError, match="nothing to plot"):
+        ScoreSheet().plot()

@@ -1,0 +1,292 @@
+"""Build the pages of the site and check what a reader would click on. Quarto is not needed.
+
+nbdev's half of the documentation build runs on a temporary copy of the project, so no tracked file changes;
+the pages end up in _proc/, where `make docs` lets Quarto render them. Checked are, on every page: a title of
+its own, links and their anchors, pictures, rendered signatures, saved errors, names in backticks that should
+have become links; and that the sidebar lists every notebook once. README.md and CONTRIBUTING.md are checked
+for links to files and headings. Exit status 1 and a list of problems if there are any.
+"""
+
+import ast
+import json
+import re
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from urllib.parse import unquote
+
+import yaml
+from nbdev.config import get_config
+from project import LIBRARY, ROOT, copy_project, notebooks, python
+
+BUILD = """
+from nbdev.doclinks import _build_modidx
+from nbdev.quarto import refresh_quarto_yml
+from nbdev.serve import proc_nbs
+_build_modidx()
+refresh_quarto_yml()
+proc_nbs(n_workers=2)
+"""
+GUIDES = ("README.md", "CONTRIBUTING.md")
+
+
+@dataclass
+class Page:
+    "One page of the site: its source, its address, and what is on it."
+
+    source: str  # nbs/00_core.ipynb
+    address: str  # nbs/core.html
+    title: str
+    anchors: set[str] = field(default_factory=set)
+    links: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+# ---- reading markdown ------------------------------------------------------------------------------------
+
+
+def without_code(text: str, inline: bool = True) -> str:
+    "Markdown without fenced code and, unless told, without `inline code`."
+    text = re.sub(r"^( {0,3})(```+|~~~+).*?^ {0,3}\2[`~]*[ \t]*$", "", text, flags=re.M | re.S)
+    return re.sub(r"(`+)(?!`).+?(?<!`)\1(?!`)", "", text, flags=re.S) if inline else text
+
+
+def slug(heading: str) -> str:
+    "The anchor Pandoc gives to a heading."
+    named = re.search(r"\{[^}]*#([\w.:-]+)[^}]*\}\s*$", heading)
+    if named:
+        return named.group(1)
+    text = re.sub(r"\s*\{[^}]*\}\s*$", "", heading)
+    text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)  # links: their text
+    text = re.sub(r"-{2,3}", "", text.lower())  # dashes
+    text = re.sub(r"[^\w\s.-]", "", text)
+    text = re.sub(r"\s+", "-", text.strip())
+    return re.sub(r"^[\W\d_]+", "", text) or "section"
+
+
+def anchors(text: str) -> list[str]:
+    "Anchors of all headings of a page, repeated ones numbered, and of elements with an id."
+    found, used = [], {}
+    plain = without_code(text, inline=False)
+    for heading in re.findall(r"^#{1,6}[ \t]+(.+?)[ \t]*#*[ \t]*$", plain, flags=re.M):
+        name = slug(heading)
+        used[name] = used.get(name, -1) + 1
+        found.append(f"{name}-{used[name]}" if used[name] else name)
+    found += re.findall(r"<\w+[^>]*\sid=[\"']([^\"']+)", plain)
+    return found + re.findall(r"^:{3,}\s*\{[^}]*#([\w-]+)", plain, flags=re.M)
+
+
+def links(text: str) -> list[str]:
+    "Targets of markdown and HTML links and pictures."
+    plain = without_code(text)
+    inline = re.findall(r"\]\(\s*<?([^)\s>]+)>?(?:\s+[\"'][^)]*)?\)", plain)
+    html = re.findall(r"<(?:a|img)\b[^>]*\s(?:href|src)=[\"']([^\"']+)", plain)
+    reference = re.findall(r"^\[[^\]^]+\]:\s*<?(\S+?)>?\s*$", plain, flags=re.M)
+    return [*inline, *html, *reference]
+
+
+def is_external(target: str) -> bool:
+    return bool(re.match(r"[a-z][a-z0-9+.-]*:", target, flags=re.I)) or target.startswith("//")
+
+
+@cache
+def library_names() -> set[str]:
+    "Every module of the library and what each defines at its top level, with the members of classes."
+    found = set()
+    for path in (ROOT / LIBRARY).rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        found.add(module)
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            found |= {f"{module}.{name}" for name in defined(node)}
+            if isinstance(node, ast.ClassDef):
+                members = {name for item in node.body for name in defined(item)}
+                found |= {f"{module}.{node.name}.{name}" for name in members}
+    return found
+
+
+def defined(node: ast.AST) -> set[str]:
+    "Names that a statement binds."
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return {node.name}
+    targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
+    return {n.id for t in targets if t is not None for n in ast.walk(t) if isinstance(n, ast.Name)}
+
+
+def unlinked(text: str) -> list[str]:
+    "Names of this library in backticks that are neither a link nor something the library has."
+    plain = without_code(text, inline=False)
+    plain = re.sub(r"\[`[^`]+`\]\([^)]*\)", "", plain)  # nbdev made a link of it
+    names = re.findall(rf"`({LIBRARY}(?:\.\w+)+)(?:\(\))?`", plain)
+    return [name for name in names if name not in library_names()]
+
+
+# ---- reading pages ---------------------------------------------------------------------------------------
+
+
+def text_of(value: str | list[str] | None) -> str:
+    return value if isinstance(value, str) else "".join(value or "")
+
+
+def read_page(path: Path, proc: Path) -> Page:
+    "Collect what a processed notebook holds."
+    source = path.relative_to(proc).as_posix()
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    front = {}
+    if cells and cells[0]["cell_type"] == "raw":
+        front = yaml.safe_load(text_of(cells[0]["source"]).strip().strip("-")) or {}
+    name = front.get("output-file", Path(source).with_suffix(".html").name)
+    page = Page(source, (Path(source).parent / name).as_posix(), str(front.get("title", "")))
+    if not page.title:
+        page.problems.append("no title: the first cell must be '# Title', a blank line, '> summary'")
+
+    parts = []
+    for cell in cells:
+        code, shown = text_of(cell.get("source")), []
+        if cell["cell_type"] == "markdown":
+            shown.append(code)
+            for attached in re.findall(r"\]\(attachment:([^)\s]+)", code):
+                if unquote(attached) not in cell.get("attachments", {}):
+                    page.problems.append(f"attached picture {attached} is missing")
+        for output in cell.get("outputs", []):
+            if output["output_type"] == "error":
+                page.problems.append(f"saved output is an error: {output['ename']}: {output['evalue'][:80]}")
+            shown.append(text_of(output.get("data", {}).get("text/markdown")))
+        call = re.search(r"^show_doc\(.*", code, flags=re.M)
+        if call and not any(shown):
+            page.problems.append(f"{call.group(0)} rendered nothing")
+        parts += shown
+    text = "\n\n".join(parts)
+    page.anchors, page.links = set(anchors(text)), links(text)
+    page.problems += [f"`{name}` is not in the library" for name in unlinked(text)]
+    return page
+
+
+def check_link(page: Page, target: str, pages: list[Page], proc: Path, base: str) -> str | None:
+    "What is wrong with one link, if anything."
+    target = target.replace("&amp;", "&")
+    if target.startswith(base):
+        address, _, anchor = target[len(base) :].partition("#")
+        found = next((p for p in pages if p.address == (address or "index.html")), None)
+        if found is None:
+            return f"no page for {target}"
+    elif is_external(target):
+        return None
+    else:
+        where, _, anchor = target.partition("#")
+        folder = proc if where.startswith("/") else (proc / page.source).parent
+        file = (folder / unquote(where).lstrip("/")).resolve() if where else proc / page.source
+        by_place = {(proc / p.source).resolve(): p for p in pages}
+        by_place |= {(proc / p.address).resolve(): p for p in pages}
+        found = by_place.get(file.resolve())
+        if found is None:
+            return None if file.exists() else f"no such file: {target}"
+    if anchor and unquote(anchor) not in found.anchors:
+        return f"no heading #{anchor} on {found.source} (link {target})"
+    return None
+
+
+def sidebar_problems(pages: list[Page], config: dict) -> list[str]:
+    "Notebooks missing from the sidebar, listed twice, or listed but not there."
+    listed = re.findall(r'"([\w./-]+\.(?:ipynb|qmd))"', json.dumps(config["website"]))
+    have = {page.source for page in pages}
+    return [
+        *(
+            f"_quarto.yml: the sidebar lists {name}, which does not exist"
+            for name in sorted(set(listed) - have)
+        ),
+        *(f"_quarto.yml: {name} is not in the sidebar" for name in sorted(have - set(listed))),
+        *(
+            f"_quarto.yml: {name} is listed twice"
+            for name in sorted({n for n in listed if listed.count(n) > 1})
+        ),
+    ]
+
+
+def guide_problems(name: str) -> list[str]:
+    "Dead links to files and headings in a markdown file of the repository."
+    path = ROOT / name
+    if not path.exists():
+        return [f"{name}: missing"]
+    text = path.read_text(encoding="utf-8")
+    problems = [f"{name}: `{missing}` is not in the library" for missing in unlinked(text)]
+    for target in links(text):
+        where, _, anchor = target.partition("#")
+        if is_external(target):
+            continue
+        file = path.parent / unquote(where) if where else path
+        if not file.exists():
+            problems.append(f"{name}: no such file: {target}")
+        elif anchor and file.suffix == ".md" and anchor not in anchors(file.read_text(encoding="utf-8")):
+            problems.append(f"{name}: no heading #{anchor} in {file.name}")
+    return problems
+
+
+# ---- the whole -------------------------------------------------------------------------------------------
+
+
+def build(
+    copy: Path,  # an empty folder
+) -> str:  # what went wrong, or ""
+    "Process the notebooks as nbdev_docs does, without its calls of Quarto, pip and curl."
+    copy_project(copy)
+    done = python(BUILD, copy)
+    if done.returncode:
+        causes = re.findall(r"^(?:\w+\.)*\w*Error\b.*", done.stderr, flags=re.M)
+        cell = done.stderr.rpartition("\nException: ")[2].strip()[:1000]
+        return "building the pages failed: " + "\n".join([*dict.fromkeys(causes), cell])
+    made = {p.relative_to(copy / "_proc").as_posix() for p in notebooks(copy / "_proc")}
+    lost = {p.relative_to(ROOT).as_posix() for p in notebooks()} - made
+    if lost:
+        return (
+            f"nbdev made no page of {', '.join(sorted(lost))}; it skips everything below a hidden folder, "
+            f"so if {copy} is below one, set TMPDIR to another place"
+        )
+    return ""
+
+
+def check(proc: Path) -> tuple[list[Page], list[str]]:
+    "All pages and all problems found."
+    settings = get_config(path=ROOT)
+    base = f"{settings.doc_host}{settings.doc_baseurl}".rstrip("/") + "/"
+    pages = [read_page(path, proc) for path in notebooks(proc)]
+    problems, seen = [], {}
+    for page in pages:
+        if page.address in seen:
+            problems.append(f"{page.source}: writes the same page as {seen[page.address]} ({page.address})")
+        seen.setdefault(page.address, page.source)
+        found = [*page.problems, *(check_link(page, link, pages, proc, base) for link in page.links)]
+        problems += [f"{page.source}: {text}" for text in dict.fromkeys(found) if text]
+    problems += sidebar_problems(pages, yaml.safe_load((proc / "_quarto.yml").read_text(encoding="utf-8")))
+    for name in GUIDES:
+        problems += guide_problems(name)
+    return pages, problems
+
+
+def main() -> int:
+    if not notebooks():
+        print("PROBLEM no notebooks found")
+        return 1
+    with tempfile.TemporaryDirectory(prefix="cortexlit-") as folder:
+        copy = Path(folder).resolve()
+        failure = build(copy)
+        if failure:
+            print("PROBLEM", failure)
+            return 1
+        shutil.rmtree(ROOT / "_proc", ignore_errors=True)
+        shutil.move(copy / "_proc", ROOT / "_proc")
+    pages, problems = check(ROOT / "_proc")
+    for problem in problems:
+        print("PROBLEM", problem)
+    counted = sum(len(p.links) for p in pages), sum(len(p.anchors) for p in pages)
+    print(
+        f"{len(pages)} pages in _proc/, {counted[0]} links, {counted[1]} headings, {len(problems)} problems"
+    )
+    return bool(problems)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
