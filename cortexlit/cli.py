@@ -24,7 +24,7 @@ from rich.table import Table
 from . import core
 
 # %% auto #0
-__all__ = ['app', 'Json', 'Cache', 'Embedded', 'PARK', 'sessions', 'build', 'score', 'demo', 'main']
+__all__ = ['app', 'Json', 'Cache', 'Embedded', 'METRICS', 'PARK', 'sessions', 'build', 'score', 'demo', 'main']
 
 # %% ../neuro_nbs/19_cli.ipynb #797b884d
 app = typer.Typer(
@@ -173,7 +173,7 @@ def build(
     else:
         _out.print((out / "card.md").read_text(encoding="utf-8"), markup=False)
 
-# %% ../neuro_nbs/19_cli.ipynb #5cab6825
+# %% ../neuro_nbs/19_cli.ipynb #69326d96
 @app.command()
 def score(
     dataset: Annotated[Path, typer.Argument(help="A dataset folder.")],
@@ -200,23 +200,32 @@ def score(
     if as_json:
         _print_json(sheet.table().to_dict("records"))
     else:
-        _show(f"Scores of {dataset}", _short(sheet.table()))
+        _show_scores(sheet.table())
 
 
-def _short(table: pd.DataFrame) -> pd.DataFrame:
-    "The columns that fit a terminal."
-    interval = [
-        f"{a:.3f} to {b:.3f}" if np.isfinite(a) and np.isfinite(b) else ""
-        for a, b in zip(table["low"], table["high"], strict=True)
-    ]
-    short = table[["dataset", "split", "model", "metric", "value"]].assign(interval=interval)
-    return short.assign(
-        baseline=table["baseline"],
-        ceiling=table["ceiling"],
-        samples=table["n_samples"],
-        neurons=table["n_neurons"],
-        note=table["note"],
-    )
+METRICS = ("single-trial correlation", "flattened correlation")  # printed; scores.json holds all
+
+
+def _show_scores(table: pd.DataFrame) -> None:
+    "One printed table per dataset and split: score and 95 % interval of the two correlations."
+    for (dataset, split), rows in table.groupby(["dataset", "split"], sort=False):
+        by_model = {
+            model: {row.metric: _with_interval(row) for row in group.itertuples()}
+            for model, group in rows.groupby("model", sort=False)
+        }
+        short = pd.DataFrame(
+            [{"model": model, **{m: cells.get(m, "") for m in METRICS}} for model, cells in by_model.items()]
+        )
+        size = rows.dropna(subset=["n_samples"]).iloc[0]
+        title = f"{dataset}, split by {split}: test tier, {size['n_clips']} clips, {size['n_samples']} samples, {size['n_neurons']} neurons"
+        _show(title, short)
+
+
+def _with_interval(row: Any) -> str:
+    "Score and interval of one row, or why there is none."
+    if np.isnan(row.value):
+        return "none: " + row.note.split(":")[0]
+    return f"{row.value:.4f} ({row.low:.3f} to {row.high:.3f})"
 
 # %% ../neuro_nbs/19_cli.ipynb #798ad3e7
 PARK = "park_230809"
@@ -283,7 +292,7 @@ def _execute_all(notebooks: list[Path], out: Path) -> None:
     if failures:
         raise core.CortexlitError("\n".join(f"{n} failed:\n{e}" for n, e in failures.items()))
 
-# %% ../neuro_nbs/19_cli.ipynb #2f2a47e2
+# %% ../neuro_nbs/19_cli.ipynb #bef386cf
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where to write; made if needed.")] = Path("_demo"),
@@ -311,7 +320,7 @@ def demo(
     if as_json:
         _print_json(sheet.table().to_dict("records"))
     else:
-        _show("Baselines and ceilings on the test tier", _short(sheet.table()))
+        _show_scores(sheet.table())
         _out.print(
             f"{out / 'scores.json'}, {out / 'scores.png'}"
             + (f", {len(pages)} pages in {out}/*.html" if pages else "")
