@@ -61,7 +61,7 @@ $(READY): settings.ini setup.py constraints.txt
 	@# torch by pip, which knows about local wheels and TORCH_INDEX; uv, far faster, does the rest.
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	    $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt torch uv
-	@$(BIN)/uv pip install --quiet -e '.[dev]' -c constraints.txt
+	@$(BIN)/uv pip install --quiet --refresh-package cortexlit -e '.[dev]' -c constraints.txt
 	@touch $@
 
 demo: setup ## Run the studies on an embedded session; pages and scores go to _demo/
@@ -96,7 +96,7 @@ bench: setup ## Time the library against its references, one JSON per benchmark
 
 # Resolved for all platforms at once. No index is named: the same file serves CPU and CUDA builds of torch.
 lock: setup ## Renew constraints.txt after a change of the requirements in settings.ini
-	@echo 'torch==$(TORCH)' | $(BIN)/uv pip compile setup.py - --extra dev --python-version 3.11 --universal \
+	@echo 'torch==$(TORCH)' | $(BIN)/uv pip compile setup.py - --refresh-package cortexlit --extra dev --python-version 3.11 --universal \
 	    --no-annotate --custom-compile-command 'make lock' --quiet $(LOCK_OPTIONS) -o constraints.txt
 	@echo "constraints.txt: $$(grep -c == constraints.txt) packages"
 
