@@ -18,7 +18,7 @@ from scipy.ndimage import zoom
 from torch.utils.data import DataLoader
 from toys import toy_recording
 
-from cortexlit.core import DataError, MissingError, SplitLeak
+from cortexlit.core import DataError, MissingError, SplitLeak, read_json
 from cortexlit.data import clips
 from cortexlit.data.clips import (
     TIERS,
@@ -501,3 +501,49 @@ def test_tree_with_a_missing_trial_names_the_file(tmp_path):
         import_tree(tree, tmp_path / "data")
     with pytest.raises(MissingError, match="neither a Sensorium tree"):
         import_tree(tmp_path, tmp_path / "data")
+
+
+def test_schemes_of_both_repositories_equal_their_formulas(folder):
+    "Plain arithmetic over the train samples, field by field and frame index by frame index."
+    samples = pd.read_csv(folder / "samples.csv")
+    train = samples[samples["tier"] == "train"]
+    raw = {
+        n: np.load(folder / f"{n}.npy").astype(float)
+        for n in ("videos", "responses", "behavior", "pupil_center")
+    }
+    stats = read_json(folder / "statistics.json")
+    for n in ("behavior", "pupil_center"):
+        mean = np.asarray(stats[n]["mean"])[:, None]
+        raw[n] = np.where(np.isnan(raw[n]), mean, raw[n])
+    fitted = {n: x[train["clip"] if n == "videos" else train["sample"]] for n, x in raw.items()}
+    mean, std = ({n: f(x, axis=0) for n, x in fitted.items()} for f in (np.mean, np.std))
+    precision = 1 / np.maximum(std["responses"], 0.01 * std["responses"].mean())
+    row = samples[samples["tier"] == "test"].iloc[1]
+    x = {n: a[row["clip"] if n == "videos" else row["sample"]] for n, a in raw.items()}
+
+    published = MouseDataset(folder, "test", "viv1t")[1]
+    quirk = (x["videos"] - mean["videos"]) / (std["videos"] - mean["videos"])
+    np.testing.assert_allclose(published["video"][0], quirk, rtol=1e-3, atol=1e-3)
+    for n in ("behavior", "pupil_center"):
+        low, high = fitted[n].min(0), fitted[n].max(0)
+        np.testing.assert_allclose(published[n], (x[n] - low) / (high - low), atol=1e-4)
+    np.testing.assert_allclose(published["labels"], x["responses"] * precision, rtol=1e-4)
+
+    standard = MouseDataset(folder, "test", "viv1t-standardised")[1]
+    np.testing.assert_allclose(
+        standard["video"][0], (x["videos"] - mean["videos"]) / std["videos"], atol=1e-3
+    )
+    np.testing.assert_allclose(standard["behavior"], x["behavior"] / std["behavior"], rtol=1e-3, atol=1e-4)
+
+    pooled = MouseDataset(folder, "test", "closed-loop")[1]
+    video = fitted["videos"]
+    np.testing.assert_allclose(pooled["video"][0], (x["videos"] - video.mean()) / video.std(), atol=1e-3)
+    center = MouseDataset(folder, "train", "closed-loop")
+    z = np.stack([center[i]["pupil_center"] for i in range(len(center))])
+    assert abs(z.mean((0, 2))).max() < 0.1 and abs(z.std((0, 2)) - 1).max() < 0.2  # gaps pull slightly
+    np.testing.assert_allclose(pooled["labels"], MouseDataset(folder, "test")[1]["labels"])
+
+
+def test_unknown_normalisation_names_the_choices(folder):
+    with pytest.raises(DataError, match="closed-loop"):
+        MouseDataset(folder, "train", "zscore")

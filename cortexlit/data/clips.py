@@ -33,8 +33,8 @@ from cortexlit.core import (
 from .recordings import Recording
 
 # %% auto #0
-__all__ = ['TIERS', 'frame_index', 'split_clips', 'audit_samples', 'resize_frames', 'build_dataset', 'check_folder',
-           'audit_split', 'MouseDataset', 'TierArrays', 'load_tier', 'export_tree', 'import_tree']
+__all__ = ['TIERS', 'NORMALISATIONS', 'frame_index', 'split_clips', 'audit_samples', 'resize_frames', 'build_dataset',
+           'check_folder', 'audit_split', 'MouseDataset', 'TierArrays', 'load_tier', 'export_tree', 'import_tree']
 
 # %% ../../neuro_nbs/03_dataset.ipynb #794896b7
 def _table_index(movie: str, table: pd.DataFrame) -> np.ndarray:
@@ -597,17 +597,49 @@ def audit_split(
     _refuse_leak(audit, gap, allow_shared_stimuli)
     return audit
 
-# %% ../../neuro_nbs/03_dataset.ipynb #529340f0
-def _normalize(name: str, x: np.ndarray, s: Mapping[str, Any]) -> np.ndarray:
-    if name == "responses":
-        return (x / np.asarray(s["std"], np.float32)[:, None]).astype(np.float32)
-    low, high, mean = (np.asarray(s[k], np.float32) for k in ("min", "max", "mean"))
-    if name != "videos":
-        low, high, mean = low[:, None], high[:, None], mean[:, None]
-        x = np.where(np.isfinite(x), x, mean)
-    return ((x - low) / (high - low)).astype(np.float32)
+# %% ../../neuro_nbs/03_dataset.ipynb #afa6fb35
+NORMALISATIONS = ("range", "closed-loop", "viv1t-standardised", "viv1t")
 
-# %% ../../neuro_nbs/03_dataset.ipynb #ec539f7c
+
+def _gaps_filled(name: str, x: np.ndarray, s: Mapping[str, Any]) -> np.ndarray:
+    if name in ("videos", "responses"):
+        return x
+    return np.where(np.isfinite(x), x, np.asarray(s["mean"], np.float32)[:, None])
+
+
+def _session_terms(name: str, s: Mapping[str, Any], scheme: str) -> tuple[np.ndarray, np.ndarray]:
+    "Offset and scale of one field from the statistics of the whole train tier: scalars, or (channels, 1)."
+    low, high, mean, std = (np.asarray(s[k], np.float32) for k in ("min", "max", "mean", "std"))
+    if name == "responses":
+        offset, scale = np.zeros_like(std), std
+    elif scheme == "range":
+        offset, scale = low, high - low
+    else:
+        offset, scale = np.zeros_like(std) if name == "behavior" else mean, std
+    return (offset, scale) if name == "videos" else (offset[:, None], scale[:, None])
+
+
+def _frame_terms(name: str, x: np.ndarray, weight: np.ndarray, scheme: str) -> tuple[np.ndarray, np.ndarray]:
+    "Offset and scale at each frame index, from the train samples x (samples, ..., frames or pixels)."
+    mean = np.average(x, axis=0, weights=weight)
+    std = np.sqrt(np.average((x - mean) ** 2, axis=0, weights=weight))
+    eps = np.finfo(np.float32).eps
+    if name == "responses":
+        floor = 0.01 * std.mean()
+        offset, scale = np.zeros_like(std), np.where(std > floor, std, floor)
+    elif scheme == "viv1t":
+        low, high = (mean, std) if name == "videos" else (x.min(0), x.max(0))
+        offset, scale = low, high - low
+    else:
+        offset, scale = (np.zeros_like(std), std) if name == "behavior" else (mean, std + eps)
+    if (scale == 0).any():
+        raise DataError(
+            f"{name}: {int((scale == 0).sum())} values never change over the train tier at their frame index",
+            fix='normalisation="closed-loop" or "range", which pool over time',
+        )
+    return offset.astype(np.float32), scale.astype(np.float32)
+
+# %% ../../neuro_nbs/03_dataset.ipynb #4ee42aed
 class MouseDataset:
     "One tier of a dataset folder as float32 tensors, for a `torch.utils.data.DataLoader`; files are memory-mapped."
 
@@ -615,8 +647,11 @@ class MouseDataset:
         self,
         root: str | Path,  # a dataset folder
         tier: str,  # "train", "validation", "test", or another tier named in samples.csv
+        normalisation: str = "range",  # one of NORMALISATIONS
     ):
-        self.root, self.tier = Path(root), tier
+        if normalisation not in NORMALISATIONS:
+            raise DataError(f"unknown normalisation {normalisation!r}", expected=f"one of {NORMALISATIONS}")
+        self.root, self.tier, self.normalisation = Path(root), tier, normalisation
         self.card = check_folder(root)
         self.statistics = read_json(self.root / "statistics.json")
         self.neurons = pd.read_csv(self.root / "neurons.csv")
@@ -629,6 +664,15 @@ class MouseDataset:
                 expected=f"one of {sorted(samples['tier'].unique())}",
             )
         self._arrays = {k: np.load(self.root / f"{k}.npy", mmap_mode="r") for k in self.statistics}
+        self._terms = {name: self._fit(name, samples[samples["tier"] == "train"]) for name in self._arrays}
+
+    def _fit(self, name: str, train: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+        statistics = self.statistics[name]
+        if self.normalisation in ("range", "closed-loop"):
+            return _session_terms(name, statistics, self.normalisation)
+        rows, weight = np.unique(train["clip" if name == "videos" else "sample"], return_counts=True)
+        x = np.stack([_gaps_filled(name, self._arrays[name][row], statistics) for row in rows])
+        return _frame_terms(name, x, weight, self.normalisation)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -640,8 +684,12 @@ class MouseDataset:
     ) -> np.ndarray:  # (channels or neurons, frames), for videos (frames, H, W); normalised float32
         "One normalised array of one sample."
         row = self.samples.iloc[i]
-        x = self._arrays[name][row["clip"] if name == "videos" else row["sample"]]
-        return _normalize(name, np.asarray(x), self.statistics[name])
+        x = np.asarray(self._arrays[name][row["clip"] if name == "videos" else row["sample"]])
+        return self._normalise(name, x)
+
+    def _normalise(self, name: str, x: np.ndarray) -> np.ndarray:
+        offset, scale = self._terms[name]
+        return ((_gaps_filled(name, x, self.statistics[name]) - offset) / scale).astype(np.float32)
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
         if not -len(self) <= i < len(self):
@@ -651,7 +699,7 @@ class MouseDataset:
         item["labels"] = self.read(i, "responses")
         return {k: torch.from_numpy(v) for k, v in item.items()}
 
-# %% ../../neuro_nbs/03_dataset.ipynb #02ab53c8
+# %% ../../neuro_nbs/03_dataset.ipynb #af606795
 @dataclass(frozen=True)
 class TierArrays:
     """One tier of a dataset folder, normalised, as arrays.
@@ -659,7 +707,7 @@ class TierArrays:
     Parameters
     ----------
     videos : np.ndarray
-        (unique clips, frames, H, W), range 0-1.
+        (unique clips, frames, H, W), by default of range 0-1.
     clip : np.ndarray
         (samples,) row of `videos` each sample saw.
     repeat : np.ndarray
@@ -689,15 +737,16 @@ class TierArrays:
 def load_tier(
     root: str | Path,  # a dataset folder
     tier: str,  # "train", "validation", "test"
+    normalisation: str = "range",  # one of NORMALISATIONS
 ) -> TierArrays:
     "All samples of one tier in memory, with the numbers of `MouseDataset`."
-    data = MouseDataset(root, tier)
+    data = MouseDataset(root, tier, normalisation)
     stacked = {
         name: np.stack([data.read(i, name) for i in range(len(data))]) if name in data._arrays else None
         for name in ("responses", "behavior", "pupil_center")
     }
     columns = {name: data.samples[name].to_numpy() for name in ("clip", "repeat", "movie", "start")}
-    videos = _normalize("videos", np.asarray(data._arrays["videos"]), data.statistics["videos"])
+    videos = data._normalise("videos", np.asarray(data._arrays["videos"]))
     return TierArrays(videos=videos, labels=stacked.pop("responses"), **columns, **stacked)
 
 # %% ../../neuro_nbs/03_dataset.ipynb #788a5659
