@@ -24,7 +24,8 @@ setup(
     url=cfg["git_url"],
     license="Apache-2.0",
     packages=find_packages(include=[lib, f"{lib}.*"]),
-    include_package_data=True,
+    # The pretrained demonstration core is data, not a module.
+    package_data={lib: ["weights/*/*"]},
     # The library itself runs on newer Pythons; the [allen] extra does not.
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),

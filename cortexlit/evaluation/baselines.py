@@ -224,7 +224,7 @@ def motion_energy_ridge(
     )
     return _unrows(predicted, len(clips))[where], chosen
 
-# %% ../../neuro_nbs/05_baseline.ipynb #19679a5a
+# %% ../../neuro_nbs/05_baseline.ipynb #ce3de30e
 def _oracle(parts: dict[str, TierArrays], tier: str) -> np.ndarray | None:
     "Each sample of a tier predicted by the mean of all other repeats of its clip; None if some clip was shown once."
     labels, clip = (np.concatenate([getattr(d, k) for d in parts.values()]) for k in ("labels", "clip"))
@@ -243,7 +243,7 @@ def _oracle(parts: dict[str, TierArrays], tier: str) -> np.ndarray | None:
 
 
 def _metrics(predictions: np.ndarray, data: TierArrays, last: int) -> dict[str, np.ndarray | None]:
-    y, clip = data.labels, data.clip
+    y, clip = data.labels[..., -predictions.shape[-1] :], data.clip
     repeated = np.unique(clip, return_counts=True)[1].min() > 1
     return {
         "single-trial correlation": single_trial_correlation(predictions, y, last=last, reduce=None),
@@ -254,13 +254,13 @@ def _metrics(predictions: np.ndarray, data: TierArrays, last: int) -> dict[str, 
         "FEVE": feve(predictions, y, clip, last=last, reduce=None) if repeated else None,
     }
 
-# %% ../../neuro_nbs/05_baseline.ipynb #9b6e7270
+# %% ../../neuro_nbs/05_baseline.ipynb #4d4ff7ba
 def score_dataset(
     root: str | Path,  # a dataset folder
     last: int
     | None = None,  # frames scored at the end of each clip; default 66 of 140, in proportion for other lengths
-    models: Mapping[str, np.ndarray]
-    | None = None,  # name -> predictions of the test tier, scored beside the baselines
+    models: Mapping[str | tuple[str, int], np.ndarray]
+    | None = None,  # name or (name, seed) -> predictions of the test tier, at least its last frames
     name: str | None = None,  # of the dataset in the sheet; default its session
 ) -> ScoreSheet:
     "Baselines, ceiling and any further predictions on the test tier of a dataset folder."
@@ -268,7 +268,7 @@ def score_dataset(
     parts = {tier: load_tier(root, tier) for tier in ("train", "validation", "test")}
     train, validation, test = parts.values()
     last = round(66 / 140 * test.labels.shape[-1]) if last is None else last
-    predictions: dict[str, np.ndarray | str] = {
+    predictions: dict[str | tuple[str, int], np.ndarray | str] = {
         "train mean": train_mean(train, test),
         "stimulus-blind mean": blind_mean(train, test),
     }
@@ -298,9 +298,13 @@ def _average_ceiling(test: TierArrays, last: int) -> float:
         return float("nan")
     return mean_score(np.sqrt(np.clip(split_half_reliability(test.labels, test.clip, last=last), 0, None)))
 
-# %% ../../neuro_nbs/05_baseline.ipynb #45c53ae5
+# %% ../../neuro_nbs/05_baseline.ipynb #d9cae1c4
 def _sheet(
-    predictions: Mapping[str, np.ndarray | str], test: TierArrays, last: int, card: Mapping, name: str
+    predictions: Mapping[str | tuple[str, int], np.ndarray | str],
+    test: TierArrays,
+    last: int,
+    card: Mapping,
+    name: str,
 ) -> ScoreSheet:
     "Rows for all predictions; a text in place of a prediction says why there is none."
     tables = {label: p if isinstance(p, str) else _metrics(p, test, last) for label, p in predictions.items()}
@@ -329,6 +333,9 @@ def _sheet(
             )
             if label == ORACLE and metric in ("correlation to average", "FEVE"):
                 values, note = None, "the oracle contains the test trials it would be compared with"
+            model, seed = label if isinstance(label, tuple) else (label, None)
             where = {"tier": "test", "split": card["options"]["split"], "split_hash": card["split_hash"]}
-            sheet.add(label, metric, values, dataset=name, clip=test.clip, note=note, **where, **limits)
+            sheet.add(
+                model, metric, values, dataset=name, clip=test.clip, seed=seed, note=note, **where, **limits
+            )
     return sheet
