@@ -191,17 +191,8 @@ def compare(part: str, variants: list[str], args: argparse.Namespace) -> list[di
     facts: dict[str, dict] = {}
     for _ in range(args.rounds):
         for variant in variants:
-            job = [
-                sys.executable,
-                __file__,
-                "--worker",
-                part,
-                variant,
-                "--keep",
-                args.keep,
-                "--device",
-                args.device,
-            ]
+            job = [sys.executable, __file__, "--worker", part, variant, "--keep", args.keep]
+            job += ["--device", args.device]
             job += ["--runs", str(args.runs), "--threads", str(args.threads)]
             done = subprocess.run(job, capture_output=True, text=True)
             if done.returncode:
@@ -211,10 +202,8 @@ def compare(part: str, variants: list[str], args: argparse.Namespace) -> list[di
             processor[variant] += result.pop("processor")
             memory[variant] = max(memory[variant], result.pop("extra_mib"))
             facts[variant] = result
-            print(
-                f"{part}: {variant}: {min(seconds[variant]):.3f} s, {memory[variant]:.0f} MiB",
-                file=sys.stderr,
-            )
+            least = f"{min(seconds[variant]):.3f} s, processor {min(processor[variant]):.3f} s"
+            print(f"{part}: {variant}: {least}, {memory[variant]:.0f} MiB", file=sys.stderr)
     first = variants[0]
     return [
         {

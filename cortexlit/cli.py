@@ -24,7 +24,7 @@ from rich.table import Table
 from . import core
 
 # %% auto #0
-__all__ = ['app', 'Json', 'Cache', 'Embedded', 'METRICS', 'PARK', 'sessions', 'build', 'score', 'demo', 'main']
+__all__ = ['app', 'Json', 'Cache', 'Embedded', 'METRICS', 'PARK', 'sessions', 'build', 'score', 'demo', 'pretrain', 'main']
 
 # %% ../neuro_nbs/19_cli.ipynb #797b884d
 app = typer.Typer(
@@ -227,7 +227,7 @@ def _with_interval(row: Any) -> str:
         return "none: " + row.note.split(":")[0]
     return f"{row.value:.4f} ({row.low:.3f} to {row.high:.3f})"
 
-# %% ../neuro_nbs/19_cli.ipynb #798ad3e7
+# %% ../neuro_nbs/19_cli.ipynb #8b0eec78
 PARK = "park_230809"
 
 
@@ -239,12 +239,17 @@ def _demo_scores(out: Path) -> Any:
     from cortexlit.data.synthetic import embedded_session
     from cortexlit.evaluation.baselines import score_dataset
     from cortexlit.evaluation.scores import ScoreSheet
+    from cortexlit.training.heads import head_predictions
+
+    def scored(folder: Path, name: str, last: int) -> Any:
+        _err.print(f"Training heads on {folder.name} ...")
+        return score_dataset(folder, last=last, models=head_predictions(folder, last=last), name=name)
 
     sheets = []
     session = open_session(900000001, cache_dir=embedded_session("demo"))
     for split in ("repeats", "stimuli"):
         folder = build_dataset(session, out / "datasets" / f"embedded-{split}", split=split, overwrite=True)
-        sheets.append(score_dataset(folder, name="embedded"))
+        sheets.append(scored(folder, "embedded", 66))
     try:
         park = open_recording(PARK)
     except core.MissingError as error:
@@ -254,7 +259,7 @@ def _demo_scores(out: Path) -> Any:
             folder = build_dataset(
                 park, out / "datasets" / f"park-{split}", clip_frames=49, split=split, overwrite=True
             )
-            sheets.append(score_dataset(folder, last=33, name=PARK))
+            sheets.append(scored(folder, PARK, 33))
     return ScoreSheet(row for sheet in sheets for row in sheet.rows)
 
 # %% ../neuro_nbs/19_cli.ipynb #0f75ada2
@@ -292,7 +297,7 @@ def _execute_all(notebooks: list[Path], out: Path) -> None:
     if failures:
         raise core.CortexlitError("\n".join(f"{n} failed:\n{e}" for n, e in failures.items()))
 
-# %% ../neuro_nbs/19_cli.ipynb #bef386cf
+# %% ../neuro_nbs/19_cli.ipynb #913be877
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where to write; made if needed.")] = Path("_demo"),
@@ -301,7 +306,7 @@ def demo(
     ] = True,
     as_json: Json = False,
 ) -> None:
-    """From nothing to scores: embedded session, dataset, baselines, ceilings, one real recording.
+    """From nothing to scores: embedded session, dataset, baselines, ceilings, head training, one real recording.
 
     Examples:
       cortexlit demo
@@ -326,6 +331,21 @@ def demo(
             + (f", {len(pages)} pages in {out}/*.html" if pages else "")
         )
         _err.print(f"[dim]{time.time() - started:.0f} s[/]")
+
+# %% ../neuro_nbs/19_cli.ipynb #89acf5a4
+@app.command()
+def pretrain(
+    out: Annotated[Path, typer.Option(help="Folder of the finished core; must not exist yet.")],
+    seed: Annotated[int, typer.Option(help="Of the simulated population, its films and the weights.")] = 0,
+) -> None:
+    """Train the demonstration core on simulated neurons; go on from the last hundred steps if interrupted.
+
+    Examples:
+      OMP_NUM_THREADS=1 cortexlit pretrain --out viv1t_demo
+    """
+    from cortexlit.training import pretraining
+
+    _out.print(f"The core is in {pretraining.pretrain(out, seed=seed)}")
 
 # %% ../neuro_nbs/19_cli.ipynb #0e90262c
 def main() -> None:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cortexlit.core import DataError
-from cortexlit.models import attention
+from cortexlit.models import attention, layers
 from cortexlit.models.attention import attend, attention_weights
-from cortexlit.models.layers import DropPath, ParallelBlock, Transformer
+from cortexlit.models.layers import DropPath, ParallelBlock, Projection, Transformer
 
 PUBLISHED = Path(__file__).parent / "fixtures" / "viv1t_tiny.safetensors"
 SIZES = dict(dim=16, heads=3, head_dim=8, mlp_dim=20)
@@ -335,6 +335,22 @@ def test_checkpointing_gives_the_same_gradients(half):
     assert runs_and_gradients(lean_stack, x)[0] == 3  # nothing to trade outside training
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_batch_taken_in_parts_gives_the_same_result_and_gradients(checkpointing, monkeypatch):
+    stack, x = Transformer(2, **SIZES), numbers(7, 5, 16)
+    stack.gradient_checkpointing = checkpointing
+    results = []
+    for tokens, calls in [(7 * 5, 1), (3 * 5, 3), (1, 7)]:
+        monkeypatch.setattr(layers, "TOKENS_AT_ONCE", tokens)
+        stack.zero_grad()
+        runs, gradients = runs_and_gradients(stack, x)
+        assert runs == 2 * calls * (1 + checkpointing)
+        results.append([stack(x).detach(), *(gradient.clone() for gradient in gradients)])
+    for other in results[1:]:
+        for a, b in zip(other, results[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_attention_maps_are_those_of_the_forward_pass():
     stack = Transformer(2, **SIZES).eval()
     x = numbers(2, 7, 16)
@@ -345,6 +361,22 @@ def test_attention_maps_are_those_of_the_forward_pass():
     inner = stack.blocks[0](x)
     q, k, v, _ = block._project(inner)
     torch.testing.assert_close(maps[1] @ v, attend(q, k, v))
+
+
+@pytest.mark.parametrize("samples", [0, 1, 3, 20])
+def test_a_projection_is_a_linear(samples):
+    project, x = Projection(16, 24), numbers(samples, 5, 16).requires_grad_()
+    results = []
+    for function in (project, lambda x: F.linear(x, project.weight)):
+        out = function(x)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), [x, project.weight])])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert isinstance(project, nn.Linear) and list(project.state_dict()) == ["weight"]
+    half = project.bfloat16()(x.bfloat16())
+    torch.testing.assert_close(half, F.linear(x.bfloat16(), project.weight))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert project.float()(x).dtype == torch.bfloat16
 
 
 def test_an_empty_stack_is_the_identity():

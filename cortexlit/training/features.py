@@ -31,7 +31,7 @@ from cortexlit.core import (
 )
 
 # %% auto #0
-__all__ = ['fingerprint', 'weights_digest', 'CachedFeatures', 'cached_features']
+__all__ = ['STATE', 'fingerprint', 'weights_digest', 'CachedFeatures', 'cached_features']
 
 # %% ../../neuro_nbs/06a_features.ipynb #e399b37f
 @torch.inference_mode()
@@ -48,6 +48,25 @@ def _encode(model: Any, items: list[Mapping[str, torch.Tensor]], last: int) -> t
         return model.encode(*fields, last=last)
     finally:
         model.core.train(was)
+
+# %% ../../neuro_nbs/06a_features.ipynb #63957109
+STATE = ("behavior", "pupil_center")
+
+
+def _rows(
+    dataset: Any,  # map-style
+    fields: tuple[str, ...],  # those that enter the core
+) -> list[str]:  # (samples,) a name for what enters the core: equal for samples that can share a row
+    names = []
+    for i in range(len(dataset)):
+        known, item = hashlib.sha256(), dataset[i]
+        for field in fields:
+            if field in item:
+                value = np.ascontiguousarray(item[field])
+                known.update(f"{field} {value.dtype} {value.shape}".encode())
+                known.update(value)
+        names.append(known.hexdigest()[:16])
+    return names
 
 # %% ../../neuro_nbs/06a_features.ipynb #1e91f9d3
 _STORED = {
@@ -97,7 +116,7 @@ def weights_digest(
         known.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return known.hexdigest()[:16]
 
-# %% ../../neuro_nbs/06a_features.ipynb #0898ac92
+# %% ../../neuro_nbs/06a_features.ipynb #9139ac15
 class CachedFeatures:
     "A dataset whose items hold `features` in place of `video`; features are read from a finished cache folder."
 
@@ -134,14 +153,14 @@ class CachedFeatures:
         i: int,  # position in the dataset
     ) -> torch.Tensor:  # (channels, last, rows, columns) float32
         "What the core gives for one sample."
-        return _unpack(self._rows[i], self.card["dtype"])
+        return _unpack(self._rows[self.card["row"][i]], self.card["dtype"])
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
         item = dict(self.dataset[i])
         del item["video"]
         return item | {"features": self.features(i)}
 
-# %% ../../neuro_nbs/06a_features.ipynb #2fe0ab43
+# %% ../../neuro_nbs/06a_features.ipynb #9690c3b0
 def _need_space(folder: Path, n_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < 1.05 * n_bytes:
@@ -158,10 +177,14 @@ def _build(
     "Fill a folder beside `path`, sample by sample, and rename it when it is complete."
     work = path.with_name(path.name + ".partial")
     work.mkdir(exist_ok=True)
-    shape, flags = (plan["samples"], *plan["shape"]), work / "done.npy"
+    first = np.unique(plan["row"], return_index=True)[1]  # of each row, the sample it is computed from
+    shape, flags = (len(first), *plan["shape"]), work / "done.npy"
     n_bytes = int(np.prod(shape)) * np.dtype(_STORED[plan["dtype"]]).itemsize
     if progress:
-        print(f"features of {shape[0]} samples, each {shape[1:]} {plan['dtype']}: {n_bytes / 1e6:.1f} MB")
+        shared = f" in {len(first)} rows" if len(first) < plan["samples"] else ""
+        print(
+            f"features of {plan['samples']} samples{shared}, each {shape[1:]} {plan['dtype']}: {n_bytes / 1e6:.1f} MB"
+        )
     if not flags.is_file():  # written last: with it, both files are whole
         _need_space(work, n_bytes)
         with atomic_file(work / "features.npy") as tmp:
@@ -174,7 +197,9 @@ def _build(
               disable=None if progress else True, leave=False) as bar:  # fmt: skip
         for k in range(0, len(todo), batch_size):
             at = todo[k : k + batch_size]
-            rows[at] = _pack(_encode(model, [dataset[int(i)] for i in at], plan["last"]), plan["dtype"])
+            rows[at] = _pack(
+                _encode(model, [dataset[int(i)] for i in first[at]], plan["last"]), plan["dtype"]
+            )
             rows.flush()
             done[at] = True
             done.flush()
@@ -185,7 +210,7 @@ def _build(
     flags.unlink()
     os.replace(work, path)
 
-# %% ../../neuro_nbs/06a_features.ipynb #7ec64ccd
+# %% ../../neuro_nbs/06a_features.ipynb #dffc3513
 def cached_features(
     model: Any,  # a `ViV1T`, or any model with `core` and `encode(video, behavior, pupil_center, last)`
     dataset: Any,  # map-style, with the items of `MouseDataset`
@@ -200,10 +225,13 @@ def cached_features(
         raise DataError(f"dtype {dtype!r}", expected=f"one of {', '.join(_STORED)}")
     first = _encode(model, [dataset[0]], last)[0].float().cpu()
     device = next(model.parameters()).device.type
+    row = _rows(dataset, ("video", *STATE) if getattr(model.config, "core_state", True) else ("video",))
+    place = {name: k for k, name in enumerate(dict.fromkeys(row))}
     plan = {
         "core": weights_digest(model.core),
-        "data": {k: v for k, v in fingerprint(dataset).items() if k in ("video", "behavior", "pupil_center")},
-        "samples": len(dataset),
+        "data": digest(row),
+        "samples": len(row),
+        "row": [place[name] for name in row],
         "last": last,
         "shape": list(first.shape),
         "dtype": dtype,
