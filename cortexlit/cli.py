@@ -227,7 +227,7 @@ def _with_interval(row: Any) -> str:
         return "none: " + row.note.split(":")[0]
     return f"{row.value:.4f} ({row.low:.3f} to {row.high:.3f})"
 
-# %% ../neuro_nbs/19_cli.ipynb #8b0eec78
+# %% ../neuro_nbs/19_cli.ipynb #6ca0fe83
 PARK = "park_230809"
 
 
@@ -243,7 +243,9 @@ def _demo_scores(out: Path) -> Any:
 
     def scored(folder: Path, name: str, last: int) -> Any:
         _err.print(f"Training heads on {folder.name} ...")
-        return score_dataset(folder, last=last, models=head_predictions(folder, last=last), name=name)
+        return score_dataset(
+            folder, last=last, models=head_predictions(folder, last=last, progress=False), name=name
+        )
 
     sheets = []
     session = open_session(900000001, cache_dir=embedded_session("demo"))
