@@ -173,7 +173,7 @@ def build(
     else:
         _out.print((out / "card.md").read_text(encoding="utf-8"), markup=False)
 
-# %% ../neuro_nbs/19_cli.ipynb #69326d96
+# %% ../neuro_nbs/19_cli.ipynb #c160b2a0
 @app.command()
 def score(
     dataset: Annotated[Path, typer.Argument(help="A dataset folder.")],
@@ -208,6 +208,8 @@ METRICS = ("single-trial correlation", "flattened correlation")  # printed; scor
 
 def _show_scores(table: pd.DataFrame) -> None:
     "One printed table per dataset and split: score and 95 % interval of the two correlations."
+    seeds = table["seed"].map(lambda seed: "" if pd.isna(seed) else f" (seed {seed})")
+    table = table.assign(model=table["model"] + seeds)
     for (dataset, split), rows in table.groupby(["dataset", "split"], sort=False):
         by_model = {
             model: {row.metric: _with_interval(row) for row in group.itertuples()}
@@ -227,12 +229,14 @@ def _with_interval(row: Any) -> str:
         return "none: " + row.note.split(":")[0]
     return f"{row.value:.4f} ({row.low:.3f} to {row.high:.3f})"
 
-# %% ../neuro_nbs/19_cli.ipynb #6ca0fe83
+# %% ../neuro_nbs/19_cli.ipynb #5dd7add1
 PARK = "park_230809"
 
 
 def _demo_scores(out: Path) -> Any:
     "Score sheet of the embedded session (both splits) and of one real recording."
+    import torch
+
     from cortexlit.data.allen import open_session
     from cortexlit.data.clips import build_dataset
     from cortexlit.data.opendata import open_recording
@@ -241,17 +245,18 @@ def _demo_scores(out: Path) -> Any:
     from cortexlit.evaluation.scores import ScoreSheet
     from cortexlit.training.heads import head_predictions
 
-    def scored(folder: Path, name: str, last: int) -> Any:
+    torch.set_num_threads(1)  # as the notebooks do, which then find these runs finished
+
+    def scored(folder: Path, name: str, last: int, seeds: tuple[int, ...]) -> Any:
         _err.print(f"Training heads on {folder.name} ...")
-        return score_dataset(
-            folder, last=last, models=head_predictions(folder, last=last, progress=False), name=name
-        )
+        models = head_predictions(folder, last=last, seeds=seeds, progress=False)
+        return score_dataset(folder, last=last, models=models, name=name)
 
     sheets = []
     session = open_session(900000001, cache_dir=embedded_session("demo"))
     for split in ("repeats", "stimuli"):
         folder = build_dataset(session, out / "datasets" / f"embedded-{split}", split=split, overwrite=True)
-        sheets.append(scored(folder, "embedded", 66))
+        sheets.append(scored(folder, "embedded", 66, (0, 1)))
     try:
         park = open_recording(PARK)
     except core.MissingError as error:
@@ -261,7 +266,7 @@ def _demo_scores(out: Path) -> Any:
             folder = build_dataset(
                 park, out / "datasets" / f"park-{split}", clip_frames=49, split=split, overwrite=True
             )
-            sheets.append(scored(folder, PARK, 33))
+            sheets.append(scored(folder, PARK, 33, (0,)))
     return ScoreSheet(row for sheet in sheets for row in sheet.rows)
 
 # %% ../neuro_nbs/19_cli.ipynb #0f75ada2
@@ -299,7 +304,7 @@ def _execute_all(notebooks: list[Path], out: Path) -> None:
     if failures:
         raise core.CortexlitError("\n".join(f"{n} failed:\n{e}" for n, e in failures.items()))
 
-# %% ../neuro_nbs/19_cli.ipynb #913be877
+# %% ../neuro_nbs/19_cli.ipynb #3b41672a
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where to write; made if needed.")] = Path("_demo"),
@@ -323,7 +328,7 @@ def demo(
     pages = sorted((core.project_dir() / "neuro_nbs").glob("[0-9]*.ipynb")) if notebooks else []
     if pages:
         _err.print(f"Executing {len(pages)} notebooks ...")
-        _execute_all(pages, out)
+        _execute_all(pages[::-1], out)  # the long ones stand at the end
     if as_json:
         _print_json(sheet.table().to_dict("records"))
     else:
