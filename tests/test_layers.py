@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from threading import Thread
+from threading import Thread, get_ident
 
 import pytest
 import torch
@@ -339,6 +339,7 @@ def test_checkpointing_gives_the_same_gradients(half):
 def test_a_batch_taken_in_parts_gives_the_same_result_and_gradients(checkpointing, monkeypatch):
     stack, x = Transformer(2, **SIZES), numbers(7, 5, 16)
     stack.gradient_checkpointing = checkpointing
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     results = []
     for tokens, calls in [(7 * 5, 1), (3 * 5, 3), (1, 7)]:
         monkeypatch.setattr(layers, "TOKENS_AT_ONCE", tokens)
@@ -349,6 +350,39 @@ def test_a_batch_taken_in_parts_gives_the_same_result_and_gradients(checkpointin
     for other in results[1:]:
         for a, b in zip(other, results[0], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("tokens", [1, 3 * 5, 1 << 11])
+def test_threads_share_the_parts_where_no_gradients_are_wanted(half, tokens, monkeypatch, two_threads):
+    stack, x = Transformer(2, **SIZES, ff_dropout=0.3).eval(), numbers(7, 5, 16)
+    used = set()
+    stack.blocks[0].norm.register_forward_hook(lambda *_: used.add((get_ident(), torch.get_num_threads())))
+    monkeypatch.setattr(layers, "TOKENS_AT_ONCE", tokens)
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        expected = stack(x).detach()
+        assert used == {(get_ident(), 2)}
+        for mode in (torch.no_grad, torch.inference_mode):
+            used.clear()
+            with mode():
+                found = stack(
+                    x.transpose(0, 1).contiguous().transpose(0, 1)
+                )  # a view, as the temporal stack gets
+            assert 1 <= len(used) <= 2 and get_ident() not in {thread for thread, _ in used}
+            assert {threads for _, threads in used} == {1}
+            close = {"rtol": 2e-2, "atol": 2e-2} if half else {"rtol": 1e-4, "atol": 1e-5}
+            torch.testing.assert_close(found, expected, **close)
+        with torch.no_grad():  # dropout draws from one generator, in one order
+            torch.manual_seed(0)
+            first = stack.train()(x)
+            torch.manual_seed(0)
+            assert torch.equal(stack(x), first)
+
+
+def test_a_failure_in_a_thread_is_seen(two_threads):
+    stack = Transformer(1, **SIZES).eval()
+    with torch.no_grad(), pytest.raises(RuntimeError, match="shape"):
+        stack(numbers(4, 5, 17))
 
 
 def test_attention_maps_are_those_of_the_forward_pass():

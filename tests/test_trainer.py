@@ -11,12 +11,15 @@ import pandas as pd
 import pytest
 import torch
 from toy_training import LAST, Toy, tiers, tiny_model, weights, without_sampling
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
 
 from cortexlit.core import DataError, read_json, rng
 from cortexlit.data.clips import MouseDataset, build_dataset
 from cortexlit.evaluation.metrics import single_trial_correlation
+from cortexlit.models.adapters import Adapters, load_adapters
 from cortexlit.models.losses import LOSSES
-from cortexlit.models.viv1t import ViV1T
+from cortexlit.models.viv1t import ViV1T, ViViT
 from cortexlit.training.trainer import _Batches, _correlation, _last_checkpoint, fit, predict
 
 TESTS = Path(__file__).parent
@@ -46,10 +49,10 @@ def test_correlation_is_that_of_the_metrics():
     y[2] = 1.0  # a sample without any defined neuron
     p[3, 0] = y[3, 0] * 1e-6  # variance below the limit
     y[4, 0] = p[4, 0] + 1e4  # far from zero
-    ours = _correlation(torch.tensor(p), torch.tensor(y)).numpy()
-    theirs = single_trial_correlation(p, y, reduce=None)
-    assert np.isnan(ours).tolist() == np.isnan(theirs).all(1).tolist() == [i == 2 for i in range(7)]
-    np.testing.assert_allclose(np.nanmean(ours), single_trial_correlation(p, y), atol=1e-9)
+    assert _correlation(p, y) == pytest.approx(single_trial_correlation(p, y), abs=1e-9)
+    for sample in range(7):
+        ours = _correlation(p[[sample]], y[[sample]])
+        assert np.isnan(ours) == (sample == 2)
 
 
 def test_the_best_model_has_the_score_in_the_history(tmp_path):
@@ -181,8 +184,10 @@ def test_without_out_the_same_call_finds_its_run(private_folders):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"adapt": "lora"}, "head, full"), ({"loss": "huber"}, "poisson"), ({"schedule": "step"}, "plateau"),
-        ({"precision": "float16"}, "bfloat16"), ({"epochs": 0}, "epochs=0"), ({"patience": 0}, "patience=0"),
+        ({"adapt": "adapter"}, "head, lora, full"), ({"adapt": "lora"}, r"adapters=Adapters\(\.\.\.\)"),
+        ({"adapters": Adapters()}, "adapt='head' with adapters"), ({"core_lr": 1e-3}, "core does not learn"),
+        ({"epochs": ()}, "epochs"), ({"epochs": (2, 3), "schedule": "plateau"}, "2 phases"), ({"loss": "huber"}, "poisson"), ({"schedule": "step"}, "plateau"),
+        ({"precision": "float16"}, "bfloat16"), ({"epochs": 0}, r"epochs=\[0\]"), ({"patience": 0}, "patience=0"),
         ({"last": 17}, "1 to 16"),
     ],
 )  # fmt: skip
@@ -285,6 +290,122 @@ def test_accumulated_batches_are_one_large_batch(tmp_path):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
+def test_phases_start_the_schedule_anew(tmp_path):
+    run = fit(tiny_model(), tiers(), out=tmp_path / "run", **FAST | {"epochs": (1, 3), "lr": 1e-30})
+    step = np.concatenate([[7 / 8], np.arange(1, 4) / 3 - 1 / 24])
+    np.testing.assert_allclose(run.history["lr"] / 1e-30, (1 + np.cos(np.pi * step)) / 2, atol=1e-6)
+
+
+def test_the_core_may_have_its_own_learning_rate(tmp_path):
+    options = FAST | {"adapt": "full", "schedule": "constant", "epochs": 1, "weight_decay": 0.0}
+    start = tiny_model()
+    still = fit(start, tiers(), core_lr=1e-30, out=tmp_path / "still", **options).model
+    for name, weight in still.core.state_dict().items():
+        torch.testing.assert_close(weight, start.core.state_dict()[name], rtol=0, atol=1e-20)
+    assert not same(still.readouts.state_dict(), start.readouts.state_dict())
+    one, two = (
+        fit(start, tiers(), core_lr=lr, out=tmp_path / str(lr), **options).model for lr in (None, 0.01)
+    )
+    assert same(one.state_dict(), two.state_dict())
+
+
+def test_optimiser_options_arrive(tmp_path):
+    fit(tiny_model(), tiers(), betas=(0.8, 0.98), eps=1e-6, weight_decay=0.2, out=tmp_path / "run", **FAST)
+    groups = torch.load(_last_checkpoint(tmp_path / "run") / "optimizer.pt", weights_only=True)[
+        "param_groups"
+    ]
+    assert {(tuple(g["betas"]), g["eps"]) for g in groups} == {((0.8, 0.98), 1e-6)}
+    assert {g["weight_decay"] for g in groups} == {0.0, 0.2}
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_adapters_learn_and_nothing_else_does(tmp_path, head):
+    model, data = tiny_model(dropout=0.2), tiers()
+    adapters = Adapters(rank=2, head=head)
+    run = fit(model, data, adapt="lora", adapters=adapters, out=tmp_path / "run", **FAST | {"epochs": 4})
+    assert type(run.model) is ViV1T and all(p.requires_grad for p in run.model.parameters())
+    changed = {
+        name for name, v in model.state_dict().items() if not torch.equal(v, run.model.state_dict()[name])
+    }
+    adapted = {name for name in model.state_dict() if any(f"{end}.weight" in name for end in adapters.layers)}
+    assert len(adapted) == 6 and adapted <= changed
+    assert bool(changed - adapted) == head and all(n in adapted or not n.startswith("core.") for n in changed)
+    best = ViV1T.from_pretrained(run.best)
+    assert same(best.state_dict(), run.model.state_dict())
+    again = tiny_model()
+    load_adapters(again, run.best / "adapters")
+    expected = predict(run.model, data[1], LAST)
+    np.testing.assert_allclose(predict(again, data[1], LAST), expected, rtol=1e-4, atol=1e-5)
+    assert {"adapters.rank", "rank"} & {*read_json(run.folder / "config.json")["adapters"]}
+
+
+@pytest.mark.parametrize("by_video", [False, True])
+def test_cached_tokens_give_the_same_curve(tmp_path, by_video):
+    data = tiers()
+    for tier in data:  # two repeats of each clip
+        for k in range(0, len(tier), 2):
+            tier.items[k + 1]["video"] = tier.items[k]["video"].clone()
+    options = FAST | {"adapt": "lora", "adapters": Adapters(rank=2), "batch_size": 2, "by_video": by_video}
+    model = without_sampling(tiny_model(core_state=False))
+    runs = [fit(model, data, cache=cache, out=tmp_path / str(cache), **options) for cache in (True, False)]
+    a, b = (run.history[["loss", "validation_loss", "validation_correlation"]] for run in runs)
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_batches_by_video_need_fewer_passes(tmp_path, monkeypatch):
+    data, sizes = tiers(), []
+    for k in range(0, 8, 2):
+        data[0].items[k + 1]["video"] = data[0].items[k]["video"].clone()
+    forward = ViViT.forward
+    monkeypatch.setattr(ViViT, "forward", lambda self, v, s: sizes.append(len(v)) or forward(self, v, s))
+    options = FAST | {"adapt": "full", "epochs": 1, "batch_size": 2}
+    fit(tiny_model(core_state=False), data, by_video=True, out=tmp_path / "a", **options)
+    assert sizes == [1] * 4 + [2] * 2  # four training batches, two of validation
+    sizes.clear()
+    fit(tiny_model(), data, by_video=True, out=tmp_path / "b", **options)
+    assert sizes[:8] == [2] * 8  # running differs: samples are repeated to fill their batches
+
+
+class Static(PreTrainedModel):
+    "A model without mice, time or core."
+
+    config_class = PretrainedConfig
+
+    def __init__(self, config: PretrainedConfig):
+        super().__init__(config)
+        self.weigh = torch.nn.Linear(3, 2)
+        self.post_init()
+
+    def forward(self, picture: torch.Tensor, labels: torch.Tensor | None = None) -> ModelOutput:
+        logits = self.weigh(picture)
+        return ModelOutput(loss=None if labels is None else (logits - labels).square().mean(), logits=logits)
+
+    def correlation(self, predictions: np.ndarray, labels: np.ndarray) -> float:
+        assert predictions.shape == labels.shape == (6, 2)
+        return float(np.corrcoef(predictions.T, labels.T).diagonal(2).mean())
+
+
+def test_a_model_without_mice_and_time(tmp_path):
+    draw = rng(0, "static")
+    pictures = draw.normal(size=(26, 3)).astype("float32")
+    labels = pictures @ draw.normal(size=(3, 2)).astype("float32")
+    items = [
+        {"picture": torch.tensor(x), "labels": torch.tensor(y)} for x, y in zip(pictures, labels, strict=True)
+    ]
+    model = Static(PretrainedConfig())
+    options = {"adapt": "full", "loss": None, "lr": 0.05, "progress": False}
+    run = fit(model, (items[:20], items[20:]), out=tmp_path / "run", epochs=30, batch_size=4, **options)
+    assert run.correlation > 0.99 and "data.train.picture" in read_json(run.folder / "config.json")
+    assert predict(run.model, items[20:]).shape == (6, 2)
+    with pytest.raises(DataError, match="no core to freeze"):
+        fit(
+            model,
+            (items[:20], items[20:]),
+            out=tmp_path / "head",
+            **options | {"adapt": "head", "cache": False},
+        )
+
+
 def test_schedules(tmp_path):
     lr = {
         name: fit(tiny_model(), tiers(), schedule=name, out=tmp_path / name, **FAST | {"epochs": 8, "lr": 1e-30})
@@ -344,11 +465,15 @@ def test_several_mice_take_turns(tmp_path):
 
 # --- processes
 
-LONG = {"adapt": "full", "schedule": "plateau", "patience": 4, "accumulate": 2, "precision": "float32"}
+LONG = {
+    "full": {"adapt": "full", "schedule": "plateau", "patience": 4, "accumulate": 2, "epochs": 5},
+    "lora": {"adapt": "lora", "adapters": Adapters(rank=2, head=True), "accumulate": 2, "epochs": (3, 2)},
+}
 KILLED = f"""
 import os, signal
 from pathlib import Path
 from toy_training import LAST, Toy, tiers, tiny_model
+from cortexlit.models.adapters import Adapters
 from cortexlit.training.trainer import fit
 
 class Deadly(Toy):
@@ -361,20 +486,22 @@ class Deadly(Toy):
                 os.kill(os.getpid(), signal.SIGKILL)
         return super().__getitem__(i)
 
-fit(tiny_model(dropout=0.2), (Deadly(8, seed=1), tiers()[1]), out=sys.argv[1], **{{**{FAST!r}, **{LONG!r}, "epochs": 5}})
+fit(tiny_model(dropout=0.2), (Deadly(8, seed=1), tiers()[1]), out=sys.argv[1], **{{**{FAST!r}, **{LONG!r}[sys.argv[2]]}})
 """
 
 
-def test_resume_after_kill_9_gives_the_same_bits(tmp_path):
-    whole = fit(tiny_model(dropout=0.2), tiers(), out=tmp_path / "whole", **FAST | LONG | {"epochs": 5})
-    done = start(KILLED, tmp_path / "cut")
+@pytest.mark.parametrize("adapt", LONG)
+def test_resume_after_kill_9_gives_the_same_bits(tmp_path, adapt):
+    options = FAST | LONG[adapt]
+    whole = fit(tiny_model(dropout=0.2), tiers(), out=tmp_path / "whole", **options)
+    done = start(KILLED, tmp_path / "cut", adapt)
     assert done.returncode == -9, done.stderr
     assert _last_checkpoint(tmp_path / "cut").name == "checkpoint-8"
     assert not (tmp_path / "cut" / "curves.png").exists()
     half = tmp_path / "cut" / "checkpoint-12"  # as if the next checkpoint had been cut short, too
     half.mkdir()
     (half / "trainer_state.json").write_text('{"epoch": 3.0, "glob')
-    resumed = fit(tiny_model(dropout=0.2), tiers(), out=tmp_path / "cut", **FAST | LONG | {"epochs": 5})
+    resumed = fit(tiny_model(dropout=0.2), tiers(), out=tmp_path / "cut", **options)
     columns = [c for c in whole.history if c != "seconds"]
     pd.testing.assert_frame_equal(resumed.history[columns], whole.history[columns], check_exact=True)
     assert same(resumed.model.state_dict(), whole.model.state_dict())

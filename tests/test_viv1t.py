@@ -590,8 +590,8 @@ def test_a_temporal_stride_answers_for_the_last_frame_of_each_tubelet():
     model = tiny_model(stride=(3, 2, 2), frames=14, loss_frames=None)
     assert model.config.grid[0] == 4
     labels = torch.arange(14.0).expand(1, 1, 14)
-    assert model._aligned(labels, 4)[0, 0].tolist() == [4, 7, 10, 13]
-    assert model._aligned(labels, 2)[0, 0].tolist() == [10, 13]
+    assert model.align(labels, 4)[0, 0].tolist() == [4, 7, 10, 13]
+    assert model.align(labels, 2)[0, 0].tolist() == [10, 13]
     assert model(**tiny_clip(model.config), labels=torch.rand(2, 5, 14)).loss.isfinite()
 
 

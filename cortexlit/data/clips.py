@@ -689,7 +689,9 @@ class MouseDataset:
 
     def _normalise(self, name: str, x: np.ndarray) -> np.ndarray:
         offset, scale = self._terms[name]
-        return ((_gaps_filled(name, x, self.statistics[name]) - offset) / scale).astype(np.float32)
+        out = ((_gaps_filled(name, x, self.statistics[name]) - offset) / scale).astype(np.float32)
+        published = self.normalisation != "range"  # pupil before running, as the published cores were trained
+        return out[::-1].copy() if name == "behavior" and published and len(out) == 2 else out
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
         if not -len(self) <= i < len(self):

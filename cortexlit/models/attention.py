@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 # %% auto #0
-__all__ = ['WEIGHTS_AT_A_TIME', 'attention_weights', 'attend']
+__all__ = ['WEIGHTS_AT_A_TIME', 'attention_weights', 'share', 'attend']
 
 # %% ../../nbs/10_attention.ipynb #b009db27
 def attention_weights(
@@ -63,7 +63,7 @@ def _with_ones(v: Tensor) -> Tensor:
     "A column of ones beside the values: their weighted sum is the sum of the weights."
     return F.pad(v, (0, 1), value=1.0)
 
-# %% ../../nbs/10_attention.ipynb #1690898d
+# %% ../../nbs/10_attention.ipynb #9fa2bed0
 @lru_cache(maxsize=1)
 def _workers(threads: int) -> ThreadPoolExecutor:
     "So many threads, in each of which torch computes with one."
@@ -85,20 +85,28 @@ if hasattr(os, "register_at_fork"):  # a forked process inherits the pool withou
     os.register_at_fork(after_in_child=_workers.cache_clear)
 
 
-def _share(work: Callable[[int, int], None], samples: int) -> None:
-    "Do `work(start, stop)` for all samples, each of torch's threads taking some of them."
+def share(
+    work: Callable[[int, int], None],  # does the samples from start to stop
+    samples: int,  # how many there are
+    size: int,  # at most so many at once
+) -> None:
+    "Do `work(start, stop)` for all samples without gradients: each of torch's threads takes the next part and does it alone."
     threads = torch.get_num_threads()
-    if threads == 1 or samples < threads:
-        return work(0, samples)
-    inference = torch.is_inference_mode_enabled()
+    size = max(1, min(size, -(-samples // threads)))
+    if threads == 1 or samples <= size:
+        for start in range(0, samples, size):
+            work(start, min(start + size, samples))
+        return
+    inference, half = torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu")
 
-    def alone(i: int) -> None:
-        with torch.inference_mode(inference), torch.no_grad():
-            work(samples * i // threads, samples * (i + 1) // threads)
+    def alone(start: int) -> None:  # these settings belong to a thread
+        with torch.inference_mode(inference), torch.no_grad(), torch.autocast("cpu", dtype, enabled=half):
+            work(start, min(start + size, samples))
 
-    list(_workers(threads).map(alone, range(threads)))
+    list(_workers(threads).map(alone, range(0, samples, size)))
 
-# %% ../../nbs/10_attention.ipynb #af83dd8c
+# %% ../../nbs/10_attention.ipynb #41dc7d25
 class _ChunkedAttention(torch.autograd.Function):
     "Attention of (samples, heads, tokens, width), slice by slice; backward computes the weights anew."
 
@@ -115,7 +123,7 @@ class _ChunkedAttention(torch.autograd.Function):
                 total[chunk] = summed[..., -1:]
                 torch.div(summed[..., :-1], total[chunk], out=out[chunk])
 
-        _share(work, samples)
+        share(work, samples, samples)
         ctx.save_for_backward(q, k, v, out, total)
         beyond = (total < 1e-30) | (total > 1e30)  # neither holds for NaN, which is to be seen in the output
         return out, not bool(beyond.any())
@@ -142,7 +150,7 @@ class _ChunkedAttention(torch.autograd.Function):
                 dq[chunk] = torch.bmm(ds, kc).mul_(scale).unflatten(0, (-1, heads))
                 dk[chunk] = torch.bmm(ds.mT, qc).mul_(scale).unflatten(0, (-1, heads))
 
-        _share(work, len(q))
+        share(work, len(q), len(q))
         return dq, dk, dv
 
 # %% ../../nbs/10_attention.ipynb #9c87f348

@@ -105,12 +105,12 @@ class Tubelets(nn.Module):
             )
         return grid
 
-    def forward(
+    def embed(
         self,
         video: Tensor,  # (batch, 1, T, H, W)
         state: Tensor | None = None,  # (batch, state_channels, T): behaviour, then pupil centre
-    ) -> Tensor:  # (batch, T', H' * W', emb), positions added
-        "Tokens; `DataError` if a shape does not fit."
+    ) -> Tensor:  # (batch, T', H' * W', emb)
+        "Tokens that do not know their place yet; `DataError` if a shape does not fit."
         times, rows, columns = self._checked(video, state)
         first, linear, last = self.tokenizer.values()
         with torch.autocast(video.device.type, enabled=False):
@@ -128,7 +128,20 @@ class Tubelets(nn.Module):
                 out += F.conv1d(state, state_kernel, stride=self.stride[0]).transpose(1, 2)[:, :, None]
             out = torch.addcmul(constant, out, scale.flatten(2)[..., None])
             out = F.layer_norm(out, last.normalized_shape, last.weight.float(), last.bias.float(), last.eps)
-            out = F.dropout(out, self.dropout, self.training)
-            out += self.spatial_pos_embedding
-            out += self.temporal_pos_embedding[:, :times]
         return out.to(self.spatial_pos_embedding.dtype)
+
+    def place(
+        self,
+        tokens: Tensor,  # (batch, T', H' * W', emb)
+    ) -> Tensor:  # (batch, T', H' * W', emb)
+        "Dropout, then positions in space and time added."
+        out = F.dropout(tokens, self.dropout, self.training) + self.spatial_pos_embedding
+        return out + self.temporal_pos_embedding[:, : tokens.shape[1]]
+
+    def forward(
+        self,
+        video: Tensor,  # (batch, 1, T, H, W)
+        state: Tensor | None = None,  # (batch, state_channels, T): behaviour, then pupil centre
+    ) -> Tensor:  # (batch, T', H' * W', emb)
+        "Tokens at their places; `DataError` if a shape does not fit."
+        return self.place(self.embed(video, state))

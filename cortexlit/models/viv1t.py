@@ -6,13 +6,12 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['ViV1TConfig', 'ViViT', 'Heads', 'ViV1TOutput', 'ViV1T', 'published_config']
+__all__ = ['ViV1TConfig', 'ViViT', 'Layout', 'Heads', 'ViV1TOutput', 'ViV1T', 'published_config']
 
 # %% ../../neuro_nbs/06_viv1t.ipynb #57fdd199
-import copy
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -174,23 +173,58 @@ class ViViT(nn.Module):
         video: torch.Tensor,  # (B, 1, T, H, W)
         state: torch.Tensor | None,  # (B, behaviour + pupil channels, T); None if the core does without
     ) -> torch.Tensor:  # (B, emb_dim, T', H', W'), channels last in memory
-        t, h, w = self.tokenizer.grid(video.shape[2])
-        x = self.tokenizer(video, state).flatten(0, 1)  # (B T', H' W', emb)
+        return self.mix(self.tokenizer.embed(video, state))
+
+    def mix(
+        self,
+        tokens: torch.Tensor,  # (B, T', H' W', emb_dim), as `tokenizer.embed` gives them
+    ) -> torch.Tensor:  # (B, emb_dim, T', H', W'), channels last in memory
+        "Positions, and both transformers."
+        t = tokens.shape[1]
+        h, w = self.tokenizer.grid(self.tokenizer.patch[0])[1:]
+        x = self.tokenizer.place(tokens).flatten(0, 1)  # (B T', H' W', emb)
         x = self.spatial_transformer(x).unflatten(0, (-1, t)).transpose(1, 2).flatten(0, 1)
         x = self.temporal_transformer(x)  # (B H' W', T', emb)
         return x.unflatten(0, (-1, h, w)).permute(0, 4, 3, 1, 2)
 
 # %% ../../neuro_nbs/06_viv1t.ipynb #7b0f14c3
-def _for_mice(config: ViV1TConfig, neurons: Mapping[str, int]) -> ViV1TConfig:
+def _for_mice(config: PretrainedConfig, neurons: Mapping[str, int]) -> PretrainedConfig:
     "A checked copy of a config for other mice."
-    config = copy.deepcopy(config)
-    config.neurons = dict(neurons)
-    _check_options(config)
-    return config
+    return type(config)(**(config.to_dict() | {"neurons": dict(neurons)}))
+
+# %% ../../neuro_nbs/06_viv1t.ipynb #a1ay0u7c
+@dataclass(frozen=True)
+class Layout:
+    """How published code stores a model.
+
+    Parameters
+    ----------
+    config : type
+        The model's config class.
+    published : callable
+        Weights by our names -> weights by published names; leaves published names alone.
+    constants : callable
+        Config -> the constants kept beside the weights, by published name.
+    mouse : callable
+        Published name -> the mouse whose head it belongs to, or None.
+    described : callable
+        Content of args.yaml -> config.
+    visible : callable
+        Weights by published names -> config, as far as they tell.
+    """
+
+    config: type[PretrainedConfig]
+    published: Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
+    constants: Callable[[PretrainedConfig], dict[str, torch.Tensor]]
+    mouse: Callable[[str], str | None]
+    described: Callable[[Mapping[str, Any]], PretrainedConfig]
+    visible: Callable[[Mapping[str, torch.Tensor]], PretrainedConfig]
 
 # %% ../../neuro_nbs/06_viv1t.ipynb #91aad9b5
 class Heads:
-    "The side of `ViV1T` that knows mice: one core, one head per mouse."
+    "The side of a model that knows mice, and where its weights come from: one core, one head per mouse."
+
+    layout: Layout  # how the published code stores this model
 
     def _new_head(self, neurons: int) -> dict[str, nn.Module]:
         "The parts of a fresh head, by the dictionary of the model that takes them."
@@ -252,6 +286,78 @@ class Heads:
         self._attach(mouse_id, head)
         self.config.neurons = config.neurons
 
+    def train(
+        self,
+        mode: bool = True,  # False: evaluation
+    ) -> Heads:
+        "Switch dropout and sampling on or off; a core without trainable parameters stays in evaluation mode."
+        super().train(mode)
+        if mode and not any(parameter.requires_grad for parameter in self.core.parameters()):
+            self.core.eval()
+        return self
+
+    def freeze_core(self) -> Heads:  # the model itself
+        "Keep the core as it is: no gradients, no dropout. Only the heads learn."
+        self.core.requires_grad_(False)
+        return self.train(self.training)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        *args: Any,  # as in Hugging Face: a folder or repository
+        **kwargs: Any,  # as in Hugging Face
+    ) -> Heads:
+        "Load what `save_pretrained` wrote; nothing may be missing or left over."
+        wanted = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        wrong = {what: info[f"{what}_keys"] for what in ("missing", "unexpected", "mismatched")}
+        text = "; ".join(f"{len(k)} {what}: {_shortened(map(str, k))}" for what, k in wrong.items() if k)
+        if text:
+            raise DataError(f"the saved weights do not fit their config. {text}", path=args[0])
+        return (model, info) if wanted else model
+
+    def save_core(
+        self,
+        folder: str | Path,  # gets config.json and model.safetensors
+    ) -> None:
+        "Save the core without any mouse: what `from_published(folder, core_only=True)` starts from."
+        model = type(self)(_for_mice(self.config, {}))
+        model.core.load_state_dict(self.core.state_dict())
+        model.save_pretrained(folder)
+
+    def to_published(self) -> dict[str, torch.Tensor]:
+        "A copy of the weights under the names of the published code, with the constants it keeps beside them."
+        own = {name: value.detach().cpu().clone() for name, value in self.state_dict().items()}
+        return self.layout.published(own) | self.layout.constants(self.config)
+
+    @classmethod
+    def from_published(
+        cls,
+        source: str | Path | Mapping[str, Any],  # state dict, .pt file, run or saved folder, "owner/repo/run"
+        config: PretrainedConfig | None = None,  # None: what the source says, else the published options
+        mice: Iterable[str]
+        | Mapping[str, Any]
+        | None = None,  # names to keep; core_only: coordinates by name
+        core_only: bool = False,  # take the core alone and give `mice` fresh heads
+        **options: Any,  # options of the config to replace, e.g. loss="poisson"
+    ) -> Heads:  # in evaluation mode
+        "Load published weights, or our own: every array must be accounted for."
+        weights, described, where = _open_published(source, cls.layout)
+        own = config or described
+        own = type(own)(**(own.to_dict() | options)) if options else own
+        if core_only:
+            model = cls(_for_mice(own, config.neurons if mice is None and config is not None else {}))
+        else:
+            model = cls(_keep_mice(own, mice, where))
+        _fill(model, weights, set(described.neurons), core_only, where)
+        if core_only and mice is not None:
+            if not isinstance(mice, Mapping):
+                raise DataError(f"mice={mice!r} with core_only=True", expected="mice={name: coordinates}")
+            for mouse, coordinates in mice.items():
+                count = np.ndim(coordinates) == 0  # a number of neurons, for free positions
+                model.add_mouse(mouse, *((coordinates, None) if count else (len(coordinates), coordinates)))
+        return model.eval()
+
 # %% ../../neuro_nbs/06_viv1t.ipynb #dd7b5c60
 @dataclass
 class ViV1TOutput(ModelOutput):
@@ -303,8 +409,12 @@ class ViV1T(Heads, PreTrainedModel):
             parts += [value] if channels else []
         return torch.cat(parts, 1) if parts else None
 
-    def _aligned(self, trace: torch.Tensor, frames: int) -> torch.Tensor:
-        "The last `frames` response frames of (..., T): each tubelet answers for its last frame."
+    def align(
+        self,
+        trace: torch.Tensor,  # (..., T): one value for each frame of the clip
+        frames: int,  # how many response frames
+    ) -> torch.Tensor:  # (..., frames)
+        "The last response frames: each tubelet answers for its last frame."
         step = self.config.stride[0]
         if step > 1 and trace.shape[-1] != frames:
             trace = trace[..., self.config.patch[0] - 1 :: step]
@@ -312,15 +422,36 @@ class ViV1T(Heads, PreTrainedModel):
             raise DataError(f"{trace.shape[-1]} frames of behaviour or labels", expected=f"at least {frames}")
         return trace[..., trace.shape[-1] - frames :]
 
-    def encode(
+    def embed(
         self,
         video: torch.Tensor,  # (B, 1, T, H, W)
         behavior: torch.Tensor | None = None,  # (B, behavior_channels, T); of no effect with core_state=False
         pupil_center: torch.Tensor | None = None,  # (B, pupil_channels, T); likewise
+    ) -> torch.Tensor:  # (B, T', H' W', emb_dim)
+        "The clip's tokens, before dropout and positions."
+        state = self._state(behavior, pupil_center) if self.config.core_state else None
+        return self.core.tokenizer.embed(video, state)
+
+    def encode(
+        self,
+        video: torch.Tensor | None,  # (B, 1, T, H, W); None: tokens are given
+        behavior: torch.Tensor | None = None,  # (B, behavior_channels, T); of no effect with core_state=False
+        pupil_center: torch.Tensor | None = None,  # (B, pupil_channels, T); likewise
         last: int | None = None,  # keep only the last frames
+        tokens: torch.Tensor | None = None,  # (B, T', H' W', emb_dim) from `embed`, in place of the video
     ) -> torch.Tensor:  # (B, emb_dim, T' or last, H', W')
-        "The core's map of the clip."
-        features = self.core(video, self._state(behavior, pupil_center) if self.config.core_state else None)
+        "The core's map of the clip; if the core sees nothing but a video, and all are equal, computed once."
+        given = video if tokens is None else tokens
+        shared = not self.config.core_state and len(given) > 1 and bool((given[1:] == given[:1]).all())
+        if shared:
+            given = given[:1]
+        if tokens is None:
+            state = self._state(behavior, pupil_center) if self.config.core_state else None
+            features = self.core(given, state)
+        else:
+            features = self.core.mix(given)
+        if shared:
+            features = features.expand(len(video if tokens is None else tokens), -1, -1, -1, -1)
         if last is not None and not 1 <= last <= features.shape[2]:
             raise DataError(f"last={last}", expected=f"1 to {features.shape[2]}, the frames of the map")
         return features if last is None else features[:, :, -last:]
@@ -335,7 +466,7 @@ class ViV1T(Heads, PreTrainedModel):
         "Shifter, readout and modulator of one mouse on the core's map."
         mouse, frames = self._mouse(mouse_id), features.shape[2]
         state = self._state(behavior, pupil_center)
-        state = None if state is None else self._aligned(state, frames)
+        state = None if state is None else self.align(state, frames)
         shifts = None
         if self.config.shifter:
             shifts = self.shifters[mouse](state[:, self.config.behavior_channels :])
@@ -350,12 +481,15 @@ class ViV1T(Heads, PreTrainedModel):
         mouse_id: str | None = None,  # whose neurons; None: the only mouse
         labels: torch.Tensor | None = None,  # (B, neurons, T or T'): responses to fit
         features: torch.Tensor | None = None,  # (B, emb_dim, T', H', W') from `encode`, in place of the video
+        tokens: torch.Tensor | None = None,  # (B, T', H' W', emb_dim) from `embed`, in place of the video
     ) -> ViV1TOutput:
         "Responses in the last T' frames of the clip, and the loss over the last `loss_frames` of them."
-        if (video is None) == (features is None):
-            raise DataError("both or neither of video and features were given", expected="one of them")
+        if sum(given is not None for given in (video, features, tokens)) != 1:
+            raise DataError("video, features, tokens: none or several were given", expected="one of them")
         if features is None:
-            features = self.encode(video, behavior, pupil_center)
+            features = self.encode(video, behavior, pupil_center, tokens=tokens)
+        if self.training and labels is not None and self.config.loss_frames:
+            features = features[:, :, -self.config.loss_frames :]  # what does not count is not read
         raw = self.read(features, behavior, pupil_center, mouse_id)
         responses = OUTPUTS[self.config.output](raw)
         if labels is None:
@@ -366,82 +500,9 @@ class ViV1T(Heads, PreTrainedModel):
                 f"loss_frames={frames}, but the model answers for {responses.shape[-1]} frames of this clip",
                 fix="set config.loss_frames to fewer frames, or to None for all",
             )
-        labels = self._aligned(labels, responses.shape[-1])
+        labels = self.align(labels, responses.shape[-1])
         loss = loss_named(self.config.loss)(responses[..., -frames:], labels[..., -frames:])
         return ViV1TOutput(loss=loss, logits=responses)
-
-    def train(
-        self,
-        mode: bool = True,  # False: evaluation
-    ) -> ViV1T:
-        "Switch dropout and sampling on or off; a core without trainable parameters stays in evaluation mode."
-        super().train(mode)
-        if mode and not any(parameter.requires_grad for parameter in self.core.parameters()):
-            self.core.eval()
-        return self
-
-    def freeze_core(self) -> ViV1T:  # the model itself
-        "Keep the core as it is: no gradients, no dropout. Only the heads learn."
-        self.core.requires_grad_(False)
-        return self.train(self.training)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        *args: Any,  # as in Hugging Face: a folder or repository
-        **kwargs: Any,  # as in Hugging Face
-    ) -> ViV1T:
-        "Load what `save_pretrained` wrote; nothing may be missing or left over."
-        wanted = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        wrong = {what: info[f"{what}_keys"] for what in ("missing", "unexpected", "mismatched")}
-        text = "; ".join(f"{len(k)} {what}: {_shortened(map(str, k))}" for what, k in wrong.items() if k)
-        if text:
-            raise DataError(f"the saved weights do not fit their config. {text}", path=args[0])
-        return (model, info) if wanted else model
-
-    def save_core(
-        self,
-        folder: str | Path,  # gets config.json and model.safetensors
-    ) -> None:
-        "Save the core without any mouse: what `from_published(folder, core_only=True)` starts from."
-        model = ViV1T(_for_mice(self.config, {}))
-        model.core.load_state_dict(self.core.state_dict())
-        model.save_pretrained(folder)
-
-    def to_published(self) -> dict[str, torch.Tensor]:
-        "A copy of the weights under the names of the published code, with the constants it keeps beside them."
-        own = {name: value.detach().cpu().clone() for name, value in self.state_dict().items()}
-        constants = _published_constants(self.config)
-        return {_published_name(name): value for name, value in own.items()} | constants
-
-    @classmethod
-    def from_published(
-        cls,
-        source: str | Path | Mapping[str, Any],  # state dict, .pt file, run or saved folder, "owner/repo/run"
-        config: ViV1TConfig | None = None,  # None: what the source says, else the published options
-        mice: Iterable[str]
-        | Mapping[str, Any]
-        | None = None,  # names to keep; core_only: coordinates by name
-        core_only: bool = False,  # take the core alone and give `mice` fresh heads
-        **options: Any,  # options of `ViV1TConfig` to replace, e.g. loss="poisson"
-    ) -> ViV1T:  # in evaluation mode
-        "Load published weights, or our own: every array must be accounted for."
-        weights, described, where = _open_published(source)
-        own = config or described
-        own = ViV1TConfig(**(own.to_dict() | options)) if options else own
-        if core_only:
-            model = cls(_for_mice(own, config.neurons if mice is None and config is not None else {}))
-        else:
-            model = cls(_keep_mice(own, mice, where))
-        _fill(model, weights, set(described.neurons), "core." if core_only else "", where)
-        if core_only and mice is not None:
-            if not isinstance(mice, Mapping):
-                raise DataError(f"mice={mice!r} with core_only=True", expected="mice={name: coordinates}")
-            for mouse, coordinates in mice.items():
-                count = np.ndim(coordinates) == 0  # a number of neurons, for free positions
-                model.add_mouse(mouse, *((coordinates, None) if count else (len(coordinates), coordinates)))
-        return model.eval()
 
 # %% ../../neuro_nbs/06_viv1t.ipynb #f8a59722
 def _published_name(name: str) -> str:
@@ -474,17 +535,17 @@ def _shortened(names: Iterable[str]) -> str:
 def _account(
     expected: Mapping[str, torch.Tensor],  # what the model has, by published name
     found: Mapping[str, torch.Tensor],  # what the source has
-    config: ViV1TConfig,  # tells which further constants may be there
+    model: Heads,  # whose constants may be there, too
     source: str,  # for the message
 ) -> None:
     "Raise unless both hold the same names with the same shapes; constants may be there, but not contradict."
-    constants = _published_constants(config)
+    constants = model.layout.constants(model.config)
     for name in sorted(name for name in found.keys() & constants.keys() if name.endswith(".scale")):
         if abs(float(found[name]) / float(constants[name]) - 1) > 1e-4:
             raise DataError(
                 f"{name} is {float(found[name]):.4f}: these weights have heads of width {float(found[name]) ** -2:.0f}",
                 path=source,
-                expected=f"{float(constants[name]):.4f}, for head_dim={config.head_dim}",
+                expected=f"{float(constants[name]):.4f}, for head_dim={float(constants[name]) ** -2:.0f}",
             )
     found = {name: value for name, value in found.items() if name not in constants}
     wrong = {"missing": expected.keys() - found.keys(), "unexpected": found.keys() - expected.keys()}
@@ -498,7 +559,7 @@ def _account(
         raise DataError(
             f"these weights do not fit the model. {text}",
             path=source,
-            fix="give the options they were made with: config=ViV1TConfig(...)",
+            fix=f"give the options they were made with: config={type(model.config).__name__}(...)",
         )
 
 # %% ../../neuro_nbs/06_viv1t.ipynb #e308806c
@@ -644,19 +705,20 @@ def _download(source: str) -> Path:
 # %% ../../neuro_nbs/06_viv1t.ipynb #79828d73
 def _open_published(
     source: str | Path | Mapping[str, Any],
+    layout: Layout,
 ) -> tuple[
-    dict[str, torch.Tensor], ViV1TConfig, str
+    dict[str, torch.Tensor], PretrainedConfig, str
 ]:  # weights by published name, their options, the source's name
-    "Weights from any of the sources of `ViV1T.from_published`."
+    "Weights from any of the sources of `from_published`."
     config, where = None, "a state dict"
     if not isinstance(source, Mapping):
         path = Path(source).expanduser()
         path = path if path.exists() else _download(str(source))
         where = str(path)
         if (path / "config.json").is_file():
-            config, path = ViV1TConfig.from_pretrained(path), path / "model.safetensors"
+            config, path = layout.config.from_pretrained(path), path / "model.safetensors"
         elif (path / "args.yaml").is_file():
-            config = published_config(yaml.safe_load((path / "args.yaml").read_text(encoding="utf-8")))
+            config = layout.described(yaml.safe_load((path / "args.yaml").read_text(encoding="utf-8")))
             path = path / "ckpt" / "model_state.pt"
         elif path.is_dir():
             raise MissingError(
@@ -664,13 +726,13 @@ def _open_published(
             )
         source = _read_weights(path)
     source = source.get("model", source) if isinstance(source, Mapping) else {"": source}
-    weights = {_published_name(name.replace("_orig_mod.", "")): value for name, value in source.items()}
-    if not all(isinstance(value, torch.Tensor) for value in weights.values()):
+    if not all(isinstance(value, torch.Tensor) for value in source.values()):
         raise DataError("this is no state dict", path=where, expected="names and tensors")
-    return weights, config or _visible_config(weights), where
+    weights = layout.published({name.replace("_orig_mod.", ""): value for name, value in source.items()})
+    return weights, config or layout.visible(weights), where
 
 # %% ../../neuro_nbs/06_viv1t.ipynb #ae2ac8d2
-def _keep_mice(config: ViV1TConfig, mice: Iterable[str] | None, where: str) -> ViV1TConfig:
+def _keep_mice(config: PretrainedConfig, mice: Iterable[str] | None, where: str) -> PretrainedConfig:
     "The config for some of its mice; None: all."
     keep = list(config.neurons if mice is None else mice)
     if isinstance(mice, Mapping) or set(keep) - set(config.neurons):
@@ -683,10 +745,35 @@ def _keep_mice(config: ViV1TConfig, mice: Iterable[str] | None, where: str) -> V
     return _for_mice(config, {mouse: config.neurons[mouse] for mouse in keep})
 
 
-def _fill(model: ViV1T, weights: Mapping[str, torch.Tensor], mice: set[str], part: str, where: str) -> None:
-    "Load the weights whose names start with `part`, leaving out mice the model does not have, and nothing else."
-    out = tuple(f"{head}.{mouse}." for head in _HEADS for mouse in mice - set(model.config.neurons))
-    weights = {k: v for k, v in weights.items() if k.startswith(part) and not k.startswith(out)}
-    own = {name: value for name, value in model.state_dict().items() if name.startswith(part)}
-    _account({_published_name(name): value for name, value in own.items()}, weights, model.config, where)
-    model.load_state_dict({name: weights[_published_name(name)] for name in own}, strict=not part)
+def _fill(
+    model: Heads, weights: Mapping[str, torch.Tensor], mice: set[str], core_only: bool, where: str
+) -> None:
+    "Load all weights but those of `mice` the model does not have; with `core_only`, of any mouse."
+    layout, own, out = model.layout, model.state_dict(), mice - set(model.config.neurons)
+
+    def kept(name: str) -> bool:
+        mouse = layout.mouse(name)
+        return mouse is None if core_only else mouse not in out
+
+    names = {name: next(iter(layout.published({name: value}))) for name, value in own.items()}
+    own = {name: value for name, value in own.items() if kept(names[name])}
+    weights = {name: value for name, value in weights.items() if kept(name)}
+    _account(layout.published(own), weights, model, where)
+    weights = {name: weights[names[name]].reshape(value.shape) for name, value in own.items()}
+    model.load_state_dict(weights, strict=not core_only)
+
+
+def _mouse_of(name: str) -> str | None:
+    "The mouse whose head a weight belongs to."
+    head, mouse, *_ = [*name.split("."), ""]
+    return mouse if head in _HEADS else None
+
+
+ViV1T.layout = Layout(
+    config=ViV1TConfig,
+    published=lambda weights: {_published_name(name): value for name, value in weights.items()},
+    constants=_published_constants,
+    mouse=_mouse_of,
+    described=published_config,
+    visible=_visible_config,
+)

@@ -31,12 +31,14 @@ from cortexlit.core import (
 )
 
 # %% auto #0
-__all__ = ['STATE', 'fingerprint', 'weights_digest', 'CachedFeatures', 'cached_features']
+__all__ = ['STATE', 'STAGES', 'core_inputs', 'fingerprint', 'weights_digest', 'CachedFeatures', 'cached_features']
 
-# %% ../../neuro_nbs/06a_features.ipynb #e399b37f
+# %% ../../neuro_nbs/06a_features.ipynb #8d2d2d55
 @torch.inference_mode()
-def _encode(model: Any, items: list[Mapping[str, torch.Tensor]], last: int) -> torch.Tensor:
-    "The core's output for a few samples, (samples, channels, last, rows, columns), without dropout."
+def _frozen(
+    model: Any, items: list[Mapping[str, torch.Tensor]], last: int, stage: str = "features"
+) -> torch.Tensor:
+    "What the core (or its tokenizer) gives for a few samples, without dropout: (samples, ...)."
     device = next(model.parameters()).device
     fields = [
         torch.stack([item[name] for item in items]).to(device) if name in items[0] else None
@@ -45,18 +47,21 @@ def _encode(model: Any, items: list[Mapping[str, torch.Tensor]], last: int) -> t
     was = model.core.training
     model.core.eval()
     try:
-        return model.encode(*fields, last=last)
+        return model.encode(*fields, last=last) if stage == "features" else model.embed(*fields)
     finally:
         model.core.train(was)
 
-# %% ../../neuro_nbs/06a_features.ipynb #63957109
+# %% ../../neuro_nbs/06a_features.ipynb #daf4f732
 STATE = ("behavior", "pupil_center")
+STAGES = ("features", "tokens")  # what can be kept: the core's output, or its tokenizer's
 
 
-def _rows(
+def core_inputs(
+    model: Any,  # with a config; core_state=False there: the core sees only video or image
     dataset: Any,  # map-style
-    fields: tuple[str, ...],  # those that enter the core
-) -> list[str]:  # (samples,) a name for what enters the core: equal for samples that can share a row
+) -> list[str]:  # (samples,) 16 hex digits each, equal for samples that are equal to the core
+    "Content hash of what enters the core, sample by sample."
+    fields = ("video", "image", *(STATE if getattr(model.config, "core_state", True) else ()))
     names = []
     for i in range(len(dataset)):
         known, item = hashlib.sha256(), dataset[i]
@@ -116,9 +121,9 @@ def weights_digest(
         known.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return known.hexdigest()[:16]
 
-# %% ../../neuro_nbs/06a_features.ipynb #9139ac15
+# %% ../../neuro_nbs/06a_features.ipynb #1cd21f6a
 class CachedFeatures:
-    "A dataset whose items hold `features` in place of `video`; features are read from a finished cache folder."
+    "A dataset whose items hold `features` (or `tokens`) in place of `video`, read from a finished cache folder."
 
     def __init__(
         self,
@@ -151,16 +156,16 @@ class CachedFeatures:
     def features(
         self,
         i: int,  # position in the dataset
-    ) -> torch.Tensor:  # (channels, last, rows, columns) float32
-        "What the core gives for one sample."
+    ) -> torch.Tensor:  # (channels, last, rows, columns) float32; tokens (moments, rows * columns, channels)
+        "What is kept of one sample."
         return _unpack(self._rows[self.card["row"][i]], self.card["dtype"])
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
         item = dict(self.dataset[i])
         del item["video"]
-        return item | {"features": self.features(i)}
+        return item | {self.card["stage"]: self.features(i)}
 
-# %% ../../neuro_nbs/06a_features.ipynb #9690c3b0
+# %% ../../neuro_nbs/06a_features.ipynb #42b967ad
 def _need_space(folder: Path, n_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < 1.05 * n_bytes:
@@ -198,7 +203,8 @@ def _build(
         for k in range(0, len(todo), batch_size):
             at = todo[k : k + batch_size]
             rows[at] = _pack(
-                _encode(model, [dataset[int(i)] for i in first[at]], plan["last"]), plan["dtype"]
+                _frozen(model, [dataset[int(i)] for i in first[at]], plan["last"], plan["stage"]),
+                plan["dtype"],
             )
             rows.flush()
             done[at] = True
@@ -210,25 +216,29 @@ def _build(
     flags.unlink()
     os.replace(work, path)
 
-# %% ../../neuro_nbs/06a_features.ipynb #dffc3513
+# %% ../../neuro_nbs/06a_features.ipynb #a8bd9e31
 def cached_features(
     model: Any,  # a `ViV1T`, or any model with `core` and `encode(video, behavior, pupil_center, last)`
     dataset: Any,  # map-style, with the items of `MouseDataset`
     folder: str | Path | None = None,  # where caches are kept; default `_data/features`
-    last: int = 66,  # how many of the last frames to keep
+    last: int = 66,  # how many of the last frames to keep (of tokens, all are kept)
     dtype: str = "float16",  # on disk; or "bfloat16" or "float32"
     batch_size: int = 1,  # samples in one pass through the core
     progress: bool = True,  # announce the size, show a progress bar
+    stage: str = "features",  # the core's output; or "tokens": its tokenizer's, which adapters leave as it is
 ) -> CachedFeatures:
-    "The dataset with the core's output in place of its videos; computed once, then read."
+    "The dataset with the core's output, or its tokens, in place of its videos; computed once, then read."
     if dtype not in _STORED:
         raise DataError(f"dtype {dtype!r}", expected=f"one of {', '.join(_STORED)}")
-    first = _encode(model, [dataset[0]], last)[0].float().cpu()
+    if stage not in STAGES:
+        raise DataError(f"stage {stage!r}", expected=f"one of {', '.join(STAGES)}")
+    first = _frozen(model, [dataset[0]], last, stage)[0].float().cpu()
     device = next(model.parameters()).device.type
-    row = _rows(dataset, ("video", *STATE) if getattr(model.config, "core_state", True) else ("video",))
+    row = core_inputs(model, dataset)
     place = {name: k for k, name in enumerate(dict.fromkeys(row))}
     plan = {
-        "core": weights_digest(model.core),
+        "stage": stage,
+        "core": weights_digest(model.core if stage == "features" else model.core.tokenizer),
         "data": digest(row),
         "samples": len(row),
         "row": [place[name] for name in row],

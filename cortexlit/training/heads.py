@@ -105,7 +105,10 @@ def _look(readout: torch.nn.Module, wanted: torch.Tensor) -> None:
             readout._mu.copy_(wanted.clamp(-1, 1)[None, :, None])
         return
     xy = torch.cat([readout.source_grid, torch.ones(len(wanted), 1)], 1)
-    plane = xy @ torch.linalg.lstsq(xy, wanted).solution
+    solved = torch.linalg.lstsq(
+        xy.double(), wanted.double()
+    ).solution  # LAPACK's last digits vary from call to call
+    plane = (xy.double() @ solved).float()
     optimiser = torch.optim.Adam(readout.mu_transform.parameters(), lr=1e-2)
     for _ in range(400):
         optimiser.zero_grad()

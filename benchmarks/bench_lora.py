@@ -1,0 +1,166 @@
+"""Time and memory of a training step with adapters, against full fine-tuning, and with kept tokens.
+
+python benchmarks/bench_lora.py --out FILE.json [--rounds 1] [--steps 2] [--threads 2] [--device cpu]
+
+published: the published size, one clip of 140 frames, bfloat16 autocast. Adapters are those of study 1. Full
+           fine-tuning is what the others are compared with.
+demo:      the demonstration core, a batch of the ten repeats of one clip (the core runs once for them), float32.
+Every variant runs in a process of its own; its losses are recorded, so that variants which must agree can be seen to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from bench_viv1t import peak_mib, published
+
+from cortexlit.core import provenance, write_json
+from cortexlit.models.adapters import Adapters, add_adapters
+from cortexlit.models.viv1t import ViV1T
+from cortexlit.training.pretraining import demo_core
+
+VARIANTS = {
+    "published": ["full", "r8-all", "r8-all, kept tokens", "r8-fused", "r32-all"],
+    "demo": ["full", "r8-all", "r8-all, kept tokens", "r8-all, core once per repeat"],
+}
+
+
+def demo(device: str) -> tuple[ViV1T, dict[str, torch.Tensor]]:
+    "The demonstration core with a fresh head, and ten repeats of one random clip."
+    torch.manual_seed(0)
+    model = ViV1T.from_published(demo_core(), core_only=True, mice={})
+    model.add_mouse("A", 64, torch.rand(64, 2), torch.rand(64))
+    batch = {
+        "video": torch.rand(1, 1, 140, 36, 64).expand(10, -1, -1, -1, -1),
+        "behavior": torch.rand(10, 2, 140),
+        "pupil_center": torch.rand(10, 2, 140),
+        "labels": torch.rand(10, 64, 140),
+    }
+    return model.to(device), {name: x.to(device) for name, x in batch.items()}
+
+
+def prepared(part: str, variant: str, device: str) -> Callable[[], float]:
+    "A training step; returns its loss."
+    model, batch = (published if part == "published" else demo)(device)
+    if variant != "full":
+        rank, targets = variant.split(",")[0].split("-")
+        add_adapters(model, Adapters(int(rank[1:]), targets))
+    if "tokens" in variant:
+        with torch.no_grad():
+            state = {name: batch[name] for name in ("behavior", "pupil_center")}
+            batch["tokens"] = model.embed(batch.pop("video"), **state)
+    if "once per repeat" in variant:
+        batch["video"] = batch["video"].clone()
+        batch["video"][1:, ..., 0, 0, 0] += 1e-6  # no longer equal
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    torch.manual_seed(1)
+
+    def step() -> float:
+        optimizer.zero_grad()
+        with torch.autocast(device, torch.bfloat16, enabled=part == "published"):
+            loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        return float(loss)
+
+    return step
+
+
+def work(part: str, variant: str, args: argparse.Namespace) -> dict[str, object]:
+    "Seconds, memory and losses of one variant in this process."
+    torch.set_num_threads(args.threads)
+    step = prepared(part, variant, args.device)
+    before, seconds, losses = peak_mib(args.device), [], []
+    for _ in range(args.steps + 1):  # the first is not counted
+        start = time.perf_counter()
+        losses.append(step())
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": seconds[1:], "losses": losses, "extra_mib": peak_mib(args.device) - before}
+
+
+def compare(part: str, args: argparse.Namespace) -> list[dict[str, object]]:
+    "All variants of a part in turn; one case for each but the first."
+    found: dict[str, list[dict]] = {variant: [] for variant in VARIANTS[part]}
+    for _ in range(args.rounds):
+        for variant in found:
+            job = [sys.executable, __file__, "--worker", part, variant, "--steps", str(args.steps)]
+            job += ["--threads", str(args.threads), "--device", args.device]
+            done = subprocess.run(job, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{part}: {variant}\n{done.stderr}")
+            found[variant].append(json.loads(done.stdout.splitlines()[-1]))
+            least = min(found[variant][-1]["seconds"])
+            print(
+                f"{part}: {variant}: {least:.3f} s, {found[variant][-1]['extra_mib']:.0f} MiB",
+                file=sys.stderr,
+            )
+    seconds = {variant: [s for run in runs for s in run["seconds"]] for variant, runs in found.items()}
+    memory = {variant: max(run["extra_mib"] for run in runs) for variant, runs in found.items()}
+    losses = {variant: runs[0]["losses"] for variant, runs in found.items()}
+    plain = losses["r8-all"]
+    return [
+        {
+            "part": part,
+            "variant": variant,
+            "full_s": seconds["full"],
+            "variant_s": seconds[variant],
+            "ratio_of_medians": statistics.median(seconds["full"]) / statistics.median(seconds[variant]),
+            "full_extra_mib": memory["full"],
+            "extra_mib": memory[variant],
+            "ratio_of_memory": memory["full"] / memory[variant],
+            "losses": losses[variant],
+            **(
+                {
+                    "against_r8_all": statistics.median(seconds["r8-all"])
+                    / statistics.median(seconds[variant]),
+                    "largest_difference_of_losses": float(
+                        np.abs(np.array(losses[variant]) / plain - 1).max()
+                    ),
+                }
+                if variant.startswith("r8-all,")
+                else {}
+            ),
+        }
+        for variant in VARIANTS[part][1:]
+    ]
+
+
+def main() -> None:
+    "Command line."
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", help="JSON file to write")
+    parser.add_argument("--parts", nargs="+", default=list(VARIANTS), help="what to measure")
+    parser.add_argument("--rounds", type=int, default=1, help="processes started for each variant")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps in each process")
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--worker", nargs=2, metavar=("PART", "VARIANT"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        print(json.dumps(work(*args.worker, args)))
+        return
+    if not args.out:
+        parser.error("--out is needed")
+    cases = [case for part in args.parts for case in compare(part, args)]
+    device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
+    options = {"threads": args.threads, "rounds": args.rounds, "steps": args.steps, "device": device}
+    write_json(args.out, {"cases": cases, "provenance": provenance(**options)})
+    for case in cases:
+        print(json.dumps({k: v for k, v in case.items() if not k.endswith("_s")}))
+
+
+if __name__ == "__main__":
+    main()

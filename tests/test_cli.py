@@ -1,0 +1,101 @@
+"""`cortexlit fit` and `cortexlit grid` as a job script uses them."""
+
+import json
+import sys
+
+import pytest
+from toy_training import FRAMES, LAST, tiny_model
+from toys import toy_recording
+
+from cortexlit import cli
+from cortexlit.data.clips import build_dataset
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    "Dataset folder and core folder, as text."
+    folder = tmp_path_factory.mktemp("cli")
+    build_dataset(toy_recording(), folder / "data", clip_frames=FRAMES, size=(10, 14), split="stimuli", gap=5)
+    tiny_model(core_state=False).save_core(folder / "core")
+    return str(folder / "data"), str(folder / "core")
+
+
+def run(capsys, monkeypatch, *words: str) -> tuple[int, dict]:
+    "Exit code and the JSON document of `cortexlit WORDS --json`."
+    monkeypatch.setattr(sys, "argv", ["cortexlit", *words, "--json"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+        sys.exit(0)
+    out = capsys.readouterr().out
+    return int(end.value.code or 0), json.loads(out)
+
+
+@pytest.mark.parametrize(
+    "adapt", [(), ("--adapt", "lora", "--rank", "16", "--targets", "fused"), ("--adapt", "full")]
+)
+def test_fit_and_again(inputs, tmp_path, capsys, monkeypatch, adapt):
+    data, core = inputs
+    words = ["fit", data, "--core", core, "--last", str(LAST), "--out", str(tmp_path / "run"), *adapt]
+    code, found = run(capsys, monkeypatch, *words)
+    assert (
+        code == 0 and found["folder"] == str(tmp_path / "run") and -1 <= found["validation_correlation"] <= 1
+    )
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["adapt"] == (adapt[1] if adapt else "head")
+    assert (config["adapters"] or {}).get("rank") == (16 if "lora" in adapt else None)
+    again = run(capsys, monkeypatch, *words)
+    assert again == (code, found), again[1].get("error")
+    code, refused = run(capsys, monkeypatch, *words, "--no-resume")
+    assert code == 1 and "there is a run in this folder" in refused["error"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["fit", "--adapt", "adapters"], "head, lora, full"),
+        (["fit", "--rank", "8"], "--adapt lora"),
+        (["fit", "--adapt", "full", "--targets", "all"], "--adapt lora"),
+        (["fit", "--adapt", "lora", "--rank", "12"], "8, 16, 32"),
+        (["fit", "--adapt", "lora", "--targets", "everything"], "all, fused"),
+        (["fit", "--scale", "large"], "paper, demo"),
+        (["grid", "--rank", "8", "--rank", "9"], "8, 16, 32"),
+        (["grid", "--targets", "head"], "all, fused"),
+        (["grid", "--seeds", "0"], "from 1 up"),
+        (["grid", "--storage", "grid.db", "--seeds", "1"], "database URL"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_what_can(inputs, capsys, monkeypatch, words, told):
+    data, core = inputs
+    code, refused = run(capsys, monkeypatch, words[0], data, *words[1:], "--core", core, "--last", str(LAST))
+    assert code == 1 and told in refused["error"]
+
+
+def test_paper_scale_wants_published_weights(inputs, capsys, monkeypatch):
+    code, refused = run(capsys, monkeypatch, "grid", inputs[0], "--scale", "paper")
+    assert code == 1 and "--core" in refused["error"]
+
+
+def test_grid_shows_every_run_and_goes_on(inputs, tmp_path, capsys, monkeypatch):
+    data, core = inputs
+    storage = f"sqlite:///{tmp_path / 'elsewhere.db'}"
+    words = [
+        "grid",
+        data,
+        "--core",
+        core,
+        "--last",
+        str(LAST),
+        "--out",
+        str(tmp_path / "grid"),
+        "--storage",
+        storage,
+    ]
+    words += ["--rank", "8", "--targets", "fused", "--full"]
+    code, found = run(capsys, monkeypatch, *words, "--seeds", "1")
+    assert code == 0 and found["storage"] == storage
+    assert [(r["configuration"], r["seed"]) for r in found["runs"]] == [("r8-fused", 0), ("full", 0)]
+    code, found = run(capsys, monkeypatch, *words, "--seeds", "2")
+    assert [r["seed"] for r in found["runs"]] == [0, 1, 0, 1] and found["best"] in ("r8-fused", "full")
+    code, refused = run(capsys, monkeypatch, *words, "--seeds", "2", "--no-resume")
+    assert code == 1 and "finished runs" in refused["error"]

@@ -1,0 +1,117 @@
+"""Comparisons of models: arithmetic, invariances, and what goes wrong."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cortexlit.core import DataError
+from cortexlit.evaluation.comparison import compare
+from cortexlit.evaluation.metrics import mean_score
+
+
+def scores(models="abc", seeds=3, samples=6, neurons=5, seed=0):
+    draw = np.random.default_rng(seed)
+    return {name: draw.normal(size=(seeds, samples, neurons)) for name in models}
+
+
+def test_scores_are_plain_means_and_differences_of_them():
+    given_scores = scores()
+    found = compare(given_scores)
+    by_name = found.models.set_index("model")["score"]
+    for name, values in given_scores.items():
+        assert by_name[name] == pytest.approx(values.mean())
+        assert by_name[name] == pytest.approx(np.mean([mean_score(v) for v in values]))
+    assert found.models["score"].is_monotonic_decreasing
+    for row in found.pairs.itertuples():
+        assert (
+            row.difference == pytest.approx(by_name[row.better] - by_name[row.worse]) and row.difference >= 0
+        )
+        assert row.low <= row.difference <= row.high and row.settled == (row.low > 0)
+    assert len(found.pairs) == 3 and found.models["first"].sum() == pytest.approx(1)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 1000), st.floats(-5, 5), st.floats(0.1, 10))
+def test_shared_levels_cancel_and_units_scale(seed, shift, factor):
+    first = scores(seed=seed)
+    level = np.random.default_rng(seed + 1).normal(size=(6, 1)) * shift + shift
+    a = compare(first).pairs
+    b = compare({n: factor * (v + level) for n, v in first.items()}).pairs
+    pd.testing.assert_frame_equal(a[["better", "worse"]], b[["better", "worse"]])
+    np.testing.assert_allclose(b["difference"], factor * a["difference"], rtol=1e-6, atol=1e-9)
+    half = [(p["high"] - p["difference"]) / scale for p, scale in ((a, 1), (b, factor))]
+    np.testing.assert_allclose(half[1], half[0], rtol=0.06)  # the factor comes from 10,000 draws
+
+
+def test_a_model_compared_with_itself_differs_by_nothing():
+    values = scores("a")["a"]
+    found = compare({"a": values, "b": values.copy()})
+    assert found.pairs[["difference", "low", "high"]].to_numpy() == pytest.approx(0)
+    assert not found.pairs["settled"].any() and "not distinguishable" in found.statement
+
+
+def test_a_clear_winner_is_settled():
+    values = scores("a")["a"]
+    found = compare({"low": values, "high": values + 1, "middle": values + 0.5})
+    assert found.models["model"].tolist() == ["high", "middle", "low"]
+    assert found.pairs["settled"].all() and found.models["first"].iloc[0] > 0.99
+    assert "is distinguishable from noise: 3 of 3" in found.statement
+
+
+def test_undefined_entries_are_left_out():
+    values = scores("ab")
+    values["a"][:, :, 2] = np.nan
+    found = compare(values).models.set_index("model")
+    assert found.loc["a", "score"] == pytest.approx(np.nanmean(values["a"]))
+    assert np.isfinite(found[["low", "high"]]).all(axis=None)
+
+
+def test_repeats_of_a_clip_travel_together():
+    first = scores()
+    again = compare({n: np.repeat(v, 4, 1) for n, v in first.items()}, clip=np.repeat(np.arange(6), 4))
+    pd.testing.assert_frame_equal(again.pairs, compare(first).pairs)
+
+
+def test_one_training_run_and_the_same_seed_twice():
+    first = {n: v[0] for n, v in scores().items()}
+    a, b = compare(first, seed=3), compare(first, seed=3)
+    pd.testing.assert_frame_equal(a.models, b.models)
+    pd.testing.assert_frame_equal(a.pairs, b.pairs)
+    assert a.models["seeds"].tolist() == [1] * 3 and a.models["spread over seeds"].isna().all()
+    assert not compare(first, seed=4).models["first"].equals(a.models["first"])
+
+
+def test_the_variance_is_that_of_independent_entries_when_they_are():
+    draw, errors = np.random.default_rng(0), []
+    for _ in range(100):
+        found = compare({n: draw.normal(size=(4, 10, 20)) for n in "ab"}).models
+        errors.append((found["high"] - found["low"]).mean() / 2 / 2)
+    assert 1 < np.mean(errors) * np.sqrt(800) < 1.4
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_the_variance_is_that_of_the_groups_when_they_differ(axis):
+    draw, errors, shape = np.random.default_rng(axis), [], [8, 12, 20]
+    shared = [1, 1, 1]
+    shared[axis] = shape[axis]
+    for _ in range(100):
+        values = {n: np.broadcast_to(draw.normal(size=shared), shape) for n in "ab"}
+        found = compare(values).models
+        errors.append(((found["high"] - found["low"]) / 2 / 2).mean())
+    assert np.mean(errors) == pytest.approx(1 / np.sqrt(shape[axis]), rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: {"a": s["a"]}, "two or more"),
+        (lambda s: s | {"b": s["b"][:, 1:]}, "equal for all models"),
+        (lambda s: {n: v[0, 0] for n, v in s.items()}, "seeds, samples, neurons"),
+        (lambda s: s | {"b": np.full_like(s["b"], np.nan)}, "no score of b"),
+    ],
+)
+def test_what_cannot_be_compared(change, words):
+    with pytest.raises(DataError, match=words):
+        compare(change(scores()))

@@ -1,0 +1,223 @@
+"""The grid: every cell once, whoever runs it and whatever happens to him."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from optuna.trial import TrialState
+from toy_training import FRAMES, tiny_model
+from toys import toy_recording
+
+from cortexlit.core import DataError
+from cortexlit.data.clips import MouseDataset, build_dataset
+from cortexlit.evaluation.metrics import single_trial_correlation
+from cortexlit.models.adapters import Adapters, load_adapters
+from cortexlit.training import lora
+from cortexlit.training.lora import FULL, STUDY, Configuration, Grid, at_scale, clip_folds
+from cortexlit.training.trainer import predict
+
+TESTS = Path(__file__).parent
+LAST = 8
+CONFIGURATIONS = (
+    Configuration("small", Adapters(2, "fused"), 0.01, "cosine", (1,)),
+    Configuration("large", Adapters(4, "all"), 0.01, "linear", (1, 1)),
+)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    "A dataset folder and a core."
+    folder = tmp_path_factory.mktemp("grid")
+    build_dataset(toy_recording(), folder / "data", clip_frames=FRAMES, size=(10, 14), split="stimuli", gap=5)
+    tiny_model(core_state=False).save_core(folder / "core")
+    return folder / "data", folder / "core"
+
+
+@pytest.fixture(autouse=True)
+def private(private_folders):
+    "Heads and features of these tests are not those of the checkout."
+
+
+def grid(inputs, out: Path, configurations=CONFIGURATIONS, seeds=(0, 1), **options) -> Grid:
+    root, core = inputs
+    return Grid(
+        root,
+        configurations,
+        seeds,
+        core=core,
+        out=out,
+        last=LAST,
+        head={"epochs": 1},
+        batch_size=4,
+        **options,
+    )
+
+
+def test_the_studys_configurations():
+    assert [(c.adapters.rank, c.adapters.targets) for c in STUDY] == [
+        (rank, targets) for rank in (8, 16, 32) for targets in ("all", "fused")
+    ]
+    assert [c.lr for c in STUDY] == [0.0036, 0.001, 0.001, 0.001, 0.0036, 0.001]
+    assert [c.schedule for c in STUDY] == ["linear", "cosine"] * 1 + ["linear", "cosine"] * 2
+    assert [c.epochs for c in STUDY] == [(25,), (25, 35), (30,), (30,), (35,), (35,)]
+    assert all(c.adapters.config().lora_alpha == 2 * c.adapters.rank for c in STUDY)
+    assert [c.epochs for c in at_scale([*STUDY, FULL], "demo")] == [
+        (2,),
+        (2, 2),
+        (2,),
+        (2,),
+        (2,),
+        (2,),
+        (2,),
+    ]
+    assert at_scale(STUDY, "paper") == list(STUDY)
+    with pytest.raises(DataError, match="paper, demo"):
+        at_scale(STUDY, "large")
+
+
+def test_a_grid_and_what_it_keeps(inputs, tmp_path, capsys):
+    done = grid(inputs, tmp_path / "grid").run()
+    assert capsys.readouterr().out.count("validation correlation") == 4
+    table = done.table()
+    assert list(zip(table["configuration"], table["seed"], strict=True)) == [
+        ("small", 0), ("small", 1), ("large", 0), ("large", 1)
+    ]  # fmt: skip
+    assert table["epochs"].tolist() == ["1", "1", "1+1", "1+1"]
+    assert done.best() == table.groupby("configuration")["validation"].mean().idxmax()
+    for name, seed, value in table[["configuration", "seed", "validation"]].itertuples(index=False):
+        run = tmp_path / "grid" / f"{name}-seed{seed}"
+        kept = {"config.json", "provenance.json", "history.csv", "curves.png", "best", "tensorboard"}
+        assert kept <= {path.name for path in run.iterdir()}
+        assert json.loads((run / "config.json").read_text())["adapters"]["rank"] in (2, 4)
+        model = done.start(seed).model
+        load_adapters(model, run / "best" / "adapters")
+        validation = MouseDataset(inputs[0], "validation")
+        labels = np.stack([validation[i]["labels"][:, -LAST:].numpy() for i in range(len(validation))])
+        assert single_trial_correlation(predict(model, validation, LAST), labels) == pytest.approx(
+            value, abs=1e-4
+        )
+    trial = done.study().trials[0]
+    assert set(trial.user_attrs) == {"folder", "best_epoch", "seconds"} and trial.intermediate_values
+    # again, and with one seed more: nothing is run twice
+    grid(inputs, tmp_path / "grid").run()
+    assert not capsys.readouterr().out
+    grid(inputs, tmp_path / "grid", seeds=(0, 1, 2)).run()
+    assert capsys.readouterr().out.count("seed 2") == 2
+
+
+def test_the_test_tier_is_predicted_once(inputs, tmp_path, monkeypatch):
+    done = grid(inputs, tmp_path / "grid", seeds=(0,)).run(progress=False)
+    first = done.predictions()
+    assert set(first) == {("small", 0), ("large", 0)}
+    shape = (len(MouseDataset(inputs[0], "test")), 5, LAST)
+    assert all(p.shape == shape and np.isfinite(p).all() for p in first.values())
+    monkeypatch.setattr(lora, "predict", None)
+    again = done.predictions()
+    assert all((again[k] == first[k]).all() for k in first)
+
+
+WORKER = """
+from test_lora import grid
+from pathlib import Path
+import test_lora
+from cortexlit.training import lora
+lora._HEARTBEAT = 1
+root, core, out, deadly = sys.argv[1:]
+if deadly == "yes":
+    import os, signal
+    fit = lora.fit
+    def dies(*args, **options):
+        done = fit(*args, **options)
+        if "large" in str(options["out"]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return done
+    lora.fit = dies
+grid((Path(root), Path(core)), Path(out)).run()
+"""
+
+
+def worker(inputs, out: Path, folder: Path, deadly: str = "no") -> subprocess.Popen:
+    script = folder / f"worker-{deadly}.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(TESTS)!r})\n" + WORKER)
+    command = [sys.executable, str(script), *map(str, inputs), str(out), deadly]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder)
+
+
+def test_two_workers_share_a_study_and_nothing_is_run_twice(inputs, tmp_path):
+    workers = [worker(inputs, tmp_path / "grid", tmp_path) for _ in range(2)]
+    told = [w.communicate(timeout=240) for w in workers]
+    assert [w.returncode for w in workers] == [0, 0], told
+    lines = Counter(line.split(":")[0] for out, _ in told for line in out.splitlines())
+    assert lines == {f"{name}, seed {seed}": 1 for name in ("small", "large") for seed in (0, 1)}
+    table = grid(inputs, tmp_path / "grid").table()
+    assert len(table) == 4
+
+
+def test_a_killed_workers_trial_is_taken_over(inputs, tmp_path, monkeypatch):
+    died = worker(inputs, tmp_path / "grid", tmp_path, "yes")
+    died.communicate(timeout=240)
+    assert died.returncode == -9
+    monkeypatch.setattr(lora, "_HEARTBEAT", 1)
+    again = grid(inputs, tmp_path / "grid")
+    assert [t.state for t in again.study().trials].count(TrialState.RUNNING) == 1
+    again.run(progress=False)
+    states = Counter(t.state for t in again.study().trials)
+    assert states == {TrialState.COMPLETE: 4, TrialState.FAIL: 1}
+    assert len(again.table()) == 4
+
+
+def test_a_cell_queued_twice_is_run_once(inputs, tmp_path, capsys):
+    one = grid(inputs, tmp_path / "grid", seeds=(0,))
+    study = one.study()
+    for _ in range(2):  # as if two workers had looked at the same moment
+        for cell in one.cells:
+            study.enqueue_trial(cell)
+    one.run()
+    assert capsys.readouterr().out.count("validation correlation") == 2
+    assert Counter(t.state for t in study.trials) == {TrialState.COMPLETE: 2, TrialState.PRUNED: 2}
+
+
+def test_an_interrupted_trial_is_run_again(inputs, tmp_path, monkeypatch):
+    one, real = grid(inputs, tmp_path / "grid", seeds=(0,)), lora.fit
+
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lora, "fit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        one.run()
+    monkeypatch.setattr(lora, "fit", real)
+    assert len(one.run(progress=False).table()) == 2
+
+
+def test_other_options_are_another_study(inputs, tmp_path):
+    names = {
+        grid(inputs, tmp_path / "grid", **options).name
+        for options in ({}, {"weight_decay": 0.1}, {"configurations": CONFIGURATIONS[:1]}, {"seeds": (7,)})
+    }
+    assert len(names) == 3  # more seeds are the same study
+
+
+def test_bad_storage_and_empty_grids(inputs, tmp_path):
+    with pytest.raises(DataError, match="database URL"):
+        grid(inputs, tmp_path / "grid", storage="grid.db").run()
+    with pytest.raises(DataError, match="one or more"):
+        grid(inputs, tmp_path / "grid", seeds=())
+
+
+def test_folds_hold_out_every_clip_once(inputs):
+    folds = clip_folds(inputs[0], 3, seed=1)
+    tiers = [MouseDataset(inputs[0], tier) for tier in ("train", "validation")]
+    clip = np.concatenate([tier.samples["clip"] for tier in tiers])
+    seen = np.concatenate([validation.indices for _, validation in folds])
+    assert sorted(seen) == list(range(len(clip)))
+    for train, validation in folds:
+        assert not set(clip[train.indices]) & set(clip[validation.indices])
+        assert len(train) + len(validation) == len(clip)
+    assert [f[1].indices for f in folds] == [f[1].indices for f in clip_folds(inputs[0], 3, seed=1)]
+    with pytest.raises(DataError, match="2 to"):
+        clip_folds(inputs[0], 1)
