@@ -1309,7 +1309,7 @@ def write_session(
         write_json(folder / "cortexlit.json", mark)
     return Path(root)
 
-# %% ../../neuro_nbs/02_synthetic_session.ipynb #ff865ac6
+# %% ../../neuro_nbs/02_synthetic_session.ipynb #d279433d
 def embedded_session(
     size: str = "demo",
     seed: int = 0,
@@ -1329,8 +1329,22 @@ def load_truth(
     root = Path(root)
     if not (root / "cortexlit.json").exists():
         raise MissingError("no ground truth here", path=root, expected="a folder made by write_session")
-    known = read_json(root / "cortexlit.json")["sessions"]
+    about = read_json(root / "cortexlit.json")
+    known = about["sessions"]
     if str(session_id) not in known:
         raise MissingError(f"no session {session_id}", path=root, expected=" or ".join(known))
     with np.load(root / "truth" / f"{session_id}.npz", allow_pickle=False) as file:
-        return {k: file[k] for k in file.files}
+        truth = {k: file[k] for k in file.files}
+    if known[str(session_id)]["session_type"] == SESSION_B:
+        truth["expected_natural_scenes"] = _scene_expectation(truth["expected"], about["size"], about["seed"])
+    return truth
+
+
+def _scene_expectation(expected: np.ndarray, size: str, seed: int) -> np.ndarray:
+    "(cells, pictures + 1): mean of `expected` in the half second after onset, grey last; made when asked for."
+    table, count = session_timeline(SESSION_B, size, seed).tables["natural_scenes"], size_named(size).images
+    frames = table["start"].to_numpy()[:, None] + np.arange(round(0.5 * FRAME_RATE))
+    picture = np.where(table["frame"] < 0, count, table["frame"])
+    shown = (picture[:, None] == np.arange(count + 1)).astype(np.float32)
+    means = np.stack([cell.astype(np.float32)[frames].mean(1) for cell in expected])
+    return means @ shown / shown.sum(0)
