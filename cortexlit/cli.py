@@ -414,7 +414,7 @@ def _demo_scores(out: Path) -> Any:
             sheets.append(scored(folder, PARK, 33, (0,)))
     return ScoreSheet(row for sheet in sheets for row in sheet.rows)
 
-# %% ../neuro_nbs/19_cli.ipynb #1a783b84
+# %% ../neuro_nbs/19_cli.ipynb #4d062d0f
 def _execute(notebook: Path, out: Path) -> str | None:
     "Run a notebook in a fresh kernel and save it as HTML; the end of the error output if it fails."
     command = [
@@ -433,8 +433,8 @@ def _execute(notebook: Path, out: Path) -> str | None:
     return None if done.returncode == 0 else done.stderr[-3000:]
 
 
-_NEED_HEADS = ("08_head_training", "18_scorecard")  # read the runs that scoring makes
-_LEFT_OUT = ("09_lora_grid",)  # takes four minutes by itself; `cortexlit grid` runs it
+_PAGES = "0[0-8]*.ipynb"  # up to head training; the grid that follows takes four minutes by itself
+_NEED_HEADS = ("08_head_training",)  # reads the runs that scoring makes
 
 
 def _score_and_execute(notebooks: list[Path], out: Path) -> Any:
@@ -462,7 +462,7 @@ def _score_and_execute(notebooks: list[Path], out: Path) -> Any:
         raise core.CortexlitError("\n".join(f"{n} failed:\n{e}" for n, e in failures.items()))
     return sheet.result()
 
-# %% ../neuro_nbs/19_cli.ipynb #ea1de287
+# %% ../neuro_nbs/19_cli.ipynb #aa3dbb41
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where to write; made if needed.")] = Path("_demo"),
@@ -477,10 +477,12 @@ def demo(
       cortexlit demo
       cortexlit demo --no-notebooks --json
     """
+    import matplotlib
+
+    matplotlib.use("Agg")  # figures are drawn beside the main thread
     started = time.time()
     out.mkdir(parents=True, exist_ok=True)
-    pages = sorted((core.project_dir() / "neuro_nbs").glob("[0-9]*.ipynb"))[::-1] if notebooks else []
-    pages = [page for page in pages if page.stem not in _LEFT_OUT]
+    pages = sorted((core.project_dir() / "neuro_nbs").glob(_PAGES))[::-1] if notebooks else []
     _err.print(
         f"Making the embedded session, datasets, baselines and heads; executing {len(pages)} notebooks ..."
     )

@@ -1,5 +1,6 @@
 """The grid: every cell once, whoever runs it and whatever happens to him."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -93,7 +94,7 @@ def test_a_grid_and_what_it_keeps(inputs, tmp_path, capsys):
         kept = {"config.json", "provenance.json", "history.csv", "curves.png", "best", "tensorboard"}
         assert kept <= {path.name for path in run.iterdir()}
         assert json.loads((run / "config.json").read_text())["adapters"]["rank"] in (2, 4)
-        model = done.start(seed).model
+        model = copy.deepcopy(done.start(seed).model)
         load_adapters(model, run / "best" / "adapters")
         validation = MouseDataset(inputs[0], "validation")
         labels = np.stack([validation[i]["labels"][:, -LAST:].numpy() for i in range(len(validation))])
@@ -155,6 +156,24 @@ def test_two_workers_share_a_study_and_nothing_is_run_twice(inputs, tmp_path):
     assert lines == {f"{name}, seed {seed}": 1 for name in ("small", "large") for seed in (0, 1)}
     table = grid(inputs, tmp_path / "grid").table()
     assert len(table) == 4
+
+
+OPENS = """
+import sys, time
+from cortexlit.training.lora import open_storage
+start = 5 * (int(time.time()) // 5 + 2)  # the same moment for both
+for k in range(6):
+    time.sleep(max(0, start + k - time.time()))
+    open_storage(f"sqlite:///{k}.db")
+"""
+
+
+def test_workers_may_open_a_new_storage_in_the_same_moment(tmp_path):
+    (tmp_path / "opens.py").write_text(OPENS)
+    command = [sys.executable, "opens.py"]
+    openers = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path) for _ in range(2)]
+    told = [opener.communicate(timeout=120)[1] for opener in openers]
+    assert [opener.returncode for opener in openers] == [0, 0], told
 
 
 def test_a_killed_workers_trial_is_taken_over(inputs, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from __future__ import annotations
 __all__ = ['STUDY', 'FULL', 'SCALES', 'HEADS', 'Cell', 'Configuration', 'at_scale', 'open_storage', 'run_cells', 'Grid',
            'clip_folds', 'cross_validate']
 
-# %% ../../neuro_nbs/09_lora_grid.ipynb #c77160f8
+# %% ../../neuro_nbs/09_lora_grid.ipynb #54182342
 import copy
 import shutil
 import time
@@ -26,7 +26,7 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.storages import RDBStorage, fail_stale_trials
 from optuna.trial import FrozenTrial, Trial, TrialState
 from safetensors.torch import load_model
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from torch.utils.data import ConcatDataset, Subset
 
 from ..core import DataError, atomic_file, digest, locked, rng, runs, scale, write_json
@@ -106,7 +106,7 @@ def at_scale(
         return list(configurations)
     return [replace(c, epochs=tuple(round(n / 15) for n in c.epochs)) for c in configurations]
 
-# %% ../../neuro_nbs/09_lora_grid.ipynb #21355881
+# %% ../../neuro_nbs/09_lora_grid.ipynb #d3ebd68f
 _HEARTBEAT = 15  # seconds between signs of life; a worker silent for four times as long is taken for dead
 
 
@@ -115,15 +115,19 @@ def open_storage(
 ) -> RDBStorage:
     "An Optuna storage whose workers give signs of life."
     waits = {"connect_args": {"timeout": 60}} if storage.startswith("sqlite") else None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)
-            return RDBStorage(storage, waits, heartbeat_interval=_HEARTBEAT, grace_period=4 * _HEARTBEAT)
-    except (SQLAlchemyError, ImportError) as error:
-        raise DataError(
-            f"storage {storage!r} cannot be opened: {str(error).splitlines()[0]}",
-            expected="a database URL such as sqlite:///grid.db or postgresql://user@host/grid",
-        ) from error
+    for attempt in range(5):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ExperimentalWarning)
+                return RDBStorage(storage, waits, heartbeat_interval=_HEARTBEAT, grace_period=4 * _HEARTBEAT)
+        except (SQLAlchemyError, ImportError) as error:
+            if isinstance(error, DBAPIError) and attempt < 4:  # another worker may be making the same tables
+                time.sleep(0.5)
+                continue
+            raise DataError(
+                f"storage {storage!r} cannot be opened: {str(error).splitlines()[0]}",
+                expected="a database URL such as sqlite:///grid.db or postgresql://user@host/grid",
+            ) from error
 
 # %% ../../neuro_nbs/09_lora_grid.ipynb #4f2358f6
 Cell = dict[str, Any]  # values of a trial's parameters
