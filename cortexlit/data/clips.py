@@ -417,6 +417,22 @@ def _choose_movies(recording: Recording, movies: Sequence[str] | None) -> list[s
     return list(movies)
 
 
+def _origin(
+    recording: Recording, options: dict[str, Any], measured: Mapping[str, tuple[np.ndarray, list[str]]]
+) -> dict[str, Any]:
+    "What the card of a folder says of where it comes from."
+    return {
+        "name": recording.name,
+        "source": recording.source,
+        "signal": recording.signal,
+        "rate": recording.rate,
+        "options": options,
+        "channels": {name: labels for name, (_, labels) in measured.items()},
+        "metadata": recording.metadata,
+        "warnings": list(recording.metadata.get("warnings", [])),
+    }
+
+
 def _behaviour(recording: Recording, pupil: str) -> dict[str, tuple[np.ndarray, list[str]]]:
     "field -> ((channels, T), channel names) of what was measured and is wanted."
     if pupil not in ("if-present", "required", "ignore"):
@@ -527,16 +543,7 @@ def build_dataset(
             "pupil": pupil,
             "seed": seed,
         }
-        card = {
-            "name": recording.name,
-            "source": recording.source,
-            "signal": recording.signal,
-            "rate": recording.rate,
-            "options": options,
-            "channels": {name: labels for name, (_, labels) in measured.items()},
-            "metadata": recording.metadata,
-            "warnings": list(recording.metadata.get("warnings", [])),
-        }
+        card = _origin(recording, options, measured)
         shared_ok = allow_shared_stimuli or (isinstance(split, str) and split == "repeats")
         _complete(folder, arrays, samples, recording.neurons.iloc[keep], card, shared_ok)
     return out
@@ -640,7 +647,42 @@ def _frame_terms(name: str, x: np.ndarray, weight: np.ndarray, scheme: str) -> t
     return offset.astype(np.float32), scale.astype(np.float32)
 
 # %% ../../neuro_nbs/03_dataset.ipynb #4ee42aed
-class MouseDataset:
+class _Tier:
+    "One tier of a dataset folder: its tables, its memory-mapped arrays, its items as tensors."
+
+    _seen, _unit = (
+        ("video", "videos"),
+        "sample",
+    )  # field of an item and file of what was shown; a row of samples.csv
+
+    def _open(self, tier: str) -> pd.DataFrame:  # samples of all tiers
+        self.statistics = read_json(self.root / "statistics.json")
+        self.neurons = pd.read_csv(self.root / "neurons.csv")
+        samples = pd.read_csv(self.root / "samples.csv")
+        self.samples = samples[samples["tier"] == tier].reset_index(drop=True)
+        if self.samples.empty:
+            raise MissingError(
+                f"tier {tier!r} has no {self._unit}",
+                path=self.root,
+                expected=f"one of {sorted(samples['tier'].unique())}",
+            )
+        self._arrays = {k: np.load(self.root / f"{k}.npy", mmap_mode="r") for k in self.statistics}
+        return samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"{self._unit} {i} of {len(self)}")
+        field, file = self._seen
+        item = {field: self.read(i, file)[None]}
+        item |= {name: self.read(i, name) for name in ("behavior", "pupil_center") if name in self._arrays}
+        item["labels"] = self.read(i, "responses")
+        return {k: torch.from_numpy(v) for k, v in item.items()}
+
+
+class MouseDataset(_Tier):
     "One tier of a dataset folder as float32 tensors, for a `torch.utils.data.DataLoader`; files are memory-mapped."
 
     def __init__(
@@ -653,17 +695,7 @@ class MouseDataset:
             raise DataError(f"unknown normalisation {normalisation!r}", expected=f"one of {NORMALISATIONS}")
         self.root, self.tier, self.normalisation = Path(root), tier, normalisation
         self.card = check_folder(root)
-        self.statistics = read_json(self.root / "statistics.json")
-        self.neurons = pd.read_csv(self.root / "neurons.csv")
-        samples = pd.read_csv(self.root / "samples.csv")
-        self.samples = samples[samples["tier"] == tier].reset_index(drop=True)
-        if self.samples.empty:
-            raise MissingError(
-                f"tier {tier!r} has no sample",
-                path=self.root,
-                expected=f"one of {sorted(samples['tier'].unique())}",
-            )
-        self._arrays = {k: np.load(self.root / f"{k}.npy", mmap_mode="r") for k in self.statistics}
+        samples = self._open(tier)
         self._terms = {name: self._fit(name, samples[samples["tier"] == "train"]) for name in self._arrays}
 
     def _fit(self, name: str, train: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
@@ -673,9 +705,6 @@ class MouseDataset:
         rows, weight = np.unique(train["clip" if name == "videos" else "sample"], return_counts=True)
         x = np.stack([_gaps_filled(name, self._arrays[name][row], statistics) for row in rows])
         return _frame_terms(name, x, weight, self.normalisation)
-
-    def __len__(self) -> int:
-        return len(self.samples)
 
     def read(
         self,
@@ -692,14 +721,6 @@ class MouseDataset:
         out = ((_gaps_filled(name, x, self.statistics[name]) - offset) / scale).astype(np.float32)
         published = self.normalisation != "range"  # pupil before running, as the published cores were trained
         return out[::-1].copy() if name == "behavior" and published and len(out) == 2 else out
-
-    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"sample {i} of {len(self)}")
-        item = {"video": self.read(i, "videos")[None]}
-        item |= {name: self.read(i, name) for name in ("behavior", "pupil_center") if name in self._arrays}
-        item["labels"] = self.read(i, "responses")
-        return {k: torch.from_numpy(v) for k, v in item.items()}
 
 # %% ../../neuro_nbs/03_dataset.ipynb #af606795
 @dataclass(frozen=True)

@@ -40,9 +40,11 @@ from cortexlit.data.clips import (
     _flat,
     _identical_clips,
     _need_space,
+    _origin,
     _same_names,
     _save,
     _shares,
+    _Tier,
     _tier_order,
     _tree_neurons,
     audit_samples,
@@ -380,16 +382,8 @@ def build_scenes(
         "pupil": pupil,
         "seed": seed,
     }
-    card = {
-        "name": recording.name,
-        "source": recording.source,
-        "signal": recording.signal,
-        "rate": recording.rate,
-        "options": options,
-        "channels": {name: labels for name, (_, labels) in measured.items()},
-        "metadata": recording.metadata,
-        "warnings": [*recording.metadata.get("warnings", []), *_overlap_note(samples, recording)],
-    }
+    card = _origin(recording, options, measured)
+    card["warnings"] += _overlap_note(samples, recording)
     shared_ok = allow_shared_stimuli or (isinstance(split, str) and split == "presentations")
     return _write(Path(out), arrays, samples, recording.neurons, card, shared_ok, constant_neurons, overwrite)
 
@@ -408,8 +402,10 @@ def _overlap_note(samples: pd.DataFrame, recording: Recording) -> list[str]:
     ]
 
 # %% ../../neuro_nbs/10_scenes.ipynb #51f14df7
-class ScenesDataset:
+class ScenesDataset(_Tier):
     "One tier of a static dataset folder as float32 tensors, for a `torch.utils.data.DataLoader`; memory-mapped."
+
+    _seen, _unit = ("image", "images"), "presentation"
 
     def __init__(
         self,
@@ -423,20 +419,10 @@ class ScenesDataset:
                 path=root,
                 fix="read clips with cortexlit.data.clips.MouseDataset",
             )
-        self.statistics = read_json(self.root / "statistics.json")
-        self.neurons = pd.read_csv(self.root / "neurons.csv")
-        samples = pd.read_csv(self.root / "samples.csv")
-        self.samples = samples[samples["tier"] == tier].reset_index(drop=True)
-        if self.samples.empty:
-            raise MissingError(
-                f"tier {tier!r} has no presentation",
-                path=root,
-                expected=f"one of {sorted(samples['tier'].unique())}",
-            )
+        self._open(tier)
         self._rows = {
             k: self.samples["image" if k == "images" else "sample"].to_numpy() for k in self.statistics
         }
-        self._arrays = {k: np.load(self.root / f"{k}.npy", mmap_mode="r") for k in self.statistics}
         self._terms = {k: self._fit(k) for k in self.statistics}
 
     def _fit(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -445,9 +431,6 @@ class ScenesDataset:
         if name == "responses":
             return mean, np.zeros_like(mean), np.maximum(std, 0.01 * std.mean())
         return mean, np.zeros_like(mean) if name == "behavior" else mean, std
-
-    def __len__(self) -> int:
-        return len(self.samples)
 
     def read(
         self,
@@ -460,14 +443,6 @@ class ScenesDataset:
     def _normalise(self, name: str, x: np.ndarray) -> np.ndarray:
         mean, offset, scale = self._terms[name]
         return ((np.where(np.isfinite(x), x, mean) - offset) / scale).astype(np.float32)
-
-    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"presentation {i} of {len(self)}")
-        item = {"image": self.read(i, "images")[None]}
-        item |= {name: self.read(i, name) for name in ("behavior", "pupil_center") if name in self._arrays}
-        item["labels"] = self.read(i, "responses")
-        return {k: torch.from_numpy(v) for k, v in item.items()}
 
 # %% ../../neuro_nbs/10_scenes.ipynb #1e9b1848
 @dataclass(frozen=True)

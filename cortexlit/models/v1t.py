@@ -11,7 +11,6 @@ __all__ = ['PATCHES', 'BEHAVIORS', 'SHIFTS', 'STRIP', 'V1TConfig', 'ShiftedCopie
            'published_config']
 
 # %% ../../neuro_nbs/11_v1t.ipynb #22c49e37
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from .attention import attend, share
 from .layers import DropPath
 from .losses import LOSSES, loss_named
 from .readouts import OUTPUTS, Gaussian2dReadout, Shifter, sample_map
-from .viv1t import Heads, Layout
+from .viv1t import Heads, Layout, _check_mice, _named_options, _refuse_unknown
 
 # %% ../../neuro_nbs/11_v1t.ipynb #e26d79cc
 PATCHES = {"unfold": 0, "convolution": 1, "shifted": 2, "normalised": 3}  # name -> published patch_mode
@@ -79,11 +78,7 @@ def _check_options(c: PretrainedConfig) -> None:
             )
     if min(c.seen) < c.patch:
         raise DataError(f"patches of {c.patch} pixels in an image of {c.seen}", fix="make patch smaller")
-    for mouse in c.neurons:
-        if not isinstance(mouse, str) or not mouse or "." in mouse or hasattr(nn.ModuleDict, mouse):
-            raise DataError(
-                f"mouse id {mouse!r}", expected="text without dots, no method name of a dictionary"
-            )
+    _check_mice(c.neurons)
     if "share" in c.neurons:
         raise DataError("mouse id 'share'", expected="another name: published files use it for all mice")
     needs = {"behavior_channels": c.behavior != "none" or c.shift == "both+behavior"}
@@ -144,10 +139,7 @@ class V1TConfig(PretrainedConfig):
         self.behavior_channels, self.pupil_channels = behavior_channels, pupil_channels
         self.positions, self.output, self.loss = positions, output, loss
         _check_options(self)
-        for name in kwargs:
-            close = difflib.get_close_matches(name, vars(self), n=1, cutoff=0.75)
-            if close and not hasattr(PretrainedConfig, name):
-                raise DataError(f"there is no option {name!r}", expected=f"perhaps {close[0]}")
+        _refuse_unknown(self, kwargs)
         super().__init__(**kwargs)
 
     @property
@@ -547,14 +539,8 @@ class V1T(Heads, PreTrainedModel):
     ):
         super().__init__(config)
         self.core = ViT(config)
-        for name in _PARTS:
-            self.add_module(name, nn.ModuleDict())
-        for mouse, neurons in config.neurons.items():
-            self._attach(mouse, self._new_head(neurons))
+        self._add_heads(_PARTS)
         self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        "Nothing: every part initialises itself when it is made."
 
     def _new_head(self, neurons: int) -> dict[str, nn.Module]:
         return _new_head(self.config, neurons)
@@ -825,15 +811,7 @@ def published_config(
     args: Mapping[str, Any],  # content of a published run's args.yaml
 ) -> V1TConfig:
     "The options of a published run under our names; an option we have no counterpart for is an error."
-    for name, allowed in _FIXED.items():
-        if args.get(name, allowed[0]) not in allowed:
-            raise DataError(f"args.yaml: {name} is {args[name]!r}", expected=f"one of {list(allowed)}")
-    options = {ours: args[theirs] for ours, theirs in _SAME.items() if args.get(theirs) is not None}
-    for name, (ours, values) in _CHOICES.items():
-        value = args.get(name, next(iter(values)))
-        if value not in values:
-            raise DataError(f"args.yaml: {name} is {value!r}", expected=f"one of {list(values)}")
-        options[ours] = values[value]
+    options = _named_options(args, _FIXED, _SAME, _CHOICES)
     options["size"] = list(args.get("input_shape", (1, 36, 64)))[1:]
     small = [36, 64]
     if args.get("resize_image") == 1 and args.get("ds_name") != "franke2022" and options["size"] != small:

@@ -34,6 +34,23 @@ from .tubelets import Tubelets
 _HEADS = ("shifters", "readouts", "modulators")  # where the model keeps the parts of each mouse's head
 
 # %% ../../neuro_nbs/06_viv1t.ipynb #5636b087
+def _check_mice(neurons: Iterable[str]) -> None:
+    "Raise unless every mouse id can name a part of a model."
+    for mouse in neurons:
+        if not isinstance(mouse, str) or not mouse or "." in mouse or hasattr(nn.ModuleDict, mouse):
+            raise DataError(
+                f"mouse id {mouse!r}", expected="text without dots, no method name of a dictionary"
+            )
+
+
+def _refuse_unknown(config: PretrainedConfig, given: Iterable[str]) -> None:
+    "Raise at a name that is nearly the name of an option."
+    for name in given:
+        close = difflib.get_close_matches(name, vars(config), n=1, cutoff=0.75)
+        if close and not hasattr(PretrainedConfig, name):
+            raise DataError(f"there is no option {name!r}", expected=f"perhaps {close[0]}")
+
+
 def _check_options(c: PretrainedConfig) -> None:
     "Raise at the first option that no model can be built from."
     for name, n in (("size", 2), ("patch", 3), ("stride", 3)):
@@ -65,11 +82,7 @@ def _check_options(c: PretrainedConfig) -> None:
             raise DataError(f"a tubelet of {patch} {axis} in a clip of {length}", fix="make patch smaller")
     if c.frames > c.max_frames:
         raise DataError(f"frames={c.frames} is more than max_frames={c.max_frames}", fix="raise max_frames")
-    for mouse in c.neurons:
-        if not isinstance(mouse, str) or not mouse or "." in mouse or hasattr(nn.ModuleDict, mouse):
-            raise DataError(
-                f"mouse id {mouse!r}", expected="text without dots, no method name of a dictionary"
-            )
+    _check_mice(c.neurons)
     if c.shifter and c.pupil_channels != 2:
         raise DataError(
             f"a shifter with {c.pupil_channels} pupil channels", expected="2", fix="shifter=False"
@@ -131,10 +144,7 @@ class ViV1TConfig(PretrainedConfig):
         self.positions, self.state_encoder, self.readout_dropout = positions, state_encoder, readout_dropout
         self.modulator, self.output, self.loss, self.loss_frames = modulator, output, loss, loss_frames
         _check_options(self)
-        for name in kwargs:
-            close = difflib.get_close_matches(name, vars(self), n=1, cutoff=0.75)
-            if close and not hasattr(PretrainedConfig, name):
-                raise DataError(f"there is no option {name!r}", expected=f"perhaps {close[0]}")
+        _refuse_unknown(self, kwargs)
         super().__init__(**kwargs)
 
     @property
@@ -234,6 +244,16 @@ class Heads:
         head = {"shifters": Shifter(c.shifter_hidden, c.shifter_layers)} if c.shifter else {}
         head |= {"readouts": Gaussian2dReadout(c.emb_dim, neurons, positions=c.positions, **encoder)}
         return head | ({"modulators": MODULATORS[c.modulator](neurons, channels)} if c.modulator else {})
+
+    def _add_heads(self, parts: Iterable[str]) -> None:
+        "A dictionary for each part of a head, and a fresh head for every mouse of the config."
+        for name in parts:
+            self.add_module(name, nn.ModuleDict())
+        for mouse, neurons in self.config.neurons.items():
+            self._attach(mouse, self._new_head(neurons))
+
+    def _init_weights(self, module: nn.Module) -> None:
+        "Nothing: every part initialises itself when it is made."
 
     def _attach(self, mouse: str, head: Mapping[str, nn.Module]) -> None:
         for name, part in head.items():
@@ -388,14 +408,8 @@ class ViV1T(Heads, PreTrainedModel):
     ):
         super().__init__(config)
         self.core = ViViT(config)
-        for name in _HEADS:
-            self.add_module(name, nn.ModuleDict())
-        for mouse, neurons in config.neurons.items():
-            self._attach(mouse, self._new_head(neurons))
+        self._add_heads(_HEADS)
         self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        "Nothing: every part initialises itself when it is made."
 
     def _state(self, behavior: torch.Tensor | None, pupil_center: torch.Tensor | None) -> torch.Tensor | None:
         "Behaviour and pupil centre as one array (B, channels, T), checked; None if the model has neither."
@@ -602,19 +616,30 @@ _SAME = {  # options that are only called otherwise
 }
 
 
-def published_config(
-    args: Mapping[str, Any],  # content of a published run's args.yaml
-) -> ViV1TConfig:
-    "The options of a published run under our names; an option we have no counterpart for is an error."
-    for name, allowed in _FIXED.items():
+def _named_options(
+    args: Mapping[str, Any],
+    fixed: Mapping[str, tuple],  # published name -> values it may have, the first being its default
+    same: Mapping[str, str],  # our name -> published name
+    choices: Mapping[str, tuple[str, Mapping]],  # published name -> our name, {published value: ours}
+) -> dict[str, Any]:
+    "Options of published code under our names."
+    for name, allowed in fixed.items():
         if args.get(name, allowed[0]) not in allowed:
             raise DataError(f"args.yaml: {name} is {args[name]!r}", expected=f"one of {list(allowed)}")
-    options = {ours: args[theirs] for ours, theirs in _SAME.items() if args.get(theirs) is not None}
-    for name, (ours, values) in _CHOICES.items():
+    options = {ours: args[theirs] for ours, theirs in same.items() if args.get(theirs) is not None}
+    for name, (ours, values) in choices.items():
         value = args.get(name, next(iter(values)))
         if value not in values:
             raise DataError(f"args.yaml: {name} is {value!r}", expected=f"one of {list(values)}")
         options[ours] = values[value]
+    return options
+
+
+def published_config(
+    args: Mapping[str, Any],  # content of a published run's args.yaml
+) -> ViV1TConfig:
+    "The options of a published run under our names; an option we have no counterpart for is an error."
+    options = _named_options(args, _FIXED, _SAME, _CHOICES)
     sizes = {
         f"{what}{axis}": args.get(f"core_{axis}_patch_{what}", default)
         for what, (temporal, spatial) in {"size": (25, 7), "stride": (1, 2)}.items()
