@@ -97,6 +97,13 @@ def test_any_size_equals_unfolding(data):
     torch.testing.assert_close(found, expected.float(), rtol=0, atol=5e-4)
 
 
+def test_tubelets_of_one_frame_equal_unfolding():
+    for stride in range(1, 4):  # a convolution over one channel went wrong with stride 2
+        layer = made(frames=1, size=(4, 3), patch=(1, 2, 3), stride=(1, 1, stride), state_channels=1)
+        video, state = clip(layer, 1, batch=3)
+        torch.testing.assert_close(layer(video, state), unfolded_tokens(layer, video, state), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("channels", [0, 3])
 def test_gradients_of_weights_and_inputs_equal_unfolding(channels):
     layer = made(state_channels=channels)

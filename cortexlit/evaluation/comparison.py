@@ -31,10 +31,14 @@ def _by_clip(values: np.ndarray, clip: np.ndarray | None) -> tuple[np.ndarray, n
     return tuple(np.stack([x[:, r].sum(1) for r in rows], 1) for x in (sums, count))
 
 
-def _covariance(contributions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "Covariance of means from each entry's contribution, (means, seeds, clips, neurons); their standard errors and degrees of freedom."
+def _spread(contributions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Square root of the covariance of means, their standard errors, and degrees of freedom.
+
+    From each entry's contribution to each mean, (means, seeds, clips, neurons). Standard errors are the norms
+    of the root's rows.
+    """
     axes = [axis for axis in (1, 2, 3) if contributions.shape[axis] > 1]
-    total, alone = np.zeros((len(contributions), len(contributions))), {}
+    total, groupings, alone = np.zeros((len(contributions), len(contributions))), 0.0, []
     for size in range(1, len(axes) + 1):
         for kept in combinations(axes, size):
             groups = contributions.sum(tuple({1, 2, 3} - set(kept))).reshape(len(contributions), -1)
@@ -42,13 +46,29 @@ def _covariance(contributions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.n
             part = fewest / (fewest - 1) * groups @ groups.T
             total += (-1) ** (size + 1) * part
             if size == 1:
-                alone[fewest - 1] = np.diag(part)
-    freedom = sum(alone.values()) ** 2 / np.maximum(sum(v**2 / f for f, v in alone.items()), 1e-300)
+                groupings = groupings + part
+                alone.append((np.diag(part), fewest - 1))
+    freedom = sum(v for v, _ in alone) ** 2 / np.maximum(sum(v**2 / f for v, f in alone), 1e-300)
+    error = np.sqrt(np.maximum(np.diag(total), np.max([v for v, _ in alone], 0)))
+    root = _rows_of(_root(total), error)
+    missing = np.sqrt(np.maximum(error**2 - (root**2).sum(1), 0))
     return (
-        total,
-        np.sqrt(np.maximum(np.diag(total), np.max(list(alone.values()), 0))),
-        freedom.clip(min(alone)),
+        np.hstack([root, _rows_of(_root(groupings), missing, exactly=True)]),
+        error,
+        freedom.clip(min(f for _, f in alone)),
     )
+
+
+def _root(covariance: np.ndarray) -> np.ndarray:
+    "Symmetric square root of a covariance, less what is negative in it."
+    values, vectors = np.linalg.eigh(covariance)
+    return vectors * np.sqrt(values.clip(min=0)) @ vectors.T
+
+
+def _rows_of(root: np.ndarray, norm: np.ndarray, exactly: bool = False) -> np.ndarray:
+    "The root with rows no longer than `norm`, or exactly as long."
+    factor = norm / np.maximum(np.linalg.norm(root, axis=1), 1e-300)
+    return root * (factor if exactly else np.minimum(factor, 1))[:, None]
 
 # %% ../../neuro_nbs/04c_comparison.ipynb #f54becf2
 @dataclass(frozen=True)
@@ -131,8 +151,8 @@ def compare(
         np.array([mean[name] for name in order]),
         [np.nanmean(values[name], (1, 2)) for name in order],
     )
-    covariance, error, freedom = _covariance(contributions)
-    drawn = _draws(covariance, freedom.min(), seed)
+    root, error, freedom = _spread(contributions)
+    drawn = _draws(root, freedom.min(), seed)
     half = t.ppf((1 + level) / 2, freedom) * error
     first = np.bincount((score + drawn).argmax(1), minlength=len(order)) / len(drawn)
     models = pd.DataFrame({
@@ -140,8 +160,8 @@ def compare(
         "spread over seeds": [x.std(ddof=1) if len(x) > 1 else np.nan for x in spreads], "first": first,
     })  # fmt: skip
     a, b = np.triu_indices(len(order), 1)
-    covariance, error, freedom = _covariance(contributions[a] - contributions[b])
-    away = _draws(covariance, freedom.min(), seed, standard=True)
+    root, error, freedom = _spread(contributions[a] - contributions[b])
+    away = _draws(root, freedom.min(), seed) / np.maximum(error, 1e-300)
     factor = np.quantile(np.abs(away).max(1), level)
     pairs = pd.DataFrame(
         {"better": np.array(order)[a], "worse": np.array(order)[b], "difference": score[a] - score[b]}
@@ -150,11 +170,8 @@ def compare(
     return Comparison(models, pairs.assign(settled=pairs["low"] > 0))
 
 
-def _draws(covariance: np.ndarray, freedom: float, seed: int, standard: bool = False) -> np.ndarray:
-    "Draws from a multivariate t distribution, (draws, means); what is negative in the covariance counts as nothing."
-    values, vectors = np.linalg.eigh(covariance)
-    root, draw = vectors * np.sqrt(values.clip(min=0)), rng(seed, "comparison")
-    if standard:  # each with variance 1, or 0
-        root = root / np.maximum(np.linalg.norm(root, axis=1, keepdims=True), 1e-300)
-    normal = draw.normal(size=(10_000, len(covariance))) @ root.T
+def _draws(root: np.ndarray, freedom: float, seed: int) -> np.ndarray:
+    "Draws from the multivariate t distribution whose covariance has this root, (draws, means)."
+    draw = rng(seed, "comparison")
+    normal = draw.normal(size=(10_000, root.shape[1])) @ root.T
     return normal / np.sqrt(draw.chisquare(freedom, (len(normal), 1)) / freedom)
