@@ -3,7 +3,9 @@
 import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
+from himalaya.kernel_ridge import solve_weighted_kernel_ridge_conjugate_gradient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import Ridge
@@ -11,7 +13,9 @@ from sklearn.metrics import mean_squared_error
 from sklearn.model_selection import GridSearchCV, PredefinedSplit
 
 from cortexlit.core import DataError
+from cortexlit.data.things import split_by_concept
 from cortexlit.evaluation.decoding import (
+    ALPHAS,
     average_by,
     best_constant,
     constant_predictions,
@@ -31,6 +35,7 @@ from cortexlit.evaluation.decoding import (
     published_confidence,
     r2_by_target,
     score_decoding,
+    score_subject,
 )
 from cortexlit.evaluation.scores import ScoreSheet
 
@@ -155,6 +160,25 @@ def test_banded_ridge_finds_the_band_that_knows():
     scaled = [v / np.sqrt(((v - v.mean(0)) ** 2).sum() / 200) for v in (good, noise)]
     x = np.concatenate([np.sqrt(0.25) * scaled[0], np.sqrt(0.75) * scaled[1]], 1)
     assert np.allclose(leave_group_out(spectra[1], y, fold, [0.5])[0], refitted(x, y, fold, 0.5), atol=1e-10)
+
+
+def test_a_mixture_of_bands_is_himalayas_weighted_kernel_ridge():
+    g = np.random.default_rng(1)
+    bands = {"a": g.normal(size=(60, 10)), "b": 3 * g.normal(size=(60, 90))}
+    y, fold = g.normal(size=(60, 3)), np.arange(60) % 3
+    spectra, weights = mixed_bands(bands)
+    ours = leave_group_out(spectra[1], y, fold, [0.7])[0]
+    blocks = [v / np.sqrt(((v - v.mean(0)) ** 2).sum() / 60) for v in bands.values()]
+    for k in range(3):
+        rest = fold != k
+        centred = [b - b[rest].mean(0) for b in blocks]
+        kernels = np.stack([b @ b[rest].T for b in centred])
+        deltas = np.log(weights[1])[:, None].repeat(3, 1)
+        dual = solve_weighted_kernel_ridge_conjugate_gradient(
+            kernels[:, rest], y[rest] - y[rest].mean(0), deltas, alpha=0.7, max_iter=500, tol=1e-10
+        )
+        theirs = np.einsum("kij,jt,kt->it", kernels[:, ~rest], dual, np.exp(deltas)) + y[rest].mean(0)
+        assert np.allclose(ours[~rest], theirs, atol=1e-6)
 
 
 @given(st.integers(0, 10**6), st.integers(1, 40), st.sampled_from([0.5, 1.0, 3.0]))
@@ -393,3 +417,44 @@ def test_bad_input_is_named(call, message):
     x, y, fold = problem(80, 30)
     with pytest.raises(DataError, match=message):
         call(x, y, fold)
+
+
+# --- the sheet of a subject ---
+
+
+def subject(seed=0, concepts=30, each=4, voxels=12):
+    g = np.random.default_rng(seed)
+    trials = pd.DataFrame({"concept": np.repeat([f"c{k:02d}" for k in range(concepts)], each)})
+    n = len(trials)
+    trials = trials.assign(session=1, run=1, trial=range(n), image=[f"i{k}" for k in range(n)], role="train")
+    table = g.normal(size=(concepts, 2))
+    targets = table.repeat(each, 0)
+    responses = targets @ g.normal(size=(2, voxels)) + g.normal(size=(n, voxels))
+    return responses, targets, trials["concept"].to_numpy(), split_by_concept(trials, 3, 0), ("a", "b")
+
+
+def test_a_subjects_sheet_is_made_of_the_parts():
+    responses, targets, concepts, split, names = subject()
+    ours = np.random.default_rng(1).normal(size=targets.shape)
+    sheet = score_subject(
+        responses, targets, concepts, split, names, {"net": ours, ("net", 3): ours},
+        bands={"x": responses[:, :6], "y": responses[:, 6:]}, permutations=5, dataset="d",
+    )  # fmt: skip
+    table = sheet.table()
+    assert set(table["model"]) == {"mean", "median", "Huber constant", "ridge", "banded ridge", "net"}
+    single = table[table["tier"] == "test, single trials"].groupby(["model", "metric"])["value"].max()
+    ridge = nested_ridge(decompose(responses), targets, split.fold, ALPHAS[:7]).predictions
+    reference = constant_predictions(targets, split.fold)
+    assert single["ridge", "R2 a"] == pytest.approx(r2_by_target(ridge, targets, reference)[0])
+    assert single["ridge", "R2 mean"] > 0.3 > single["net", "R2 mean"]
+    assert table["note"].str.contains("5 permutations").sum() == 3  # mean and two properties, single trials
+    assert set(table["split_hash"]) == {split.hash}
+    means = table[(table["tier"] == "test, mean of concept") & (table["model"] == "ridge")]
+    assert (means["n_samples"] == 30).all()
+
+
+@pytest.mark.parametrize("change", [lambda p: p[:-1], lambda p: np.where(p == p[0, 0], np.nan, p)])
+def test_predictions_that_do_not_fit_are_refused(change):
+    responses, targets, concepts, split, names = subject()
+    with pytest.raises(DataError, match="predictions of net"):
+        score_subject(responses, targets, concepts, split, names, {"net": change(targets)}, permutations=0)

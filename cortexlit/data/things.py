@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import gzip
 import re
-import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
@@ -40,10 +40,9 @@ from cortexlit.core import (
 
 # %% auto #0
 __all__ = ['SIZES', 'PROPERTIES', 'THINGS_TABLES', 'LAYOUTS', 'ROLES', 'ROI_SETS', 'ThingsSize', 'things_table', 'concept_of',
-           'NiftiHeader', 'nifti_header', 'nifti_volumes', 'write_nifti', 'write_things', 'embedded_things',
-           'load_truth', 'load_properties', 'TrialIndex', 'Layout', 'find_layout', 'Things', 'open_things',
-           'select_rois', 'build_things', 'ThingsDataset', 'Split', 'audit_split', 'split_by_concept',
-           'split_by_session', 'reliability']
+           'read_nifti', 'write_nifti', 'write_things', 'embedded_things', 'load_truth', 'load_properties',
+           'TrialIndex', 'Layout', 'find_layout', 'Things', 'open_things', 'select_rois', 'build_things',
+           'ThingsDataset', 'Split', 'audit_split', 'split_by_concept', 'split_by_session', 'reliability']
 
 # %% ../../neuro_nbs/12_things.ipynb #5a4a8163
 @dataclass(frozen=True)
@@ -326,35 +325,6 @@ def _simulate(
     return {"values": values, "mask": mask, "affine": affine, "rois": rois, "scale": scale, "truth": truth}
 
 # %% ../../neuro_nbs/12_things.ipynb #8c537e64
-_NUMBERS = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4"}
-
-
-@dataclass(frozen=True)
-class NiftiHeader:
-    """What a NIfTI-1 header says about its numbers.
-
-    Parameters
-    ----------
-    shape : tuple
-        Voxels (x, y, z), and volumes if 4-D.
-    affine : np.ndarray
-        (4, 4) voxel indices to mm.
-    dtype : np.dtype
-        As stored.
-    offset : int
-        Bytes before the first number.
-    slope, intercept : float
-        value = slope * stored + intercept.
-    """
-
-    shape: tuple[int, ...]
-    affine: np.ndarray
-    dtype: np.dtype
-    offset: int
-    slope: float
-    intercept: float
-
-
 def _damaged(path: Path, error: object) -> DataError:
     return DataError(
         f"the file is damaged or incomplete ({error})",
@@ -363,84 +333,30 @@ def _damaged(path: Path, error: object) -> DataError:
         fix="fetch it again; compare its size and checksum with the archive",
     )
 
-# %% ../../neuro_nbs/12_things.ipynb #970f58c5
-def nifti_header(
+# %% ../../neuro_nbs/12_things.ipynb #dfcfafd8
+def read_nifti(
     path: str | Path,  # .nii or .nii.gz
-) -> NiftiHeader:
-    "Shape, affine and number type (NIfTI-1 standard, https://nifti.nimh.nih.gov); `DataError` if damaged."
+) -> tuple[
+    np.ndarray, np.ndarray
+]:  # values (x, y, z) or (x, y, z, volumes); affine (4, 4), voxel indices to mm
+    "Values and affine of a NIfTI-1 file, read by nibabel; `DataError` if a single byte is missing or damaged."
     path = Path(path)
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            raw = file.read(348)
+        raw = path.read_bytes()
+        raw = gzip.decompress(raw) if path.suffix == ".gz" else raw  # compares the checksum
+        image = nib.Nifti1Image.from_bytes(raw)
+        return np.asanyarray(image.dataobj), image.affine
     except FileNotFoundError:
         raise MissingError("no such volume file", path=path) from None
-    except (OSError, EOFError, zlib.error) as error:
+    except (
+        OSError,
+        EOFError,
+        zlib.error,
+        nib.filebasedimages.ImageFileError,
+        nib.spatialimages.HeaderDataError,
+        nib.wrapstruct.WrapStructError,
+    ) as error:
         raise _damaged(path, error) from error
-    order = next((o for o in "<>" if raw[:4] == struct.pack(f"{o}i", 348)), None)
-    if len(raw) < 348 or order is None or raw[344:347] not in (b"n+1", b"ni1"):
-        raise _damaged(path, "no NIfTI-1 header")
-
-    def field(form: str, at: int) -> tuple:
-        return struct.unpack_from(order + form, raw, at)
-
-    dims = field("8h", 40)
-    (code,) = field("h", 70)
-    if code not in _NUMBERS or not 3 <= dims[0] <= 4:
-        raise DataError(
-            f"NIfTI number type {code}, {dims[0]} dimensions", path=path, expected="3-D or 4-D real numbers"
-        )
-    slope, intercept = field("2f", 112)
-    qform, sform = field("2h", 252)
-    affine = np.eye(4)
-    if sform > 0:
-        affine[:3] = np.reshape(field("12f", 280), (3, 4))
-    elif qform > 0:
-        b, c, d, *origin = field("6f", 256)
-        a = np.sqrt(max(0.0, 1 - b * b - c * c - d * d))
-        steps = np.array(field("4f", 76))
-        turn = np.array(
-            [
-                [a * a + b * b - c * c - d * d, 2 * (b * c - a * d), 2 * (b * d + a * c)],
-                [2 * (b * c + a * d), a * a + c * c - b * b - d * d, 2 * (c * d - a * b)],
-                [2 * (b * d - a * c), 2 * (c * d + a * b), a * a + d * d - b * b - c * c],
-            ]
-        )
-        affine[:3, :3] = turn * steps[1:] * [1, 1, steps[0] or 1]
-        affine[:3, 3] = origin
-    else:
-        affine[:3, :3] = np.diag(field("3f", 80))
-    return NiftiHeader(
-        tuple(dims[1 : 1 + dims[0]]),
-        affine,
-        np.dtype(order + _NUMBERS[code]),
-        int(field("f", 108)[0]),
-        slope if np.isfinite(slope) and slope else 1.0,
-        intercept if np.isfinite(slope) and slope else 0.0,
-    )
-
-# %% ../../neuro_nbs/12_things.ipynb #dfcfafd8
-def nifti_volumes(
-    path: str | Path,  # .nii or .nii.gz
-) -> Iterator[np.ndarray]:  # (x, y, z), in the order of the file
-    "The volumes of a file, one at a time; `DataError` at the first damaged byte."
-    path, header = Path(path), nifti_header(path)
-    shape = header.shape[:3]
-    step = int(np.prod(shape)) * header.dtype.itemsize
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        file.read(header.offset)
-        count = header.shape[3] if len(header.shape) == 4 else 1
-        for place in range(count):
-            try:
-                raw = file.read(step)
-                if place == count - 1 and file.read(1):  # at the end, gzip also compares its checksum
-                    raise _damaged(path, "it is longer than its header says")
-            except (OSError, EOFError, zlib.error) as error:
-                raise _damaged(path, error) from error
-            if len(raw) < step:
-                raise _damaged(path, f"it ends in volume {place}")
-            volume = np.frombuffer(raw, header.dtype).reshape(shape, order="F")
-            plain = header.slope == 1 and header.intercept == 0
-            yield volume if plain else volume * header.slope + header.intercept
 
 
 def write_nifti(
@@ -449,21 +365,8 @@ def write_nifti(
     affine: np.ndarray,  # (4, 4) voxel indices to mm
 ) -> Path:
     "Write a compressed NIfTI-1 file."
-    values = np.asarray(values, dtype=values.dtype.newbyteorder("<"))
-    code = next(k for k, v in _NUMBERS.items() if v == values.dtype.str[1:])
-    header = bytearray(352)
-    struct.pack_into("<i", header, 0, 348)
-    struct.pack_into("<8h", header, 40, values.ndim, *values.shape, *[1] * (7 - values.ndim))
-    struct.pack_into("<2h", header, 70, code, 8 * values.dtype.itemsize)
-    struct.pack_into("<4f", header, 76, 1, *np.linalg.norm(affine[:3, :3], axis=0))
-    struct.pack_into("<3f", header, 108, 352, 1, 0)
-    struct.pack_into("<2h12f", header, 252, 0, 1, *[0] * 6, *affine[:1].ravel(), 0, 0)
-    struct.pack_into("<12f", header, 280, *affine[:3].ravel())
-    header[344:348] = b"n+1\0"
-    with atomic_file(path) as tmp, open(tmp, "wb") as file:
-        with gzip.GzipFile("", "wb", 1, file, mtime=0) as packed:
-            packed.write(bytes(header))
-            packed.write(values.tobytes(order="F"))
+    with atomic_file(path) as tmp:
+        tmp.write_bytes(gzip.compress(nib.Nifti1Image(values, affine).to_bytes(), 1, mtime=0))
     return Path(path)
 
 # %% ../../neuro_nbs/12_things.ipynb #f30030b5
@@ -951,7 +854,8 @@ def _read_mask(path: Path | None, place: np.ndarray | None, root: Path) -> tuple
         )  # the smallest box that holds the voxels; its place in mm is unknown
         mask[tuple(place.T)] = True
         return mask, np.full((4, 4), np.nan)
-    mask = next(nifti_volumes(path)) > 0
+    mask, affine = read_nifti(path)
+    mask = mask > 0
     if place is not None and not np.array_equal(np.argwhere(mask), place):
         raise DataError(
             f"wrong subject grid: the mask {mask.shape} has {mask.sum()} voxels, the metadata lists {len(place)} others",
@@ -959,7 +863,7 @@ def _read_mask(path: Path | None, place: np.ndarray | None, root: Path) -> tuple
             expected="voxel_x, voxel_y, voxel_z in the order of the mask",
             fix=_GRID_FIX,
         )
-    return mask, nifti_header(path).affine
+    return mask, affine
 
 
 def _mask_rois(root: Path, subject: str, mask: np.ndarray) -> pd.DataFrame:
@@ -975,7 +879,7 @@ def _mask_rois(root: Path, subject: str, mask: np.ndarray) -> pd.DataFrame:
 
 def _on_grid(path: Path, mask: np.ndarray) -> np.ndarray:
     "The in-mask values of a volume, its grid checked."
-    volume = next(nifti_volumes(path))
+    volume, _ = read_nifti(path)
     if volume.shape != mask.shape:
         raise DataError(
             f"wrong subject grid: {volume.shape}, the mask has {mask.shape}", path=path, fix=_GRID_FIX
@@ -1065,23 +969,23 @@ class Things:
         done, table = 0, self.index.table
         for session, run, path, conditions in self.layout.runs:
             rows = table[(table["session"] == session) & (table["run"] == run)]
-            header = nifti_header(path)
-            if header.shape[:3] != self.mask.shape or not np.allclose(header.affine, self.affine, atol=1e-3):
+            values, affine = read_nifti(path)
+            if values.shape[:3] != self.mask.shape or not np.allclose(affine, self.affine, atol=1e-3):
                 raise DataError(
-                    f"wrong subject grid: {header.shape[:3]} at {header.affine[:3, 3].round(1)} mm, "
+                    f"wrong subject grid: {values.shape[:3]} at {affine[:3, 3].round(1)} mm, "
                     f"the mask has {self.mask.shape} at {self.affine[:3, 3].round(1)} mm",
                     path=path,
                     fix=_GRID_FIX,
                 )
-            if header.shape[3:] != (len(rows),):
+            if values.shape[3:] != (len(rows),):
                 raise DataError(
-                    f"unequal rows: {header.shape[3:]} volumes, {len(rows)} conditions",
+                    f"unequal rows: {values.shape[3:]} volumes, {len(rows)} conditions",
                     path=path,
                     expected=f"one row of {conditions.name} for each volume",
                 )
             wanted = rows["role"].to_numpy() != "catch"
-            stack = [v[where] for v, good in zip(nifti_volumes(path), wanted, strict=True) if good]
-            yield slice(done, done + len(stack)), slice(0, int(keep.sum())), np.stack(stack)
+            stack = values[where][:, wanted].T
+            yield slice(done, done + len(stack)), slice(0, int(keep.sum())), stack
             done += len(stack)
 
 # %% ../../neuro_nbs/12_things.ipynb #8c9d22bf

@@ -134,14 +134,11 @@ Cell = dict[str, Any]  # values of a trial's parameters
 _TAKEN = (TrialState.COMPLETE, TrialState.RUNNING, TrialState.WAITING)
 
 
-def _trials_of(study: optuna.Study, cell: Cell) -> list[FrozenTrial]:
-    "Trials of one cell that are done, running or waiting, in the order of their numbers."
-    return [t for t in study.get_trials(deepcopy=False, states=_TAKEN) if _cell(t) == cell]
-
-
-def _cell(trial: FrozenTrial) -> Cell:
-    "The parameters of a trial, also of one that waits."
-    return trial.system_attrs.get("fixed_params") or trial.params
+def _trials_of(study: optuna.Study, cells: Sequence[Cell]) -> list[list[FrozenTrial]]:
+    "For each cell its trials that are done, running or waiting, in the order of their numbers."
+    trials = study.get_trials(deepcopy=False, states=_TAKEN)
+    of_trial = [t.system_attrs.get("fixed_params") or t.params for t in trials]  # also of one that waits
+    return [[t for t, its in zip(trials, of_trial, strict=True) if its == cell] for cell in cells]
 
 
 def run_cells(
@@ -155,7 +152,9 @@ def run_cells(
 
     def objective(trial: Trial) -> float:
         cell = suggest(trial)
-        if _trials_of(study, cell)[0].number != trial.number:  # two workers have queued it at the same time
+        if (
+            _trials_of(study, [cell])[0][0].number != trial.number
+        ):  # two workers have queued it at the same time
             raise optuna.TrialPruned("this cell is run by another trial")
         return work(cell, trial)
 
@@ -163,7 +162,7 @@ def run_cells(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             fail_stale_trials(study)  # of workers that died
-        found = [_trials_of(study, cell) for cell in cells]
+        found = _trials_of(study, cells)
         for cell, trials in zip(cells, found, strict=True):
             if not trials:
                 study.enqueue_trial(cell)
@@ -208,6 +207,7 @@ class Grid:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.storage = storage or f"sqlite:///{self.folder / 'grid.db'}"
         self._heads: dict[int, Fit] = {}
+        self._study: optuna.Study | None = None
         write_json(self.folder / "plan.json", plan)
 
     @property
@@ -218,10 +218,12 @@ class Grid:
     def study(self) -> optuna.Study:
         "The study in its storage, made if it is not there."
         optuna.logging.set_verbosity(optuna.logging.WARNING)  # `run` has lines of its own
-        return optuna.create_study(
-            storage=open_storage(self.storage), study_name=self.name, direction="maximize",
-            sampler=optuna.samplers.RandomSampler(0), load_if_exists=True,
-        )  # fmt: skip
+        if self._study is None:
+            self._study = optuna.create_study(
+                storage=open_storage(self.storage), study_name=self.name, direction="maximize",
+                sampler=optuna.samplers.RandomSampler(0), load_if_exists=True,
+            )  # fmt: skip
+        return self._study
 
     def start(self, seed: int) -> Fit:
         "The trained head that all configurations of a seed start from."
