@@ -31,6 +31,12 @@ def run(capsys, monkeypatch, *words: str) -> tuple[int, dict]:
     return int(end.value.code or 0), json.loads(out)
 
 
+def test_scores_as_json(inputs, tmp_path, capsys, monkeypatch):
+    code, rows = run(capsys, monkeypatch, "score", inputs[0], "--last", str(LAST), "--out", str(tmp_path))
+    saved = json.loads((tmp_path / "scores.json").read_text())["rows"]
+    assert code == 0 and rows == saved and {"train mean", "behaviour ridge"} <= {r["model"] for r in rows}
+
+
 @pytest.mark.parametrize(
     "adapt", [(), ("--adapt", "lora", "--rank", "16", "--targets", "fused"), ("--adapt", "full")]
 )
