@@ -1,0 +1,161 @@
+"""Decoders trained fold by fold: what they may see, what is kept, and what must raise."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from cortexlit.core import DataError
+from cortexlit.data.things import split_by_concept, split_by_session
+from cortexlit.training.decoders import fit_folds
+
+
+class LinearConfig(PretrainedConfig):
+    model_type = "toy-linear"
+
+    def __init__(self, voxels=6, outputs=2, **kwargs):
+        self.voxels, self.outputs = voxels, outputs
+        super().__init__(**kwargs)
+
+
+class Linear(PreTrainedModel):
+    config_class = LinearConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.layer = nn.Linear(config.voxels, config.outputs)
+        self.post_init()
+
+    def _init_weights(self, module):
+        "Nothing."
+
+    def forward(self, voxels, labels=None):
+        logits = self.layer(voxels)
+        loss = None if labels is None else (logits - labels).square().mean()
+        return ModelOutput(loss=loss, logits=logits)
+
+    def correlation(self, predictions, labels):
+        a, b = predictions - predictions.mean(0), labels - labels.mean(0)
+        return float(((a * b).sum(0) / np.sqrt((a**2).sum(0) * (b**2).sum(0))).mean())
+
+
+class Trials(torch.utils.data.Dataset):
+    "Concepts with ratings, and responses that tell them."
+
+    def __init__(self, concepts=24, each=3, seed=0):
+        draw = np.random.default_rng(seed)
+        table = draw.normal(size=(concepts, 2)).astype(np.float32) * [2, 0.5] + [4, 1]
+        self.labels = table.repeat(each, 0).astype(np.float32)
+        n = len(self.labels)
+        voxels = self.labels @ draw.normal(size=(2, 6)) + 0.1 * draw.normal(size=(n, 6))
+        self.voxels = ((voxels - voxels.mean(0)) / voxels.std(0)).astype(np.float32)
+        self.trials = pd.DataFrame(
+            {
+                "session": np.arange(n) % 3 + 1, "run": 1, "trial": np.arange(n),
+                "image": [f"i{k}" for k in range(n)], "concept": np.repeat([f"c{k:02d}" for k in range(concepts)], each),
+                "role": "train",
+            }
+        )  # fmt: skip
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return {"voxels": torch.from_numpy(self.voxels[i]), "labels": torch.from_numpy(self.labels[i])}
+
+
+OPTIONS = {"epochs": 8, "batch_size": 8, "lr": 0.05, "progress": False}
+
+
+def build():
+    return Linear(LinearConfig())
+
+
+@pytest.fixture(scope="module")
+def fits(tmp_path_factory):
+    data = Trials()
+    split = split_by_concept(data.trials, 3, 0)
+    return data, split, fit_folds(build, data, split, tmp_path_factory.mktemp("fits") / "a", **OPTIONS)
+
+
+def test_predictions_are_in_the_unit_of_the_labels_and_good(fits):
+    data, split, found = fits
+    assert found.predictions.shape == data.labels.shape and np.isfinite(found.predictions).all()
+    r2 = 1 - np.square(found.predictions - data.labels).sum(0) / np.square(
+        data.labels - data.labels.mean(0)
+    ).sum(0)
+    assert (r2 > 0.5).all()
+    assert (
+        found.table["test"].sum() == len(data)
+        and (found.table[["train", "validation", "test"]].sum(1) == 72).all()
+    )
+
+
+def test_ratings_of_test_concepts_change_nothing(fits, tmp_path):
+    data, split, found = fits
+    changed = Trials()
+    test = split.fold == 1
+    changed.labels[test] += (
+        np.random.default_rng(5).normal(size=changed.labels[test].shape).astype(np.float32)
+    )
+    other = fit_folds(build, changed, split, tmp_path / "b", folds=[1], **OPTIONS)
+    assert np.array_equal(other.predictions[test], found.predictions[test])
+    assert np.isnan(other.predictions[~test]).all()
+
+
+def test_ratings_of_validation_concepts_choose_and_do_not_teach(fits, tmp_path):
+    data, split, found = fits
+    rows = json.loads((found.folder / "fold0.json").read_text())["row"]
+    assert rows["validation"] == 9 and rows["train"] == 39  # 3 of 16 training concepts, 3 trials each
+
+
+def test_a_finished_fold_is_read_back(fits, monkeypatch):
+    data, split, found = fits
+    monkeypatch.setattr("cortexlit.training.decoders.fit", None)  # would fail if it were called
+    again = fit_folds(build, data, split, found.folder, **OPTIONS)
+    assert np.array_equal(again.predictions, found.predictions)
+    pd.testing.assert_frame_equal(again.table, found.table)
+
+
+@pytest.mark.parametrize("change", [{"lr": 0.01}, {"seed": 1}, {"validation": 0.3}])
+def test_a_folder_holds_one_kind_of_run(fits, change):
+    data, split, found = fits
+    with pytest.raises(DataError, match="other options"):
+        fit_folds(build, data, split, found.folder, **{**OPTIONS, **change})
+
+
+def test_an_interrupted_run_goes_on(fits, tmp_path, monkeypatch):
+    data, split, found = fits
+
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr("cortexlit.training.decoders.predict", stopped)  # after training, before the record
+        with pytest.raises(KeyboardInterrupt):
+            fit_folds(build, data, split, tmp_path / "c", **OPTIONS)
+    assert not list((tmp_path / "c").glob("*.npy"))
+    resumed = fit_folds(build, data, split, tmp_path / "c", **OPTIONS)
+    assert np.array_equal(resumed.predictions, found.predictions)
+
+
+def test_what_cannot_be_trained_is_refused(fits, tmp_path):
+    data, split, _ = fits
+    with pytest.raises(DataError, match="fold 7"):
+        fit_folds(build, data, split, tmp_path, folds=[7])
+    with pytest.raises(DataError, match="by concept"):
+        fit_folds(build, data, split_by_session(data.trials), tmp_path)
+    with pytest.raises(DataError, match="for validation"):
+        fit_folds(build, data, split, tmp_path, folds=[0], validation=0.01)
+    with pytest.raises(DataError, match="without ratings"):
+        fit_folds(build, SimpleNamespace(labels=None), split, tmp_path)
+    flat = Trials()
+    flat.labels[:, 1] = 3
+    with pytest.raises(DataError, match="constant"):
+        fit_folds(build, flat, split, tmp_path / "flat", folds=[0], **OPTIONS)
