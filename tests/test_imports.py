@@ -21,7 +21,11 @@ ALLOWED = {
     "cli": {"core", "plots", "data", "models", "training", "evaluation"},
 }
 # Exceptions, module by module: baselines can read a dataset folder; figures take a recording.
-ALSO = {"evaluation.baselines": {"data.clips"}, "plots": {"data.recordings"}}
+ALSO = {
+    "evaluation.baselines": {"data.clips"},
+    "evaluation.scenes": {"data.clips", "data.scenes"},
+    "plots": {"data.recordings"},
+}
 
 
 def module_name(path: Path, root: Path) -> str:

@@ -28,8 +28,8 @@ from cortexlit.evaluation.metrics import (
 from .scores import ScoreSheet
 
 # %% auto #0
-__all__ = ['ALPHAS', 'WINDOWS', 'ORACLE', 'train_mean', 'repeat_mean', 'blind_mean', 'behaviour_ridge', 'gabor_bank',
-           'motion_energy_ridge', 'score_dataset']
+__all__ = ['ALPHAS', 'WINDOWS', 'ORACLE', 'train_mean', 'repeat_mean', 'blind_mean', 'validated_ridge', 'behaviour_ridge',
+           'gabor_bank', 'motion_energy_ridge', 'score_dataset']
 
 # %% ../../neuro_nbs/05_baseline.ipynb #d137e960
 def train_mean(
@@ -65,21 +65,21 @@ def blind_mean(
     "Mean of all training samples at each frame of the clip, whatever the stimulus."
     return np.broadcast_to(train.labels.mean(0, dtype=np.float64).astype(np.float32), target.labels.shape)
 
-# %% ../../neuro_nbs/05_baseline.ipynb #edbdeb94
+# %% ../../neuro_nbs/05_baseline.ipynb #d768483f
 ALPHAS = tuple(float(a) for a in np.logspace(0, 7, 8))
 
 
-def _ridge(
-    x: np.ndarray,
-    y: np.ndarray,
-    weight: np.ndarray,
-    x_val: np.ndarray,
-    y_val: np.ndarray,
-    val_weight: np.ndarray,
-    x_test: np.ndarray,
-    alphas: Sequence[float],
-) -> tuple[np.ndarray, np.ndarray]:
-    "Rows are frames. Predictions for `x_test` (rows, neurons), and the penalty chosen for each neuron."
+def validated_ridge(
+    x: np.ndarray,  # (rows, features) of the train tier; a row is a frame, or a picture
+    y: np.ndarray,  # (rows, neurons) responses
+    weight: np.ndarray,  # (rows,) how often each row counts
+    x_val: np.ndarray,  # validation tier: features
+    y_val: np.ndarray,  # validation tier: responses, which choose the penalty
+    val_weight: np.ndarray,  # validation tier: how often each row counts
+    x_test: np.ndarray,  # (rows, features) to predict
+    alphas: Sequence[float] = ALPHAS,  # penalties tried
+) -> tuple[np.ndarray, np.ndarray]:  # predictions (rows, neurons); penalty of each neuron
+    "Ridge on standardised features, the penalty of each neuron chosen by squared error on validation."
     scaler = StandardScaler().fit(x, sample_weight=weight)
     x, x_val, x_test = (np.asarray(scaler.transform(a), np.float32) for a in (x, x_val, x_test))
     best, chosen = np.full(y.shape[1], np.inf), np.zeros(y.shape[1])
@@ -126,7 +126,7 @@ def _rows(labels: np.ndarray) -> np.ndarray:
 def _unrows(rows: np.ndarray, samples: int) -> np.ndarray:
     return rows.reshape(samples, -1, rows.shape[1]).transpose(0, 2, 1)
 
-# %% ../../neuro_nbs/05_baseline.ipynb #3bcb8633
+# %% ../../neuro_nbs/05_baseline.ipynb #61c370b5
 def behaviour_ridge(
     train: TierArrays,
     validation: TierArrays,  # chooses the penalty
@@ -136,7 +136,7 @@ def behaviour_ridge(
     "Ridge from running, pupil area and pupil centre, whichever were measured, over the last two seconds."
     x, x_val, x_test = (_behaviour_features(d) for d in (train, validation, target))
     ones, val_ones = np.ones(len(x)), np.ones(len(x_val))
-    predicted, chosen = _ridge(
+    predicted, chosen = validated_ridge(
         x, _rows(train.labels), ones, x_val, _rows(validation.labels), val_ones, x_test, alphas
     )
     return _unrows(predicted, len(target.clip)), chosen
@@ -186,7 +186,7 @@ def _energy_features(videos: np.ndarray, rate: float, temporal_frequency: float,
         parts.append(np.abs(_leaky(z, pole)))
     return _leaky(np.concatenate(parts, axis=-1), float(np.exp(-1 / (decay * rate)))).astype(np.float32)
 
-# %% ../../neuro_nbs/05_baseline.ipynb #06baa3cb
+# %% ../../neuro_nbs/05_baseline.ipynb #c51cb1d2
 def _clip_means(data: TierArrays) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Unique clips of a tier, the mean response (clips, neurons, frames), the number of repeats."
     clips, counts = np.unique(data.clip, return_counts=True)
@@ -219,7 +219,7 @@ def motion_energy_ridge(
     x, y, weight = rows(train)
     x_val, y_val, val_weight = rows(validation)
     clips, where = np.unique(target.clip, return_inverse=True)
-    predicted, chosen = _ridge(
+    predicted, chosen = validated_ridge(
         x, y, weight, x_val, y_val, val_weight, features[clips].reshape(len(clips) * frames, -1), alphas
     )
     return _unrows(predicted, len(clips))[where], chosen
