@@ -2,6 +2,7 @@
 
 import gzip
 import shutil
+from dataclasses import replace
 
 import h5py
 import nibabel as nib
@@ -552,11 +553,13 @@ def test_unknown_things(root, tmp_path):
 
 def test_real_tables_are_checked(tmp_path, monkeypatch):
     monkeypatch.setenv("CORTEXLIT_DATA", str(tmp_path))
-    with pytest.raises(MissingError, match="animacy.csv is not on this machine"):
+    for name, entry in module.THINGS_TABLES.items():
+        monkeypatch.setitem(module.THINGS_TABLES, name, replace(entry, url=f"http://127.0.0.1:9/{name}"))
+    with pytest.raises(MissingError, match="animacy.csv is not on this machine and could not be downloaded"):
         things_table("animacy.csv")
     with pytest.raises(MissingError, match="StimulusMetadata"):
         write_things(tmp_path / "x", "design")
-    (tmp_path / "things").mkdir()
+    (tmp_path / "things").mkdir(exist_ok=True)
     (tmp_path / "things/animacy.csv").write_text("uniqueID\n")
     with pytest.raises(DataError, match="other bytes"):
         things_table("animacy.csv")

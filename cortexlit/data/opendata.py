@@ -108,12 +108,13 @@ REGISTRY: dict[str, OpenFile] = {
 
 # %% ../../neuro_nbs/02a_open_recordings.ipynb #ff5ed7ed
 def fetch(
-    name: str,  # a name of `REGISTRY`
+    name: str | OpenFile,  # a name of `REGISTRY`, or an entry that another module keeps
 ) -> Path:  # the file, its hash verified
     "Find or download a registered file; `MissingError` if it cannot be had, `DataError` if its bytes are not the registered ones."
-    if name not in REGISTRY:
+    if isinstance(name, str) and name not in REGISTRY:
         raise MissingError(f"no open recording {name!r}", expected=f"one of {sorted(REGISTRY)}")
-    entry = REGISTRY[name]
+    entry = REGISTRY[name] if isinstance(name, str) else name
+    name = entry.name
     path = data_home() / entry.path
     if not path.is_file():
         import pooch

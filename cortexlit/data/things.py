@@ -27,16 +27,15 @@ from cortexlit.core import (
     SplitLeak,
     atomic_file,
     atomic_folder,
-    data_home,
     digest,
     generated,
     locked,
     provenance,
     read_json,
     rng,
-    sha256,
     write_json,
 )
+from .opendata import OpenFile, fetch
 
 # %% auto #0
 __all__ = ['SIZES', 'PROPERTIES', 'THINGS_TABLES', 'LAYOUTS', 'ROLES', 'ROI_SETS', 'ThingsSize', 'things_table', 'concept_of',
@@ -87,43 +86,34 @@ _PACKAGED = (
     "https://github.com/brain-score/vision/raw/c894f6e7c3bfbbd16b099bc5154ed8ffc32b9174/brainscore_vision/data/"
     "hebart2023_fmri/data_packaging"
 )
-THINGS_TABLES: dict[str, tuple[str, str]] = {  # file: (address, sha256)
-    "animacy.csv": (
-        f"{_VICCO}/animacy.csv",
-        "e5163a8d68a2704cf0d14e8b5c002963e180aba79e76d13653bcba854e8cf644",
-    ),
-    "size_fixed.csv": (
-        f"{_VICCO}/size_fixed.csv",
-        "6a14e7f359e2698231b49210aeb5e4a6878f1337aa19529b04220bac172ea042",
-    ),
-    "sub-01_StimulusMetadata.csv": (
-        f"{_PACKAGED}/sub-01_StimulusMetadata.csv",
-        "98b60bce12eb800dc3eca579ffd193c17f000c123a5ba2ebe44fd52846c756cc",
-    ),
-}
+_STUDY = "Hebart et al. (2023), eLife 12:e82580, https://doi.org/10.7554/eLife.82580"
+THINGS_TABLES: dict[str, OpenFile] = {
+    entry.name: entry
+    for entry in (
+        OpenFile(
+            "animacy.csv", "things/animacy.csv", f"{_VICCO}/animacy.csv",
+            "e5163a8d68a2704cf0d14e8b5c002963e180aba79e76d13653bcba854e8cf644", 393727, "CC0-1.0", _STUDY,
+            "ratings of 1,854 concepts: mean, standard deviation, number of raters",
+        ),
+        OpenFile(
+            "size_fixed.csv", "things/size_fixed.csv", f"{_VICCO}/size_fixed.csv",
+            "6a14e7f359e2698231b49210aeb5e4a6878f1337aa19529b04220bac172ea042", 409039, "CC0-1.0", _STUDY,
+            "real-world size of 1,854 concepts",
+        ),
+        OpenFile(
+            "sub-01_StimulusMetadata.csv", "things/sub-01_StimulusMetadata.csv", f"{_PACKAGED}/sub-01_StimulusMetadata.csv",
+            "98b60bce12eb800dc3eca579ffd193c17f000c123a5ba2ebe44fd52846c756cc", 402090, "MIT", _STUDY,
+            "the trials of subject 01: session, run, image, concept",
+        ),
+    )
+}  # fmt: skip
 
 
 def things_table(
     name: str,  # a name of `THINGS_TABLES`
 ) -> Path:  # the file in the data folder, its hash verified
-    "Find a real table below `data_home()/things`; `MissingError` says where to get it."
-    url, expected = THINGS_TABLES[name]
-    path = data_home() / "things" / name
-    if not path.is_file():
-        raise MissingError(
-            f"{name} is not on this machine",
-            path=path,
-            expected=f"the public file {url}",
-            fix="put that file there, or set CORTEXLIT_DATA to a folder that holds things/",
-        )
-    if (found := sha256(path)) != expected:
-        raise DataError(
-            f"{name} has other bytes than the published file (sha256 {found})",
-            path=path,
-            expected=f"sha256 {expected}",
-            fix=f"fetch {url} again",
-        )
-    return path
+    "Find a real table below `data_home()/things`, or download it; errors as `fetch`."
+    return fetch(THINGS_TABLES[name])
 
 # %% ../../neuro_nbs/12_things.ipynb #9d66b53d
 def concept_of(
