@@ -27,8 +27,8 @@ from . import core
 
 # %% auto #0
 __all__ = ['app', 'Json', 'Cache', 'Embedded', 'METRICS', 'Scale', 'Core', 'Last', 'things', 'Rois', 'Ratings', 'Folds', 'Cached',
-           'PARK', 'sessions', 'build', 'score', 'fit', 'grid', 'things_build', 'things_score', 'demo', 'pretrain',
-           'main']
+           'DECODERS', 'PARK', 'sessions', 'build', 'score', 'fit', 'grid', 'things_build', 'things_fit',
+           'things_score', 'demo', 'pretrain', 'main']
 
 # %% ../neuro_nbs/19_cli.ipynb #797b884d
 app = typer.Typer(
@@ -377,7 +377,7 @@ def grid(
         _show(f"{len(table)} runs in {whole.folder}", table)
         _out.print(f"best on the validation tier, over seeds: {whole.best()}")
 
-# %% ../neuro_nbs/19_cli.ipynb #ab28914d
+# %% ../neuro_nbs/19_cli.ipynb #97d10a57
 things = typer.Typer(help="Human fMRI: from a THINGS subject to a decoder's score.", no_args_is_help=True)
 app.add_typer(things, name="things")
 
@@ -424,12 +424,96 @@ def things_build(
         _show(f"subject {subject} of {root}", pd.DataFrame([found]))
 
 
-def _subject(cache: Path, ratings: Path, rois: str) -> Any:
+def _subject(cache: Path, ratings: Path, rois: str, form: str = "voxels") -> Any:
     "Cached trials with the ratings of their concepts."
     from cortexlit.data.things import ThingsDataset, load_properties
 
     rated = load_properties(ratings)
-    return ThingsDataset(cache, rated[~rated.index.duplicated()], None if rois == "all" else rois)
+    return ThingsDataset(cache, rated[~rated.index.duplicated()], None if rois == "all" else rois, form=form)
+
+
+DECODERS = ("parcels", "patches", "study")
+
+
+def _maker(model: str, data: Any, patch: tuple[int, int, int], noise: float) -> Callable[[], Any]:
+    "What makes a fresh ViT3D for a subject."
+    from cortexlit.models.vit3d import ViT3D, ViT3DConfig
+
+    if model not in DECODERS:
+        raise core.DataError(f"--model {model}", expected=f"one of {', '.join(DECODERS)}")
+    grid, outputs = data.mask.shape, len(data.properties)
+    if model == "study":
+        config = ViT3DConfig.study(patch, outputs=outputs, grid=grid)
+        return lambda: ViT3D(config)
+    small = {
+        "grid": grid,
+        "mask": data.mask,
+        "emb_dim": 32,
+        "depth": 1,
+        "heads": 4,
+        "mlp_dim": 64,
+        "outputs": outputs,
+    }
+    if model == "parcels":
+        region = data.rois.to_numpy(bool)[:, data.rois.any().to_numpy()]
+        parcels = np.where(region.any(1), region.argmax(1) + 1, 0)
+        parcels = np.unique(np.append(parcels, 0), return_inverse=True)[1][:-1]  # numbered without gaps
+        config = ViT3DConfig(parcels=parcels, noise=noise, **small)
+    else:
+        config = ViT3DConfig(patch=patch, noise=noise, **small)
+    return lambda: ViT3D(config)
+
+
+@things.command("fit")
+def things_fit(
+    cache: Cached,
+    ratings: Ratings,
+    out: Annotated[Path, typer.Option(help="Folder of the runs; the same folder resumes them.")],
+    model: Annotated[
+        str, typer.Option(help="parcels (a token per region), patches of the mask, or the study's.")
+    ] = "parcels",
+    patch: Annotated[tuple[int, int, int], typer.Option(help="Voxels of a patch.")] = (4, 4, 4),
+    noise: Annotated[
+        float, typer.Option(help="Added to z-scored responses in training; not in the study's.")
+    ] = 1.5,
+    rois: Rois = "visual",
+    folds: Folds = 5,
+    seed: Annotated[
+        int, typer.Option(help="Of the folds, the weights at the start, and the order of trials.")
+    ] = 0,
+    epochs: Annotated[
+        int, typer.Option(help="At most; it stops after six without a better validation score.")
+    ] = 24,
+    lr: Annotated[float, typer.Option(help="Step size of AdamW.")] = 6e-3,
+    batch_size: Annotated[int, typer.Option(help="Trials in a batch.")] = 128,
+    as_json: Json = False,
+) -> None:
+    """Train a 3-D vision transformer on every fold of held-out concepts; each stops on a validation fold.
+
+    Examples:
+      cortexlit things fit _data/things-02 --ratings ~/THINGSplus --out _runs/parcels-02
+      cortexlit things fit _data/things-02 --ratings ~/THINGSplus --model study --rois all --patch 12 13 15 --lr 1e-4 --out _runs/study-02
+    """
+    from cortexlit.data.things import split_by_concept
+    from cortexlit.training.decoders import fit_folds
+
+    data = _subject(cache, ratings, rois, "volume" if model == "study" else "voxels")
+    split = split_by_concept(data.trials, folds, seed)
+    recipe = {
+        "schedule": "plateau",
+        "loss": "huber" if model == "study" else "mse",
+        "lr": lr,
+        "epochs": epochs,
+        "patience": 6,
+    }
+    maker = _maker(model, data, patch, noise)
+    done = fit_folds(
+        maker, data, split, out, seed=seed, progress=not as_json, batch_size=batch_size, **recipe
+    )
+    if as_json:
+        _print_json({"folder": done.folder, "split_hash": split.hash, "folds": done.table.to_dict("records")})
+    else:
+        _show(f"{model}, runs in {done.folder}", done.table)
 
 
 @things.command("score")
@@ -440,23 +524,28 @@ def things_score(
     folds: Folds = 5,
     seed: Annotated[int, typer.Option(help="Of the folds and the permutations.")] = 0,
     permutations: Annotated[int, typer.Option(help="For the p-values of ridge; 0 for none.")] = 100,
+    run: Annotated[
+        list[Path] | None, typer.Option(help="Folder of `things fit` (repeat the option).")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for scores.csv and scores.json.")] = None,
     as_json: Json = False,
 ) -> None:
     """Constants, ridge and trained decoders on held-out concepts.
 
     Examples:
-      cortexlit things score _data/things-02 --ratings ~/THINGSplus --out _runs/things-02
+      cortexlit things score _data/things-02 --ratings ~/THINGSplus --run _runs/parcels-02 --out _runs/things-02
     """
     from cortexlit.data.things import split_by_concept
     from cortexlit.evaluation.decoding import score_subject
+    from cortexlit.training.decoders import FoldFits
 
     data = _subject(cache, ratings, rois)
     split = split_by_concept(data.trials, folds, seed)
     split.audit()
     sheet = score_subject(
         data.responses.astype(float), data.labels.astype(float), data.trials["concept"].to_numpy(), split,
-        data.properties, permutations=permutations, dataset=f"{cache.name}, subject {data.card['subject']}, {rois}", seed=seed,
+        data.properties, {folder.name: FoldFits.load(folder, split).predictions for folder in run or ()},
+        permutations=permutations, dataset=f"{cache.name}, subject {data.card['subject']}, {rois}", seed=seed,
     )  # fmt: skip
     if out is not None:
         sheet.save(out)
@@ -464,6 +553,13 @@ def things_score(
     if as_json:
         _print_json([asdict(row) for row in sheet.rows])
         return
+    _show_decoding(table)
+
+
+def _show_decoding(table: pd.DataFrame) -> None:
+    "One printed table per tier: R2 and correlation, means over properties, with 95 % intervals over concepts."
+    seeds = table["seed"].map(lambda seed: "" if pd.isna(seed) else f" (seed {seed})")
+    table = table.assign(model=table["model"] + seeds)
     for tier, rows in table[table["metric"].isin(["R2 mean", "r mean"])].groupby("tier", sort=False):
         cells = {
             m: {r.metric: _with_interval(r) for r in g.itertuples()}
@@ -514,7 +610,28 @@ def _demo_scores(out: Path) -> Any:
             sheets.append(scored(folder, PARK, 33, (0,)))
     return ScoreSheet(row for sheet in sheets for row in sheet.rows)
 
-# %% ../neuro_nbs/19_cli.ipynb #4d062d0f
+# %% ../neuro_nbs/19_cli.ipynb #284667e7
+def _demo_decoding(out: Path) -> Any:
+    "Score sheet of a synthetic fMRI subject: constants, ridge, and a transformer on regions."
+    from cortexlit.data.things import build_things, embedded_things, open_things, split_by_concept
+    from cortexlit.evaluation.decoding import score_subject
+    from cortexlit.training.decoders import fit_folds
+
+    root = embedded_things("demo")
+    things = open_things(root, "01", "figshare")
+    data = _subject(
+        build_things(things, out / "datasets" / "things", overwrite=True), root / "ratings", "visual"
+    )
+    split = split_by_concept(data.trials, 5, 0)
+    recipe = {"schedule": "plateau", "lr": 6e-3, "epochs": 24, "patience": 6, "batch_size": 128}
+    maker = _maker("parcels", data, (4, 4, 4), 1.5)
+    found = fit_folds(maker, data, split, core.runs("demo-things"), progress=False, **recipe).predictions
+    return score_subject(
+        data.responses.astype(float), data.labels.astype(float), data.trials["concept"].to_numpy(), split,
+        data.properties, {("ViT3D on regions", 0): found}, dataset="synthetic fMRI subject",
+    )  # fmt: skip
+
+# %% ../neuro_nbs/19_cli.ipynb #63e99810
 def _execute(notebook: Path, out: Path) -> str | None:
     "Run a notebook in a fresh kernel and save it as HTML; the end of the error output if it fails."
     command = [
@@ -533,12 +650,12 @@ def _execute(notebook: Path, out: Path) -> str | None:
     return None if done.returncode == 0 else done.stderr[-3000:]
 
 
-_PAGES = "0[0-8]*.ipynb"  # up to head training; the grid that follows takes four minutes by itself
+_PAGES = ("0[0-8]*.ipynb", "12_*.ipynb", "12a_*.ipynb")  # the others train for minutes each
 _NEED_HEADS = ("08_head_training",)  # reads the runs that scoring makes
 
 
-def _score_and_execute(notebooks: list[Path], out: Path) -> Any:
-    "Score sheet of the demonstration; meanwhile, and afterwards, the pages."
+def _score_and_execute(notebooks: list[Path], out: Path) -> tuple[Any, Any]:
+    "Score sheets of the demonstration, encoding and decoding; meanwhile, and afterwards, the pages."
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=_err) as progress, ThreadPoolExecutor(2) as pool:
 
@@ -556,13 +673,14 @@ def _score_and_execute(notebooks: list[Path], out: Path) -> Any:
             return shown(notebook.name, lambda: _execute(notebook, out))
 
         sheet = pool.submit(shown, "scores", lambda: _demo_scores(out))
+        decoding = pool.submit(shown, "fMRI scores", lambda: _demo_decoding(out))
         ordered = sorted(notebooks, key=lambda n: n.stem in _NEED_HEADS)
         failures = {n: e for n, e in zip(ordered, pool.map(page, ordered), strict=True) if e}
     if failures:
         raise core.CortexlitError("\n".join(f"{n} failed:\n{e}" for n, e in failures.items()))
-    return sheet.result()
+    return sheet.result(), decoding.result()
 
-# %% ../neuro_nbs/19_cli.ipynb #ae0ab02d
+# %% ../neuro_nbs/19_cli.ipynb #673749c7
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where to write; made if needed.")] = Path("_demo"),
@@ -571,7 +689,7 @@ def demo(
     ] = True,
     as_json: Json = False,
 ) -> None:
-    """From nothing to scores: embedded session, dataset, baselines, ceilings, head training, one real recording.
+    """From nothing to scores: embedded session, baselines, ceilings, head training, one real recording, fMRI.
 
     Examples:
       cortexlit demo
@@ -582,19 +700,22 @@ def demo(
     matplotlib.use("Agg")  # figures are drawn beside the main thread
     started = time.time()
     out.mkdir(parents=True, exist_ok=True)
-    pages = sorted((core.project_dir() / "neuro_nbs").glob(_PAGES))[::-1] if notebooks else []
+    folder = core.project_dir() / "neuro_nbs"
+    pages = sorted((n for pattern in _PAGES for n in folder.glob(pattern)), reverse=True) if notebooks else []
     _err.print(
         f"Making the embedded session, datasets, baselines and heads; executing {len(pages)} notebooks ..."
     )
-    sheet = _score_and_execute(pages, out)
+    sheet, decoding = _score_and_execute(pages, out)
     sheet.save(out)
+    decoding.save(out / "decoding")
     sheet.plot().savefig(out / "scores.png", dpi=110, bbox_inches="tight")
     if as_json:
-        _print_json([asdict(row) for row in sheet.rows])
+        _print_json([asdict(row) for row in (*sheet.rows, *decoding.rows)])
     else:
         _show_scores(sheet.table())
+        _show_decoding(decoding.table())
         _out.print(
-            f"{out / 'scores.json'}, {out / 'scores.png'}"
+            f"{out / 'scores.json'}, {out / 'decoding' / 'scores.json'}, {out / 'scores.png'}"
             + (f", {len(pages)} pages in {out}/*.html" if pages else "")
         )
         _err.print(f"[dim]{time.time() - started:.0f} s[/]")

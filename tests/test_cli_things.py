@@ -32,11 +32,36 @@ def test_from_a_folder_to_scores(study, tmp_path, capsys, monkeypatch):
         assert code == 0 and (found["layout"], found["subject"], found["trials"]) == (layout, "01", 96)
         caches[layout] = np.load(tmp_path / layout / "responses.npy")
     assert np.allclose(caches["figshare"], caches["openneuro"], atol=1e-4)
-    words = ["score", tmp_path / "figshare", "--ratings", study / "ratings", "--permutations", "3", "--folds", "3"]
+    words = [
+        "score",
+        tmp_path / "figshare",
+        "--ratings",
+        study / "ratings",
+        "--permutations",
+        "3",
+        "--folds",
+        "3",
+    ]
     code, rows = run(capsys, monkeypatch, *words, "--out", tmp_path / "scores")
     assert code == 0 and {r["model"] for r in rows} == {"mean", "median", "Huber constant", "ridge"}
     assert (tmp_path / "scores" / "scores.json").is_file()
     assert run(capsys, monkeypatch, *words)[1] == rows
+
+
+@pytest.mark.parametrize("model", ["parcels", "patches", "study"])
+def test_a_trained_decoder_joins_the_sheet(study, tmp_path, capsys, monkeypatch, model):
+    run(capsys, monkeypatch, "build", study / "figshare", "--out", tmp_path / "cache")
+    common = [tmp_path / "cache", "--ratings", study / "ratings", "--folds", "3"]
+    words = ["fit", *common, "--out", tmp_path / "net", "--model", model, "--epochs", "1"]
+    code, found = run(capsys, monkeypatch, *words)
+    assert code == 0 and [row["fold"] for row in found["folds"]] == [0, 1, 2], found
+    assert run(capsys, monkeypatch, *words)[1] == found  # read back
+    score = ["score", *common, "--permutations", "0", "--run", tmp_path / "net"]
+    code, rows = run(capsys, monkeypatch, *score)
+    assert code == 0 and "net" in {r["model"] for r in rows}
+    assert {r["split_hash"] for r in rows} == {found["split_hash"]}
+    code, refused = run(capsys, monkeypatch, *score, "--seed", "1")
+    assert code == 1 and "trained with the split" in refused["error"]
 
 
 @pytest.mark.parametrize(
@@ -48,6 +73,10 @@ def test_from_a_folder_to_scores(study, tmp_path, capsys, monkeypatch):
         (["score", "OUT/figshare", "--ratings", "STUDY/figshare"], "no property ratings"),
         (["score", "OUT/figshare", "--ratings", "STUDY/ratings", "--rois", "V9"], "no ROI 'V9'"),
         (["score", "OUT/figshare", "--ratings", "STUDY/ratings", "--folds", "1"], "1 folds"),
+        (
+            ["fit", "OUT/figshare", "--ratings", "STUDY/ratings", "--out", "OUT/n", "--model", "cnn"],
+            "parcels, patches, study",
+        ),
         (["build", "STUDY/figshare", "--out", "OUT/figshare"], "exists already"),
     ],
 )

@@ -1,6 +1,5 @@
 """Decoders trained fold by fold: what they may see, what is kept, and what must raise."""
 
-import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +12,7 @@ from transformers.utils import ModelOutput
 
 from cortexlit.core import DataError
 from cortexlit.data.things import split_by_concept, split_by_session
-from cortexlit.training.decoders import fit_folds
+from cortexlit.training.decoders import FoldFits, fit_folds
 
 
 class LinearConfig(PretrainedConfig):
@@ -109,10 +108,20 @@ def test_ratings_of_test_concepts_change_nothing(fits, tmp_path):
     assert np.isnan(other.predictions[~test]).all()
 
 
-def test_ratings_of_validation_concepts_choose_and_do_not_teach(fits, tmp_path):
+def test_the_next_fold_chooses_and_does_not_teach(fits, tmp_path):
     data, split, found = fits
-    rows = json.loads((found.folder / "fold0.json").read_text())["row"]
-    assert rows["validation"] == 9 and rows["train"] == 39  # 3 of 16 training concepts, 3 trials each
+    assert found.table["validation"].tolist() == [(split.fold == k).sum() for k in (1, 2, 0)]
+    doubled = Trials()
+    held = (
+        split.fold == 2
+    )  # validation of fold 1; ratings twice as far from the training mean, the same order
+    mean = data.labels[split.fold == 0].mean(0)
+    doubled.labels[held] = mean + 2 * (data.labels[held] - mean)
+    other = fit_folds(build, doubled, split, tmp_path / "d", folds=[1], **OPTIONS)
+    test = split.fold == 1
+    np.testing.assert_allclose(
+        other.predictions[test] - mean, 2 * (found.predictions[test] - mean), rtol=1e-3, atol=1e-4
+    )
 
 
 def test_a_finished_fold_is_read_back(fits, monkeypatch):
@@ -123,7 +132,7 @@ def test_a_finished_fold_is_read_back(fits, monkeypatch):
     pd.testing.assert_frame_equal(again.table, found.table)
 
 
-@pytest.mark.parametrize("change", [{"lr": 0.01}, {"seed": 1}, {"validation": 0.3}])
+@pytest.mark.parametrize("change", [{"lr": 0.01}, {"seed": 1}])
 def test_a_folder_holds_one_kind_of_run(fits, change):
     data, split, found = fits
     with pytest.raises(DataError, match="other options"):
@@ -145,14 +154,22 @@ def test_an_interrupted_run_goes_on(fits, tmp_path, monkeypatch):
     assert np.array_equal(resumed.predictions, found.predictions)
 
 
+def test_fits_are_read_with_their_own_split_only(fits):
+    data, split, found = fits
+    again = FoldFits.load(found.folder, split)
+    assert np.array_equal(again.predictions, found.predictions)
+    with pytest.raises(DataError, match="trained with the split"):
+        FoldFits.load(found.folder, split_by_concept(data.trials, 3, 1))
+
+
 def test_what_cannot_be_trained_is_refused(fits, tmp_path):
     data, split, _ = fits
     with pytest.raises(DataError, match="fold 7"):
         fit_folds(build, data, split, tmp_path, folds=[7])
     with pytest.raises(DataError, match="by concept"):
         fit_folds(build, data, split_by_session(data.trials), tmp_path)
-    with pytest.raises(DataError, match="for validation"):
-        fit_folds(build, data, split, tmp_path, folds=[0], validation=0.01)
+    with pytest.raises(DataError, match="three or more"):
+        fit_folds(build, data, split_by_concept(data.trials, 2, 0), tmp_path)
     with pytest.raises(DataError, match="without ratings"):
         fit_folds(build, SimpleNamespace(labels=None), split, tmp_path)
     flat = Trials()

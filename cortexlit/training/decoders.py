@@ -8,7 +8,7 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['FoldFits', 'fit_folds']
 
-# %% ../../neuro_nbs/13a_decoder_training.ipynb #3ff818f7
+# %% ../../neuro_nbs/13a_decoder_training.ipynb #0282a22e
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
-from ..core import DataError, atomic_file, digest, locked, read_json, rng, write_json
+from ..core import DataError, atomic_file, digest, locked, read_json, write_json
 from ..data.things import Split, audit_split
 from .trainer import fit, predict
 
@@ -39,27 +39,8 @@ class _Part(torch.utils.data.Dataset):
         item = self.data[int(self.rows[i])]
         return item | {"labels": (item["labels"] - self.mean) / self.spread}
 
-# %% ../../neuro_nbs/13a_decoder_training.ipynb #0d51453e
-def _inner(
-    data: Any, train: np.ndarray, test: np.ndarray, share: float, seed: int, fold: int
-) -> tuple[np.ndarray, np.ndarray]:
-    "Training and validation rows of a fold, by concept; raises `SplitLeak` if anything is shared."
-    concepts = np.unique(data.trials["concept"].to_numpy()[train])
-    count = round(share * len(concepts))
-    if not 0 < count < len(concepts):
-        raise DataError(
-            f"{share:g} of {len(concepts)} training concepts for validation",
-            expected="one or more, and some left",
-        )
-    drawn = concepts[rng(seed, "validation concepts", fold).permutation(len(concepts))[:count]]
-    held = data.trials["concept"].isin(drawn).to_numpy()[train]
-    parts = train[~held], train[held]
-    for a, b in ((*parts,), (train, test)):
-        audit_split(data.trials, a, b)
-    return parts
-
-# %% ../../neuro_nbs/13a_decoder_training.ipynb #00769e3d
-_COLUMNS = ["fold", "train", "validation", "test", "best epoch", "validation correlation", "seconds"]
+# %% ../../neuro_nbs/13a_decoder_training.ipynb #790c4f0a
+_COLUMNS = ["fold", "train", "validation", "test", "best epoch", "validation correlation", "slope", "seconds"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +52,8 @@ class FoldFits:
     predictions : np.ndarray
         (trials, outputs) for held-out concepts, in the unit of the labels; NaN for folds that were not asked for.
     table : pd.DataFrame
-        fold, trials trained on, validation and test trials, best epoch, validation correlation, seconds.
+        fold, trials trained on, validation and test trials, best epoch, validation
+        correlation, slope by which predictions were stretched, seconds.
     folder : Path
         predictions.npy, folds.json, and one run folder per fold.
     """
@@ -80,6 +62,24 @@ class FoldFits:
     table: pd.DataFrame
     folder: Path
 
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,  # `out` of `fit_folds`
+        split: Split,  # the split it must have been trained with
+    ) -> FoldFits:
+        "Read finished fits back; `DataError` if they belong to another split."
+        folder = Path(folder)
+        content = read_json(folder / "folds.json")
+        if content["plan"]["split"] != split.hash:
+            raise DataError(
+                f"trained with the split {content['plan']['split']}", path=folder, expected=f"{split.hash}",
+                fix="the same subject, folds and seed as in training",
+            )  # fmt: skip
+        return cls(
+            np.load(folder / "predictions.npy"), pd.DataFrame(content["rows"], columns=_COLUMNS), folder
+        )
+
 
 def fit_folds(
     build: Callable[[], PreTrainedModel],  # a fresh model; drawn with the seed
@@ -87,12 +87,11 @@ def fit_folds(
     split: Split,  # outer folds, from `split_by_concept`
     out: str | Path,  # folder of the runs
     folds: Sequence[int] | None = None,  # None: all
-    validation: float = 0.2,  # share of the training concepts set apart in each fold
     seed: int = 0,
     progress: bool = True,  # a line for each fold
     **options: Any,  # of `fit`; adapt="full" if not said otherwise
 ) -> FoldFits:
-    "Train a model per fold, choose its epoch on validation concepts, predict the held-out concepts once."
+    "Train a model per fold, choose its epoch on the next fold, predict the held-out concepts once."
     if data.labels is None:
         raise DataError("trials without ratings", fix="ThingsDataset(folder, load_properties(...))")
     if len(split.fold) != len(data.trials) or split.kind != "concept":
@@ -100,26 +99,24 @@ def fit_folds(
             f"a split by {split.kind} of {len(split.fold)} trials",
             expected=f"by concept, of {len(data.trials)} trials",
         )
-    wanted = list(range(split.fold.max() + 1) if folds is None else folds)
-    outer = dict(enumerate(split))
-    if unknown := [k for k in wanted if k not in outer]:
-        raise DataError(f"fold {unknown[0]}", expected=f"0 to {max(outer)}")
+    count = int(split.fold.max()) + 1
+    if count < 3:
+        raise DataError(f"{count} folds", expected="three or more: to train, to choose, to test")
+    wanted = list(range(count) if folds is None else folds)
+    if unknown := [k for k in wanted if k not in range(count)]:
+        raise DataError(f"fold {unknown[0]}", expected=f"0 to {count - 1}")
     options = {"adapt": "full", "last": 1, "progress": False} | options
     out = Path(out)
-    plan = {
-        "split": split.hash,
-        "validation": validation,
-        "seed": seed,
-        "options": digest(options),
-        "labels": digest(data.labels),
-    }
+    plan = {"split": split.hash, "seed": seed, "options": digest(options), "labels": digest(data.labels)}
     out.mkdir(parents=True, exist_ok=True)
     predictions, rows = np.full(data.labels.shape, np.nan, np.float32), []
     for k in wanted:
-        train, test = outer[k]
+        tiers = [np.flatnonzero(t) for t in _tiers(split.fold, k)]
+        for other in (0, 1), (0, 2), (1, 2):
+            audit_split(data.trials, *(tiers[i] for i in other))
         with locked(out / f"fold{k}.json"):
-            rows.append(_fold(build, data, (train, test), out / f"fold{k}", k, plan, options))
-        predictions[test] = np.load(out / f"fold{k}.npy")
+            rows.append(_fold(build, data, tiers, out / f"fold{k}", k, plan, options))
+        predictions[tiers[2]] = np.load(out / f"fold{k}.npy")
         if progress:
             print(
                 "fold {fold}: validation correlation {validation correlation:.4f} after epoch {best epoch}".format(
@@ -128,11 +125,18 @@ def fit_folds(
             )
     with atomic_file(out / "predictions.npy") as tmp, tmp.open("wb") as file:
         np.save(file, predictions)
-    return FoldFits(predictions, pd.DataFrame(rows, columns=_COLUMNS), out)
+    write_json(out / "folds.json", {"plan": plan, "rows": rows})
+    return FoldFits.load(out, split)
+
+
+def _tiers(fold: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "Training, validation and test rows of a fold."
+    test, validation = fold == k, fold == (k + 1) % (fold.max() + 1)
+    return (fold >= 0) & ~test & ~validation, validation, test
 
 
 def _fold(
-    build: Callable[[], PreTrainedModel], data: Any, rows: tuple[np.ndarray, np.ndarray], folder: Path, k: int,
+    build: Callable[[], PreTrainedModel], data: Any, rows: list[np.ndarray], folder: Path, k: int,
     plan: dict[str, Any], options: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     "Train and predict one fold, unless that was done before."
@@ -144,24 +148,25 @@ def _fold(
                 "this fold was trained with other options", path=record, fix="choose another folder"
             )
         return done["row"]
-    started, (train, test), seed = time.monotonic(), rows, plan["seed"]
-    inner, held = _inner(data, train, test, plan["validation"], seed, k)
-    mean, spread = data.labels[inner].mean(0), data.labels[inner].std(0)
+    started, seed = time.monotonic(), plan["seed"]
+    mean, spread = data.labels[rows[0]].mean(0), data.labels[rows[0]].std(0)
     if not (spread > 0).all():
         raise DataError(
             f"a rating is constant in the training concepts of fold {k}", fix="leave this property out"
         )
-    parts = [_Part(data, r, mean, spread) for r in (inner, held, test)]
+    parts = [_Part(data, r, mean, spread) for r in rows]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = build()
     done = fit(model, tuple(parts[:2]), out=folder, seed=seed, **options)
-    found = predict(done.model, parts[2], batch_size=options.get("batch_size", 1)) * spread + mean
+    guess, found = (predict(done.model, part, batch_size=64) for part in parts[1:])
+    slope = (guess * (data.labels[rows[1]] - mean) / spread).sum() / max(np.square(guess).sum(), 1e-30)
+    found = slope * found * spread + mean
     with atomic_file(folder.with_suffix(".npy")) as tmp, tmp.open("wb") as file:
         np.save(file, found.astype(np.float32))
     row = {
-        "fold": k, "train": len(inner), "validation": len(held), "test": len(test), "best epoch": done.best_epoch,
-        "validation correlation": done.correlation, "seconds": round(time.monotonic() - started, 1),
+        "fold": k, **{tier: len(r) for tier, r in zip(_COLUMNS[1:4], rows, strict=True)}, "best epoch": done.best_epoch,
+        "validation correlation": done.correlation, "slope": float(slope), "seconds": round(time.monotonic() - started, 1),
     }  # fmt: skip
     write_json(record, {"plan": plan, "row": row})
     return row
