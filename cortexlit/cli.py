@@ -26,9 +26,9 @@ from rich.table import Table
 from . import core
 
 # %% auto #0
-__all__ = ['app', 'Json', 'Cache', 'Embedded', 'METRICS', 'Scale', 'Core', 'Last', 'things', 'Rois', 'Ratings', 'Folds', 'Cached',
-           'DECODERS', 'PARK', 'sessions', 'build', 'score', 'fit', 'grid', 'things_build', 'things_fit',
-           'things_score', 'demo', 'pretrain', 'main']
+__all__ = ['app', 'Json', 'Cache', 'Embedded', 'METRICS', 'Scale', 'Core', 'Last', 'scenes', 'things', 'Rois', 'Ratings', 'Folds',
+           'Cached', 'DECODERS', 'PARK', 'sessions', 'build', 'score', 'fit', 'grid', 'scenes_build', 'scenes_fit',
+           'scenes_score', 'things_build', 'things_fit', 'things_score', 'demo', 'pretrain', 'main']
 
 # %% ../neuro_nbs/19_cli.ipynb #797b884d
 app = typer.Typer(
@@ -376,6 +376,136 @@ def grid(
     else:
         _show(f"{len(table)} runs in {whole.folder}", table)
         _out.print(f"best on the validation tier, over seeds: {whole.best()}")
+
+# %% ../neuro_nbs/19_cli.ipynb #c0bbac17
+scenes = typer.Typer(help="Natural scenes: a static dataset, V1T, scores.", no_args_is_help=True)
+app.add_typer(scenes, name="scenes")
+
+
+@scenes.command("build")
+def scenes_build(
+    session: Annotated[str, typer.Argument(help="Allen session id (natural scenes are in sessions B).")],
+    out: Annotated[Path, typer.Option(help="Dataset folder to write.")],
+    split: Annotated[
+        str, typer.Option(help="images (no picture in two tiers) or presentations (as published).")
+    ] = "images",
+    signal: Annotated[str, typer.Option(help="dff, corrected or events.")] = "dff",
+    delay: Annotated[float, typer.Option(help="Seconds from onset to the window.")] = 0.0,
+    window: Annotated[float, typer.Option(help="Seconds that are averaged.")] = 0.5,
+    size: Annotated[tuple[int, int], typer.Option(help="Rows and columns of the pictures.")] = (36, 64),
+    constant_neurons: Annotated[
+        str, typer.Option(help="error, or drop neurons that never change in training.")
+    ] = "error",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
+    cache: Cache = None,
+    embedded: Embedded = None,
+    as_json: Json = False,
+) -> None:
+    """Turn a session with natural scenes into a static dataset folder.
+
+    Examples:
+      cortexlit scenes build 501559087 --out _data/scenes
+      cortexlit scenes build 900000002 --embedded demo --signal events --out _data/scenes
+    """
+    from cortexlit.data.allen import open_session
+    from cortexlit.data.clips import check_folder
+    from cortexlit.data.scenes import build_scenes
+
+    if not session.isdigit():
+        raise core.DataError(
+            f"session {session!r}", expected="an Allen session id: open recordings have no scenes"
+        )
+    recording = open_session(int(session), cache_dir=_cache(cache, embedded), signal=signal)
+    build_scenes(recording, out, window_s=window, delay_s=delay, size=size, split=split,
+                 constant_neurons=constant_neurons, overwrite=overwrite)  # fmt: skip
+    card = check_folder(out)
+    if as_json:
+        _print_json(
+            {
+                "folder": out,
+                **{k: card[k] for k in ("name", "signal", "options", "counts", "split_hash", "warnings")},
+            }
+        )
+    else:
+        _out.print((out / "card.md").read_text(encoding="utf-8"), markup=False)
+
+
+@scenes.command("fit")
+def scenes_fit(
+    dataset: Annotated[Path, typer.Argument(help="Folder made by `cortexlit scenes build`.")],
+    session: Annotated[
+        int, typer.Option(help="Training session of the study, 1 to 6; 1 to 3 take pictures of 144 x 256.")
+    ] = 5,
+    seed: Annotated[int, typer.Option(help="Of the weights, the drawn presentations and their order.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder; default one in _runs named after all options.")
+    ] = None,
+    scale: Annotated[
+        str | None, typer.Option(help="demo (a small core, a hundredth of the epochs) or paper.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train V1T as in one of the study's six sessions; the same call again goes on where it stopped.
+
+    Examples:
+      cortexlit scenes fit _data/scenes --session 4
+      cortexlit scenes fit _data/501559087 --session 5 --scale paper
+    """
+    from cortexlit.training.scenes import STUDY, at_scale, train_scenes
+
+    if not 1 <= session <= len(STUDY):
+        raise core.DataError(f"--session {session}", expected=f"1 to {len(STUDY)}")
+    (chosen,) = at_scale([STUDY[session - 1]], scale)
+    done = train_scenes(dataset, chosen, seed=seed, out=out, progress=not as_json)
+    found = {
+        "folder": str(done.folder),
+        "best_epoch": done.best_epoch,
+        "validation_correlation": done.correlation,
+    }
+    if as_json:
+        _print_json(found)
+    else:
+        _show(chosen.name, pd.DataFrame([found]))
+
+
+@scenes.command("score")
+def scenes_score(
+    dataset: Annotated[Path, typer.Argument(help="Folder made by `cortexlit scenes build`.")],
+    run: Annotated[
+        list[Path] | None, typer.Option(help="Run folder of `scenes fit` (repeat the option).")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for scores.csv and scores.json.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Baselines, trained models, oracle and ceilings on the test tier.
+
+    Examples:
+      cortexlit scenes score _data/scenes --run _runs/full-0123456789abcdef
+    """
+    from cortexlit.data.scenes import ScenesDataset
+    from cortexlit.evaluation.scenes import score_scenes
+    from cortexlit.models.v1t import V1T
+    from cortexlit.training.trainer import predict
+
+    test, found = ScenesDataset(dataset, "test"), {}
+    for folder in run or ():
+        if not (folder / "best" / "config.json").is_file():
+            raise core.MissingError(
+                "no finished run", path=folder, expected="a run folder of `cortexlit scenes fit`"
+            )
+        found[f"V1T {folder.name}"] = predict(
+            V1T.from_pretrained(folder / "best").eval(), test, batch_size=32
+        )
+    sheet = score_scenes(dataset, found)
+    if out is not None:
+        sheet.save(out)
+    if as_json:
+        _print_json([asdict(row) for row in sheet.rows])
+        return
+    table = sheet.table()
+    for metric, rows in table.groupby("metric", sort=False):
+        _show(f"{rows['dataset'].iloc[0]}, split by {rows['split'].iloc[0]}: {metric}",
+              pd.DataFrame({"model": rows["model"], "score": [_with_interval(row) for row in rows.itertuples()]}))  # fmt: skip
 
 # %% ../neuro_nbs/19_cli.ipynb #97d10a57
 things = typer.Typer(help="Human fMRI: from a THINGS subject to a decoder's score.", no_args_is_help=True)

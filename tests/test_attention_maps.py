@@ -1,0 +1,206 @@
+"""Maps of attention and contribution: arithmetic on known models, planted regions, grids that differ, and what must raise."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from cortexlit.core import DataError
+from cortexlit.evaluation.attention_maps import (
+    atlas_regions,
+    auc,
+    enrichment,
+    gradient_times_input,
+    occlusion,
+    record_attention,
+)
+
+
+class Attention(nn.Module):
+    "Softmax attention that tells its weights."
+
+    def weights(self, q, k, near=None):
+        return (q @ k.transpose(-1, -2)).softmax(-1) * self.scale
+
+    def __init__(self, scale=1.0):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, q, k, v, near=None):
+        return self.weights(q, k, near) @ v
+
+
+class Stack(nn.Module):
+    def __init__(self, depth=3, scale=1.0):
+        super().__init__()
+        self.layers = nn.ModuleList([Attention(scale) for _ in range(depth)])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x, x, x, None)
+        return x
+
+
+def test_every_layer_and_head_is_recorded_and_hooks_leave_no_trace():
+    model, x = Stack(), torch.randn(2, 4, 5, 6, generator=torch.Generator().manual_seed(0))
+    plain = model(x)
+    with record_attention(model) as maps:
+        assert torch.equal(model(x), plain)
+        model(x[:1])
+    assert [tuple(m.shape) for m in maps] == [(2, 4, 5, 5)] * 3 + [(1, 4, 5, 5)] * 3
+    torch.testing.assert_close(maps[0], (x @ x.transpose(-1, -2)).softmax(-1))
+    assert not torch.allclose(maps[0][:, 0], maps[0][:, 1])  # heads are not averaged
+    model(x)
+    assert len(maps) == 6
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_hooks_go_when_the_forward_pass_fails():
+    model = Stack()
+    with pytest.raises(RuntimeError), record_attention(model):
+        model(torch.zeros(1, 1, 5, 6).double() @ torch.zeros(3, 3))
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_what_cannot_be_recorded_is_said():
+    with pytest.raises(DataError, match="no attention that tells"), record_attention(nn.Linear(2, 2)):
+        pass
+    with pytest.raises(DataError, match="sum to 1"), record_attention(model := Stack(scale=1.5)):
+        model(torch.zeros(1, 1, 2, 2))
+
+
+def test_contributions_of_a_linear_model_sum_to_its_output():
+    draw = torch.Generator().manual_seed(1)
+    x, w = torch.randn(7, 10, generator=draw), torch.randn(10, 3, generator=draw)
+    found = gradient_times_input(lambda v: v @ w, x, 2)
+    torch.testing.assert_close(found, x * w[:, 2])
+    torch.testing.assert_close(found.sum(1), (x @ w)[:, 2])
+
+
+def test_occlusion_finds_the_region_a_model_uses():
+    draw = np.random.default_rng(0)
+    x, w = draw.normal(size=(50, 9)), np.zeros((9, 2))
+    w[:3] = draw.normal(size=(3, 2))
+    regions = pd.DataFrame(
+        {"used": np.arange(9) < 3, "unused": np.arange(9) >= 3, "both": np.arange(9) % 4 == 2}
+    )
+    found = occlusion(lambda v: v @ w, x, x @ w, regions).set_index("region")
+    assert found["error"]["used"] == pytest.approx(np.square(x @ w).mean())
+    assert found["change"]["unused"] == found["error"]["unused"] == 0
+    assert 0 < found["error"]["both"] < found["error"]["used"]
+    assert found["voxels"].tolist() == [3, 6, 2]
+
+
+def cube(side=10):
+    return np.argwhere(np.ones((side, side, side), bool))
+
+
+def test_enrichment_is_a_quotient_of_shares():
+    place = cube()
+    draw = np.random.default_rng(0)
+    values = draw.uniform(size=len(place))
+    regions = pd.DataFrame({f"r{k}": draw.uniform(size=len(place)) < 0.1 * k for k in range(1, 5)})
+    found = enrichment(values, regions, place, 50).set_index("region")
+    for name in regions:
+        inside = regions[name].to_numpy()
+        assert found["enrichment"][name] == pytest.approx(values[inside].mean() / values.mean())
+    scaled = enrichment(7 * values, regions, place, 50).set_index("region")
+    pd.testing.assert_frame_equal(scaled, found)
+
+
+def test_a_planted_region_stands_out_and_others_do_not():
+    place = cube()
+    inside, far = (place < 4).all(1), (place >= 6).all(1)
+    values = np.random.default_rng(0).uniform(size=len(place)) * (1 + 2 * inside)
+    found = enrichment(values, pd.DataFrame({"planted": inside, "far": far}), place, 500).set_index("region")
+    assert found["p"]["planted"] < 0.05 < found["p"]["far"]
+    assert found["enrichment"]["planted"] > found["null high"]["planted"] > 1
+
+
+def test_smooth_maps_have_wide_nulls():
+    place = cube(12)
+    smooth = np.exp(-((place - [2, 9, 4]) ** 2).sum(1) / 30)
+    shuffled = np.random.default_rng(0).permutation(smooth)
+    region = pd.DataFrame({"r": (place < 5).all(1)})
+    wide, narrow = (enrichment(v, region, place, 300).iloc[0] for v in (smooth, shuffled))
+    assert wide["null high"] - wide["null low"] > 3 * (narrow["null high"] - narrow["null low"])
+
+
+def test_p_values_are_even_under_the_null():
+    place, p = cube(8), []
+    for seed in range(60):
+        draw = np.random.default_rng(seed)
+        centre = place[draw.integers(len(place))]
+        near = np.argsort(((place - centre) ** 2).sum(1), kind="stable")[:40]
+        region = pd.DataFrame({"r": np.isin(np.arange(len(place)), near)})
+        field = np.exp(-((place - draw.uniform(0, 7, 3)) ** 2).sum(1) / 20)
+        p.append(enrichment(field, region, place, 200, seed)["p"][0])
+    assert 0.3 < np.mean(p) < 0.7 and np.mean(np.array(p) < 0.1) < 0.25
+
+
+def test_voxels_without_a_value_are_left_out():
+    place = cube(5)
+    values = np.ones(len(place))
+    values[:60] = np.nan
+    regions = pd.DataFrame({"lost": np.arange(125) < 60, "half": np.arange(125) < 90})
+    found = enrichment(values, regions, place, 20).set_index("region")
+    assert found["voxels"].tolist() == [0, 30] and np.isnan(found["enrichment"]["lost"])
+    assert found["enrichment"]["half"] == pytest.approx(1) and found["share of voxels"]["half"] == 30 / 65
+
+
+@pytest.mark.parametrize(
+    ("values", "regions", "place", "told"),
+    [
+        (-np.ones(8), {"a": [True] * 8}, np.zeros((8, 3)), "absolute values"),
+        (np.zeros(8), {"a": [True] * 8}, np.zeros((8, 3)), "not all 0"),
+        (np.ones(8), {"a": [True] * 8}, np.zeros((8, 2)), "places"),
+        (np.ones(8), {"a": [True] * 7}, np.zeros((8, 3)), "one row per voxel"),
+        (np.ones(8), {"a": [False] * 8}, np.zeros((8, 3)), "region a has no voxel"),
+    ],
+)
+def test_maps_that_do_not_fit_are_refused(values, regions, place, told):
+    with pytest.raises(DataError, match=told):
+        enrichment(values, pd.DataFrame(regions), place)
+
+
+def test_atlas_labels_are_read_in_mm():
+    atlas = np.zeros((6, 6, 6), int)
+    atlas[3:, :, :] = 7
+    shifted = np.diag([-3.0, 3, 3, 1])  # x runs the other way, as in many MNI files
+    shifted[:3, 3] = [15, 0, 0]
+    mask = np.zeros((20, 6, 6), bool)
+    mask[:18, 1] = True
+    affine = np.diag([1.0, 3, 3, 1])
+    found = atlas_regions(mask, affine, atlas, shifted, {7: "left"})
+    x = np.argwhere(mask)[:, 0]
+    expected = np.rint((x - 15) / -3.0)
+    assert np.array_equal(found["left"], (expected >= 3) & (expected < 6))
+    assert np.array_equal(found["background"], ~found["left"])
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"atlas": np.full((4, 4, 4), 0.5)}, "whole-number"),
+        ({"names": {}}, "has no name"),
+        ({"affine": np.full((4, 4), np.nan)}, "not known"),
+        ({"affine": np.array([[1, 0, 0, 900], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])}, "register"),
+    ],
+)
+def test_atlases_that_do_not_fit_are_refused(change, told):
+    good = {
+        "mask": np.ones((4, 4, 4), bool), "affine": np.eye(4), "atlas": np.ones((4, 4, 4), int),
+        "atlas_affine": np.eye(4), "names": {1: "a"},
+    }  # fmt: skip
+    with pytest.raises(DataError, match=told):
+        atlas_regions(**{**good, **change})
+
+
+def test_auc_is_the_chance_of_the_right_order():
+    informative = np.array([True, False, True, False, False])
+    values = np.array([3.0, 1, 2, 2.5, np.nan])
+    assert auc(values, informative) == pytest.approx(3 / 4)  # of four pairs, one is in the wrong order
+    assert auc(informative.astype(float), informative) == 1 and auc(np.ones(5), informative) == 0.5
+    with pytest.raises(DataError, match="both kinds"):
+        auc(values, np.ones(5, bool))

@@ -1,0 +1,63 @@
+"""`cortexlit scenes` as a job script uses it."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from cortexlit import cli
+from cortexlit.data.scenes import import_arrays
+
+
+def run(capsys, monkeypatch, *words) -> tuple[int, dict | list]:
+    "Exit code and the JSON document of `cortexlit scenes WORDS --json`."
+    monkeypatch.setattr(sys, "argv", ["cortexlit", "scenes", *map(str, words), "--json"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+        sys.exit(0)
+    return int(end.value.code or 0), json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_cache, capsys, monkeypatch):
+    words = ["build", "900000002", "--cache", tiny_cache, "--signal", "events", "--out", tmp_path / "scenes"]
+    words += ["--constant-neurons", "drop"]  # the tiny session is short
+    code, found = run(capsys, monkeypatch, *words)
+    assert code == 0 and found["signal"] == "events" and found["options"]["split"] == "images", found
+    return tmp_path / "scenes"
+
+
+def test_from_a_folder_to_scores(tmp_path, capsys, monkeypatch):
+    draw = np.random.default_rng(0)
+    images = draw.normal(size=(40, 36, 64)).cumsum(2)
+    image = np.repeat(np.arange(40), 3)
+    responses = np.exp(images[image, 10:20, 20:50:10].mean(1) / 5) + draw.normal(size=(120, 3))
+    folder = import_arrays(
+        images, responses, tmp_path / "data", coordinates=[[0, 0], [100, 0], [200, 5]], image_id=image
+    )
+    words = ["fit", folder, "--session", "4", "--out", tmp_path / "run"]
+    code, found = run(capsys, monkeypatch, *words)
+    assert code == 0 and found["folder"] == str(tmp_path / "run"), found
+    assert run(capsys, monkeypatch, *words)[1] == found  # read back
+    code, rows = run(
+        capsys, monkeypatch, "score", folder, "--run", tmp_path / "run", "--out", tmp_path / "scores"
+    )
+    assert code == 0 and {"pixel ridge", "V1T run"} <= {r["model"] for r in rows}
+    assert json.loads((tmp_path / "scores" / "scores.json").read_text())["rows"] == rows
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["fit", "FOLDER", "--session", "7"], "1 to 6"),
+        (["fit", "FOLDER", "--session", "1"], "(144, 256)"),
+        (["fit", "FOLDER", "--scale", "big"], "demo, paper"),
+        (["score", "FOLDER", "--run", "FOLDER"], "no finished run"),
+        (["build", "park_230809", "--out", "x"], "Allen session id"),
+    ],
+)
+def test_what_cannot_be_is_refused(folder, capsys, monkeypatch, words, told):
+    code, found = run(capsys, monkeypatch, *[str(folder) if w == "FOLDER" else w for w in words])
+    assert code == 1 and told in found["error"], found
