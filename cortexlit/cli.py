@@ -507,7 +507,7 @@ def scenes_score(
         _show(f"{rows['dataset'].iloc[0]}, split by {rows['split'].iloc[0]}: {metric}",
               pd.DataFrame({"model": rows["model"], "score": [_with_interval(row) for row in rows.itertuples()]}))  # fmt: skip
 
-# %% ../neuro_nbs/19_cli.ipynb #97d10a57
+# %% ../neuro_nbs/19_cli.ipynb #05f1310d
 things = typer.Typer(help="Human fMRI: from a THINGS subject to a decoder's score.", no_args_is_help=True)
 app.add_typer(things, name="things")
 
@@ -582,6 +582,7 @@ def _maker(model: str, data: Any, patch: tuple[int, int, int], noise: float) -> 
         "depth": 1,
         "heads": 4,
         "mlp_dim": 64,
+        "dropout": 0.0,
         "outputs": outputs,
     }
     if model == "parcels":
@@ -612,8 +613,8 @@ def things_fit(
         int, typer.Option(help="Of the folds, the weights at the start, and the order of trials.")
     ] = 0,
     epochs: Annotated[
-        int, typer.Option(help="At most; it stops after six without a better validation score.")
-    ] = 24,
+        int, typer.Option(help="At most; it stops after five without a better validation score.")
+    ] = 20,
     lr: Annotated[float, typer.Option(help="Step size of AdamW.")] = 6e-3,
     batch_size: Annotated[int, typer.Option(help="Trials in a batch.")] = 128,
     as_json: Json = False,
@@ -634,7 +635,7 @@ def things_fit(
         "loss": "huber" if model == "study" else "mse",
         "lr": lr,
         "epochs": epochs,
-        "patience": 6,
+        "patience": 5,
     }
     maker = _maker(model, data, patch, noise)
     done = fit_folds(
@@ -740,7 +741,7 @@ def _demo_scores(out: Path) -> Any:
             sheets.append(scored(folder, PARK, 33, (0,)))
     return ScoreSheet(row for sheet in sheets for row in sheet.rows)
 
-# %% ../neuro_nbs/19_cli.ipynb #284667e7
+# %% ../neuro_nbs/19_cli.ipynb #8aca82a2
 def _demo_decoding(out: Path) -> Any:
     "Score sheet of a synthetic fMRI subject: constants, ridge, and a transformer on regions."
     from cortexlit.data.things import build_things, embedded_things, open_things, split_by_concept
@@ -753,7 +754,7 @@ def _demo_decoding(out: Path) -> Any:
         build_things(things, out / "datasets" / "things", overwrite=True), root / "ratings", "visual"
     )
     split = split_by_concept(data.trials, 5, 0)
-    recipe = {"schedule": "plateau", "lr": 6e-3, "epochs": 24, "patience": 6, "batch_size": 128}
+    recipe = {"schedule": "plateau", "lr": 6e-3, "epochs": 20, "patience": 5, "batch_size": 128}
     maker = _maker("parcels", data, (4, 4, 4), 1.5)
     found = fit_folds(maker, data, split, core.runs("demo-things"), progress=False, **recipe).predictions
     return score_subject(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['ADAPT', 'SCHEDULES', 'Fit', 'fit', 'predict']
+__all__ = ['ADAPT', 'SCHEDULES', 'Diverged', 'Fit', 'fit', 'predict']
 
 # %% ../../neuro_nbs/06b_trainer.ipynb #3d3af665
 import matplotlib.pyplot as plt
@@ -131,7 +131,7 @@ def _correlation(responses: np.ndarray, labels: np.ndarray) -> float:
     count, per_sample = known.sum(-1), r.sum(-1)
     return float((per_sample[count > 0] / count[count > 0]).mean()) if count.any() else math.nan
 
-# %% ../../neuro_nbs/06b_trainer.ipynb #2649ad6d
+# %% ../../neuro_nbs/06b_trainer.ipynb #658e1fa5
 @dataclass(frozen=True)
 class _Spec:
     "What a run needs besides the Trainer's own arguments."
@@ -142,6 +142,7 @@ class _Spec:
     core_lr: float | None  # None: that of the rest
     patience: int | None
     inputs: Mapping[str | None, list[str]] | None  # mouse -> content by which samples are put into batches
+    on_epoch: Callable[[pd.DataFrame], None] | None  # gets the history after each epoch
 
 
 def _factor(step: int, ends: np.ndarray, schedule: str) -> float:
@@ -155,7 +156,11 @@ def _factor(step: int, ends: np.ndarray, schedule: str) -> float:
     done = (step - start) / (ends[phase] - start)
     return (1 + math.cos(math.pi * done)) / 2 if schedule == "cosine" else 1 - done
 
-# %% ../../neuro_nbs/06b_trainer.ipynb #3a3938db
+# %% ../../neuro_nbs/06b_trainer.ipynb #c7cf5252
+class Diverged(DataError):
+    "Training came to nothing: responses that are not finite, or a validation correlation that was never defined."
+
+
 class _Trainer(Trainer):
     "The Hugging Face Trainer with batches of one mouse each, scored by single-trial correlation."
 
@@ -211,7 +216,7 @@ class _Trainer(Trainer):
             batch = self._prepare_inputs(_collate([data[row] for row in part]))
             out, labels = model(**batch), batch["labels"]
             if not torch.isfinite(out.logits).all():
-                raise DataError(
+                raise Diverged(
                     f"after {self.state.epoch:g} epochs the model's responses are not finite",
                     fix="lower lr, or look for wrong values in the data",
                 )
@@ -260,7 +265,7 @@ def _finished(state: TrainerState, patience: int | None) -> bool:
     waited = (state.global_step - (state.best_global_step or 0)) // epoch
     return state.global_step >= state.max_steps or (patience is not None and waited >= patience)
 
-# %% ../../neuro_nbs/06b_trainer.ipynb #6ff676d7
+# %% ../../neuro_nbs/06b_trainer.ipynb #fb912074
 _MARK = "complete"  # this empty file is written last: a checkpoint without it was cut short
 
 
@@ -301,6 +306,8 @@ class _Keeper(TrainerCallback):
                 shutil.rmtree(old)
             with atomic_file(self.folder / "history.csv") as tmp:
                 _history(state).to_csv(tmp, index=False)
+            if self.spec.on_epoch is not None:
+                self.spec.on_epoch(_history(state))
         control.should_training_stop = _finished(state, self.spec.patience)
         return control
 
@@ -546,7 +553,7 @@ def _prepared(
         model.freeze_core()
     return model.save_pretrained
 
-# %% ../../neuro_nbs/06b_trainer.ipynb #8d6aea78
+# %% ../../neuro_nbs/06b_trainer.ipynb #c5518a35
 def fit(
     model: PreTrainedModel,  # a `ViV1T`, or another model of the library; it is copied, not changed
     dataset: Any,  # a dataset folder, or (train, validation) map-style datasets, or {mouse: one of these}
@@ -571,6 +578,8 @@ def fit(
     | None = None,  # run what is frozen once per sample and keep it; None: for the head of a `ViV1T`
     seed: int = 0,  # of adapters, sample order, dropout and readout sampling
     resume: bool = True,  # go on with the run in `out`, if there is one
+    on_epoch: Callable[[pd.DataFrame], None]
+    | None = None,  # gets the history after each epoch; what it raises ends the run, which can be resumed
     progress: bool = True,  # progress bars
 ) -> Fit:
     "Train with the Hugging Face Trainer; keep the model with the best validation correlation."
@@ -639,10 +648,10 @@ def fit(
                 )
         best = copy.deepcopy(model).requires_grad_(True)
         save = _prepared(model, adapt, adapters, seed)
-        spec = _Spec(save, schedule, phases, core_lr, patience, inputs)
+        spec = _Spec(save, schedule, phases, core_lr, patience, inputs, on_epoch)
         state = _train(model, train, validation, args, spec, shown)
         if not (folder / "best").is_dir():
-            raise DataError(
+            raise Diverged(
                 "the validation correlation was not defined after any epoch",
                 path=folder / "history.csv",
                 expected="predictions and labels that change",
