@@ -101,7 +101,9 @@ def test_tubelets_of_one_frame_equal_unfolding():
     for stride in range(1, 4):  # a convolution over one channel went wrong with stride 2
         layer = made(frames=1, size=(4, 3), patch=(1, 2, 3), stride=(1, 1, stride), state_channels=1)
         video, state = clip(layer, 1, batch=3)
-        torch.testing.assert_close(layer(video, state), unfolded_tokens(layer, video, state), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            layer(video, state), unfolded_tokens(layer, video, state), rtol=0, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("channels", [0, 3])

@@ -413,3 +413,27 @@ def test_wrong_shapes_are_named():
     for given_, text in cases:
         with pytest.raises(DataError, match=text):
             made(**given_)
+
+
+def test_mixing_acts_in_training_only_and_mixes_labels_alike():
+    torch.manual_seed(0)
+    model = ViT3D(ViT3DConfig(grid=(4, 4, 4), patch=(2, 2, 2), emb_dim=8, depth=1, heads=2, mlp_dim=8,
+                              outputs=3, dropout=0.0, mixing=0.5))  # fmt: skip
+    same = torch.randn(1, 1, 4, 4, 4).expand(6, -1, -1, -1, -1)
+    labels = torch.randn(1, 3).expand(6, -1)
+    kept = model.eval()(same, labels=labels).loss
+    mixed = model.train()(same, labels=labels).loss  # mixtures of equal trials are the trial
+    torch.testing.assert_close(mixed, kept)
+    volumes, labels = torch.randn(6, 1, 4, 4, 4), torch.randn(6, 3)
+    plain = model.eval()(volumes, labels=labels)
+    assert torch.equal(model(volumes, labels=labels).loss, plain.loss)
+    model.train()
+    assert not torch.equal(model(volumes, labels=labels).loss, plain.loss)
+    assert torch.equal(model(volumes).logits, plain.logits)  # nothing to mix without labels
+    torch.manual_seed(1)
+    first = model(volumes, labels=labels).loss
+    torch.manual_seed(1)
+    flat = volumes.flatten(1)
+    assert torch.equal(model(voxels=flat, labels=labels).loss, first)
+    with pytest.raises(DataError, match="mixing=-1"):
+        ViT3DConfig(mixing=-1)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['NORMS', 'ConvBlock', 'ConvEmbedding', 'CNNViTConfig', 'CNNViT']
+__all__ = ['NORMS', 'ConvBlock', 'CNNViTConfig', 'ConvEmbedding', 'CNNViT']
 
 # %% ../../neuro_nbs/15_cnn_vit.ipynb #923393a2
 import math
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ..core import DataError
 from .vit3d import ViT3D, ViT3DConfig, patch_voxels
 
-# %% ../../neuro_nbs/15_cnn_vit.ipynb #9761644b
+# %% ../../neuro_nbs/15_cnn_vit.ipynb #276782ce
 NORMS = ("group", "batch")
 
 
@@ -47,45 +47,6 @@ class ConvBlock(nn.Module):
     ) -> torch.Tensor:  # (B, outputs, x // 2, y // 2, z // 2)
         x = F.relu(self.norm(self.convolve(x)))
         return F.max_pool3d(x if self.inside is None else x * self.inside, 2)
-
-
-class ConvEmbedding(nn.Module):
-    "Voxels -> convolutional blocks -> one token for each patch with brain."
-
-    def __init__(
-        self,
-        config: CNNViTConfig,
-    ):
-        super().__init__()
-        c, brain = config, config.brain
-        counts = [-(-n // p) if c.pad else n // p for n, p in zip(c.grid, c.patch, strict=True)]
-        if c.pad:
-            brain = np.pad(brain, [(0, k * p - n) for k, p, n in zip(counts, c.patch, c.grid, strict=True)])
-        self.shape, self.cells = brain.shape, c.cells
-        self.register_buffer("places", torch.tensor(np.flatnonzero(brain)))
-        _, places = patch_voxels(brain, c.patch, pad=False)
-        self.register_buffer("used", torch.tensor(np.ravel_multi_index(places.T, counts)))
-        blocks = []
-        for inputs, outputs in zip([1, *c.channels[:-1]], c.channels, strict=True):
-            blocks.append(ConvBlock(brain, inputs, outputs, c.norm))
-            x, y, z = (n // 2 for n in brain.shape)
-            brain = brain[: 2 * x, : 2 * y, : 2 * z].reshape(x, 2, y, 2, z, 2).any((1, 3, 5))
-        self.blocks = nn.Sequential(*blocks)
-        self.linear = nn.Linear(c.channels[-1] * math.prod(self.cells), c.emb_dim)
-
-    def _patches(self, x: torch.Tensor) -> torch.Tensor:
-        "(B, channels, x, y, z) -> (B, patches, channels * cells); what fills no patch is left out."
-        counts = [n // p for n, p in zip(x.shape[2:], self.cells, strict=True)]
-        x = x[:, :, *(slice(k * p) for k, p in zip(counts, self.cells, strict=True))]
-        x = x.reshape(*x.shape[:2], *(n for pair in zip(counts, self.cells, strict=True) for n in pair))
-        return x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
-
-    def forward(
-        self,
-        voxels: torch.Tensor,  # (B, voxels of the mask, in C order)
-    ) -> torch.Tensor:  # (B, tokens, emb_dim)
-        box = voxels.new_zeros(len(voxels), math.prod(self.shape)).index_copy(1, self.places, voxels)
-        return self.linear(self._patches(self.blocks(box.view(-1, 1, *self.shape)))[:, self.used])
 
 # %% ../../neuro_nbs/15_cnn_vit.ipynb #e67ac223
 class CNNViTConfig(ViT3DConfig):
@@ -132,6 +93,45 @@ class CNNViTConfig(ViT3DConfig):
     def cells(self) -> tuple[int, ...]:
         "The patch in cells of the pooled volume."
         return tuple(p // self.halvings for p in self.patch)
+
+# %% ../../neuro_nbs/15_cnn_vit.ipynb #f3f0073c
+class ConvEmbedding(nn.Module):
+    "Voxels -> convolutional blocks -> one token for each patch with brain."
+
+    def __init__(
+        self,
+        config: CNNViTConfig,
+    ):
+        super().__init__()
+        c, brain = config, config.brain
+        counts = [-(-n // p) if c.pad else n // p for n, p in zip(c.grid, c.patch, strict=True)]
+        if c.pad:
+            brain = np.pad(brain, [(0, k * p - n) for k, p, n in zip(counts, c.patch, c.grid, strict=True)])
+        self.shape, self.cells = brain.shape, c.cells
+        self.register_buffer("places", torch.tensor(np.flatnonzero(brain)))
+        _, places = patch_voxels(brain, c.patch, pad=False)
+        self.register_buffer("used", torch.tensor(np.ravel_multi_index(places.T, counts)))
+        blocks = []
+        for inputs, outputs in zip([1, *c.channels[:-1]], c.channels, strict=True):
+            blocks.append(ConvBlock(brain, inputs, outputs, c.norm))
+            x, y, z = (n // 2 for n in brain.shape)
+            brain = brain[: 2 * x, : 2 * y, : 2 * z].reshape(x, 2, y, 2, z, 2).any((1, 3, 5))
+        self.blocks = nn.Sequential(*blocks)
+        self.linear = nn.Linear(c.channels[-1] * math.prod(self.cells), c.emb_dim)
+
+    def _patches(self, x: torch.Tensor) -> torch.Tensor:
+        "(B, channels, x, y, z) -> (B, patches, channels * cells); what fills no patch is left out."
+        counts = [n // p for n, p in zip(x.shape[2:], self.cells, strict=True)]
+        x = x[:, :, *(slice(k * p) for k, p in zip(counts, self.cells, strict=True))]
+        x = x.reshape(*x.shape[:2], *(n for pair in zip(counts, self.cells, strict=True) for n in pair))
+        return x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
+
+    def forward(
+        self,
+        voxels: torch.Tensor,  # (B, voxels of the mask, in C order)
+    ) -> torch.Tensor:  # (B, tokens, emb_dim)
+        box = voxels.new_zeros(len(voxels), math.prod(self.shape)).index_copy(1, self.places, voxels)
+        return self.linear(self._patches(self.blocks(box.view(-1, 1, *self.shape)))[:, self.used])
 
 # %% ../../neuro_nbs/15_cnn_vit.ipynb #1a32d31f
 class CNNViT(ViT3D):

@@ -121,7 +121,9 @@ class Tubelets(nn.Module):
             scale = inverse_deviation(video, state, self.patch, self.stride, first.eps)
             video_kernel, state_kernel, constant = folded(first, linear, self.patch)
             windows = video[:, 0].unfold(1, self.patch[0], self.stride[0]).permute(0, 1, 4, 2, 3)
-            if self.patch[0] > 1:  # as a kernel with one channel, torch 2.13 gives wrong numbers for some strides
+            if (
+                self.patch[0] > 1
+            ):  # as a kernel with one channel, torch 2.13 gives wrong numbers for some strides
                 video_kernel = video_kernel.contiguous(memory_format=torch.channels_last)
             out = F.conv2d(windows.flatten(0, 1), video_kernel, stride=self.stride[1:])
             out = out.permute(0, 2, 3, 1).reshape(len(video), times, rows * columns, -1)

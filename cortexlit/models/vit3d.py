@@ -150,7 +150,7 @@ def _packed(values: np.ndarray | str | None) -> str | None:
 def _unpacked(text: str) -> np.ndarray:
     return np.frombuffer(zlib.decompress(base64.b64decode(text)), "<u2").astype(int)
 
-# %% ../../neuro_nbs/13_vit3d.ipynb #fbdfcf41
+# %% ../../neuro_nbs/13_vit3d.ipynb #8e3a11dd
 ATTENTION = ("softmax", "local", "linear")
 LOSSES = {"mse": F.mse_loss, "huber": F.huber_loss}  # Huber's turns from squared to linear at 1
 
@@ -174,6 +174,7 @@ class ViT3DConfig(PretrainedConfig):
         heads: int = 8,  # of attention
         mlp_dim: int = 2048,  # hidden units of the feed-forward layers
         noise: float = 0.0,  # sd of normal noise added to every voxel while training
+        mixing: float = 0.0,  # while training, mixtures of two trials and of their labels; shares from Beta(mixing, mixing)
         dropout: float = 0.1,  # of tokens, of what each branch adds, of hidden units, of the head's input
         attention: str = "softmax",  # a name in `ATTENTION`
         radius: int = 2,  # of "local": largest distance along each axis, in patches
@@ -188,7 +189,8 @@ class ViT3DConfig(PretrainedConfig):
             )
         self.mask, self.parcels = _packed(mask), _packed(parcels)
         self.emb_dim, self.depth, self.heads, self.mlp_dim = emb_dim, depth, heads, mlp_dim
-        self.noise, self.dropout, self.attention, self.radius = noise, dropout, attention, radius
+        self.noise, self.mixing = noise, mixing
+        self.dropout, self.attention, self.radius = dropout, attention, radius
         self.outputs, self.loss = outputs, loss
         _check_options(self)
         _refuse_unknown(self, kwargs)
@@ -224,7 +226,7 @@ class ViT3DConfig(PretrainedConfig):
         out[members[token, column]] = token
         return out
 
-# %% ../../neuro_nbs/13_vit3d.ipynb #866b6a50
+# %% ../../neuro_nbs/13_vit3d.ipynb #ee65617d
 def _check_options(c: ViT3DConfig) -> None:
     "Raise at the first option that no model can be built from."
     for name in ("grid", "patch"):
@@ -239,8 +241,11 @@ def _check_options(c: ViT3DConfig) -> None:
             raise DataError(f"{name}={value!r}", expected="a whole number, 1 or more")
     if c.emb_dim % c.heads:
         raise DataError(f"emb_dim={c.emb_dim} with heads={c.heads}", expected="a multiple of heads")
-    if not 0 <= c.dropout < 1 or not 0 <= c.noise < np.inf:
-        raise DataError(f"dropout={c.dropout}, noise={c.noise}", expected="0 <= dropout < 1, 0 <= noise")
+    if not 0 <= c.dropout < 1 or not 0 <= c.noise < np.inf or not 0 <= c.mixing < np.inf:
+        raise DataError(
+            f"dropout={c.dropout}, noise={c.noise}, mixing={c.mixing}",
+            expected="0 <= dropout < 1, 0 <= noise, 0 <= mixing",
+        )
     for name, allowed in (("attention", ATTENTION), ("loss", tuple(LOSSES))):
         if getattr(c, name) not in allowed:
             raise DataError(f"{name}={getattr(c, name)!r}", expected=f"one of {', '.join(allowed)}")
@@ -304,7 +309,7 @@ class EncoderBlock(nn.Module):
         q, k, _ = self._project(x)
         return self.attention.weights(q, k, near)
 
-# %% ../../neuro_nbs/13_vit3d.ipynb #1d86f01e
+# %% ../../neuro_nbs/13_vit3d.ipynb #6f9e7d5b
 @dataclass
 class ViT3DOutput(ModelOutput):
     """What `ViT3D` returns.
@@ -356,12 +361,8 @@ class ViT3D(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         "Nothing: every part initialises itself when it is made."
 
-    def embed(
-        self,
-        volume: torch.Tensor | None = None,  # (B, 1, x, y, z)
-        voxels: torch.Tensor | None = None,  # (B, voxels of the mask, in C order)
-    ) -> torch.Tensor:  # (B, 1 + tokens, emb_dim): CLS first
-        "What enters the first block."
+    def _voxels(self, volume: torch.Tensor | None, voxels: torch.Tensor | None) -> torch.Tensor:
+        "The voxels of the mask (B, voxels), whichever form was given."
         if (volume is None) == (voxels is None):
             raise DataError("volume, voxels: none or both were given", expected="one of them")
         if volume is not None:
@@ -373,6 +374,15 @@ class ViT3D(PreTrainedModel):
             voxels = volume.flatten(1)[:, self.inside]
         if voxels.ndim != 2 or voxels.shape[1] != len(self.inside):
             raise DataError(f"voxels of shape {tuple(voxels.shape)}", expected=f"(batch, {len(self.inside)})")
+        return voxels
+
+    def embed(
+        self,
+        volume: torch.Tensor | None = None,  # (B, 1, x, y, z)
+        voxels: torch.Tensor | None = None,  # (B, voxels of the mask, in C order)
+    ) -> torch.Tensor:  # (B, 1 + tokens, emb_dim): CLS first
+        "What enters the first block."
+        voxels = self._voxels(volume, voxels)
         if self.training and self.config.noise:
             voxels = voxels + self.config.noise * torch.randn_like(voxels)
         x = self.embedding(voxels)
@@ -392,6 +402,12 @@ class ViT3D(PreTrainedModel):
         labels: torch.Tensor | None = None,  # (B, outputs)
     ) -> ViT3DOutput:
         "Predicted properties, and the loss."
+        if self.training and self.config.mixing and labels is not None:
+            voxels, volume = self._voxels(volume, voxels), None
+            share = torch.distributions.Beta(self.config.mixing, self.config.mixing).sample((len(voxels), 1))
+            share, other = share.to(voxels), torch.randperm(len(voxels), device=voxels.device)
+            voxels = share * voxels + (1 - share) * voxels[other]
+            labels = share * labels + (1 - share) * labels[other]
         x, near = self.embed(volume, voxels), self._near()
         for block in self.blocks:
             x = block(x, near)

@@ -39,7 +39,7 @@ class _Part(torch.utils.data.Dataset):
         item = self.data[int(self.rows[i])]
         return item | {"labels": (item["labels"] - self.mean) / self.spread}
 
-# %% ../../neuro_nbs/13a_decoder_training.ipynb #790c4f0a
+# %% ../../neuro_nbs/13a_decoder_training.ipynb #ab03ec71
 _COLUMNS = ["fold", "train", "validation", "test", "best epoch", "validation correlation", "slope", "seconds"]
 
 
@@ -160,7 +160,9 @@ def _fold(
         model = build()
     done = fit(model, tuple(parts[:2]), out=folder, seed=seed, **options)
     guess, found = (predict(done.model, part, batch_size=64) for part in parts[1:])
-    slope = (guess * (data.labels[rows[1]] - mean) / spread).sum() / max(np.square(guess).sum(), 1e-30)
+    slope = max(
+        0.0, (guess * (data.labels[rows[1]] - mean) / spread).sum() / max(np.square(guess).sum(), 1e-30)
+    )
     found = slope * found * spread + mean
     with atomic_file(folder.with_suffix(".npy")) as tmp, tmp.open("wb") as file:
         np.save(file, found.astype(np.float32))
