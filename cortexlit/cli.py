@@ -762,7 +762,7 @@ def _demo_decoding(out: Path) -> Any:
         data.properties, {("ViT3D on regions", 0): found}, dataset="synthetic fMRI subject",
     )  # fmt: skip
 
-# %% ../neuro_nbs/19_cli.ipynb #63e99810
+# %% ../neuro_nbs/19_cli.ipynb #1aaaf61c
 def _execute(notebook: Path, out: Path) -> str | None:
     "Run a notebook in a fresh kernel and save it as HTML; the end of the error output if it fails."
     command = [
@@ -800,16 +800,20 @@ def _score_and_execute(notebooks: list[Path], out: Path) -> tuple[Any, Any]:
 
         def page(notebook: Path) -> str | None:
             if notebook.stem in _NEED_HEADS:
-                sheet.result()
+                sheets.result()
             return shown(notebook.name, lambda: _execute(notebook, out))
 
-        sheet = pool.submit(shown, "scores", lambda: _demo_scores(out))
-        decoding = pool.submit(shown, "fMRI scores", lambda: _demo_decoding(out))
+        def scored() -> tuple[Any, Any]:  # one after the other: training draws from torch's one stream
+            return shown("scores", lambda: _demo_scores(out)), shown(
+                "fMRI scores", lambda: _demo_decoding(out)
+            )
+
+        sheets = pool.submit(scored)
         ordered = sorted(notebooks, key=lambda n: n.stem in _NEED_HEADS)
         failures = {n: e for n, e in zip(ordered, pool.map(page, ordered), strict=True) if e}
     if failures:
         raise core.CortexlitError("\n".join(f"{n} failed:\n{e}" for n, e in failures.items()))
-    return sheet.result(), decoding.result()
+    return sheets.result()
 
 # %% ../neuro_nbs/19_cli.ipynb #673749c7
 @app.command()
