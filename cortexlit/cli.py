@@ -46,7 +46,7 @@ Embedded = Annotated[
     str | None, typer.Option(help="Use the embedded synthetic session instead: tiny, demo or full.")
 ]
 
-# %% ../neuro_nbs/19_cli.ipynb #92e2a128
+# %% ../neuro_nbs/19_cli.ipynb #8246f871
 def _show(title: str, frame: pd.DataFrame) -> None:
     table = Table(title=title, title_justify="left")
     for name in frame.columns:
@@ -58,6 +58,40 @@ def _show(title: str, frame: pd.DataFrame) -> None:
 
 def _print_json(obj: Any) -> None:
     print(json.dumps(core._plain(obj), indent=1, allow_nan=False))
+
+
+def _tell_card(folder: Path, as_json: bool, *fields: str) -> None:
+    "The card of a dataset folder, or some of its fields as JSON."
+    from cortexlit.data.clips import check_folder
+
+    card = check_folder(folder)
+    if as_json:
+        _print_json({"folder": folder, **{k: card[k] for k in fields}})
+    else:
+        _out.print((folder / "card.md").read_text(encoding="utf-8"), markup=False)
+
+
+def _tell_run(title: str, done: Any, as_json: bool) -> None:
+    "Where a training run lies, and how well it did on validation."
+    found = {
+        "folder": str(done.folder),
+        "best_epoch": done.best_epoch,
+        "validation_correlation": done.correlation,
+    }
+    if as_json:
+        _print_json(found)
+    else:
+        _show(title, pd.DataFrame([found]))
+
+
+def _tell_sheet(sheet: Any, out: Path | None, as_json: bool, show: Callable[[pd.DataFrame], None]) -> None:
+    "Save a score sheet if asked to, and print it."
+    if out is not None:
+        sheet.save(out)
+    if as_json:
+        _print_json([asdict(row) for row in sheet.rows])
+    else:
+        show(sheet.table())
 
 
 def _open(session: str, cache: Path | None, embedded: str | None) -> Any:
@@ -113,7 +147,7 @@ def sessions(
     else:
         _show(f"{len(found)} sessions", found)
 
-# %% ../neuro_nbs/19_cli.ipynb #a33fb7e9
+# %% ../neuro_nbs/19_cli.ipynb #ca56d5f8
 @app.command()
 def build(
     session: Annotated[
@@ -140,7 +174,7 @@ def build(
       cortexlit build 900000001 --embedded demo --out _data/demo
       cortexlit build park_230809 --clip-frames 49 --out _data/park
     """
-    from cortexlit.data.clips import build_dataset, check_folder
+    from cortexlit.data.clips import build_dataset
 
     recording = _open(session, cache, embedded)
     build_dataset(
@@ -154,30 +188,11 @@ def build(
         pupil=pupil,
         overwrite=overwrite,
     )
-    card = check_folder(out)
-    if as_json:
-        _print_json(
-            {
-                "folder": out,
-                **{
-                    k: card[k]
-                    for k in (
-                        "name",
-                        "source",
-                        "signal",
-                        "options",
-                        "counts",
-                        "audit",
-                        "split_hash",
-                        "warnings",
-                    )
-                },
-            }
-        )
-    else:
-        _out.print((out / "card.md").read_text(encoding="utf-8"), markup=False)
+    _tell_card(
+        out, as_json, "name", "source", "signal", "options", "counts", "audit", "split_hash", "warnings"
+    )
 
-# %% ../neuro_nbs/19_cli.ipynb #ac709c02
+# %% ../neuro_nbs/19_cli.ipynb #09f0e720
 @app.command()
 def score(
     dataset: Annotated[Path, typer.Argument(help="A dataset folder.")],
@@ -199,12 +214,7 @@ def score(
     from cortexlit.evaluation.baselines import score_dataset
 
     sheet = score_dataset(dataset, last=last)
-    if out is not None:
-        sheet.save(out)
-    if as_json:
-        _print_json([asdict(row) for row in sheet.rows])
-    else:
-        _show_scores(sheet.table())
+    _tell_sheet(sheet, out, as_json, _show_scores)
 
 
 METRICS = ("single-trial correlation", "flattened correlation")  # printed; scores.json holds all
@@ -212,19 +222,28 @@ METRICS = ("single-trial correlation", "flattened correlation")  # printed; scor
 
 def _show_scores(table: pd.DataFrame) -> None:
     "One printed table per dataset and split: score and 95 % interval of the two correlations."
-    seeds = table["seed"].map(lambda seed: "" if pd.isna(seed) else f" (seed {seed})")
-    table = table.assign(model=table["model"] + seeds)
+    table = _with_seeds(table)
     for (dataset, split), rows in table.groupby(["dataset", "split"], sort=False):
-        by_model = {
-            model: {row.metric: _with_interval(row) for row in group.itertuples()}
-            for model, group in rows.groupby("model", sort=False)
-        }
-        short = pd.DataFrame(
-            [{"model": model, **{m: cells.get(m, "") for m in METRICS}} for model, cells in by_model.items()]
-        )
         size = rows.dropna(subset=["n_samples"]).iloc[0]
         title = f"{dataset}, split by {split}: test tier, {size['n_clips']} clips, {size['n_samples']} samples, {size['n_neurons']} neurons"
-        _show(title, short)
+        _show(title, _by_model(rows, METRICS))
+
+
+def _with_seeds(table: pd.DataFrame) -> pd.DataFrame:
+    "The seed, if there is one, as part of the model's name."
+    seeds = table["seed"].map(lambda seed: "" if pd.isna(seed) else f" (seed {seed})")
+    return table.assign(model=table["model"] + seeds)
+
+
+def _by_model(rows: pd.DataFrame, metrics: tuple[str, ...]) -> pd.DataFrame:
+    "One row per model, one column per metric."
+    cells = {
+        model: {row.metric: _with_interval(row) for row in group.itertuples()}
+        for model, group in rows.groupby("model", sort=False)
+    }
+    return pd.DataFrame(
+        [{"model": model, **{m: c.get(m, "") for m in metrics}} for model, c in cells.items()]
+    )
 
 
 def _with_interval(row: Any) -> str:
@@ -233,7 +252,7 @@ def _with_interval(row: Any) -> str:
         return "none: " + row.note.split(":")[0]
     return f"{row.value:.4f} ({row.low:.3f} to {row.high:.3f})"
 
-# %% ../neuro_nbs/19_cli.ipynb #ec7bdb23
+# %% ../neuro_nbs/19_cli.ipynb #5911f38a
 Scale = Annotated[
     str | None,
     typer.Option(help="demo (a fifteenth of the epochs) or paper; default CORTEXLIT_SCALE, or demo."),
@@ -306,11 +325,7 @@ def fit(
         (chosen,) = at_scale([FULL], scale) if adapt == "full" else _chosen(STUDY, [rank], [targets], scale)
         tiers = tuple(MouseDataset(dataset, tier) for tier in ("train", "validation"))
         done = train(done.model, tiers, out=out, seed=seed, **options | chosen.options | common)
-    found = {"folder": done.folder, "best_epoch": done.best_epoch, "validation_correlation": done.correlation}
-    if as_json:
-        _print_json(found)
-    else:
-        _show(f"adapt={adapt}", pd.DataFrame([found | {"folder": str(done.folder)}]))
+    _tell_run(f"adapt={adapt}", done, as_json)
 
 
 def _chosen(study: Any, ranks: list[int] | None, targets: list[str] | None, scale: str | None) -> list:
@@ -377,7 +392,7 @@ def grid(
         _show(f"{len(table)} runs in {whole.folder}", table)
         _out.print(f"best on the validation tier, over seeds: {whole.best()}")
 
-# %% ../neuro_nbs/19_cli.ipynb #c0bbac17
+# %% ../neuro_nbs/19_cli.ipynb #10532a15
 scenes = typer.Typer(help="Natural scenes: a static dataset, V1T, scores.", no_args_is_help=True)
 app.add_typer(scenes, name="scenes")
 
@@ -408,7 +423,6 @@ def scenes_build(
       cortexlit scenes build 900000002 --embedded demo --signal events --out _data/scenes
     """
     from cortexlit.data.allen import open_session
-    from cortexlit.data.clips import check_folder
     from cortexlit.data.scenes import build_scenes
 
     if not session.isdigit():
@@ -418,16 +432,7 @@ def scenes_build(
     recording = open_session(int(session), cache_dir=_cache(cache, embedded), signal=signal)
     build_scenes(recording, out, window_s=window, delay_s=delay, size=size, split=split,
                  constant_neurons=constant_neurons, overwrite=overwrite)  # fmt: skip
-    card = check_folder(out)
-    if as_json:
-        _print_json(
-            {
-                "folder": out,
-                **{k: card[k] for k in ("name", "signal", "options", "counts", "split_hash", "warnings")},
-            }
-        )
-    else:
-        _out.print((out / "card.md").read_text(encoding="utf-8"), markup=False)
+    _tell_card(out, as_json, "name", "signal", "options", "counts", "split_hash", "warnings")
 
 
 @scenes.command("fit")
@@ -457,15 +462,7 @@ def scenes_fit(
         raise core.DataError(f"--session {session}", expected=f"1 to {len(STUDY)}")
     (chosen,) = at_scale([STUDY[session - 1]], scale)
     done = train_scenes(dataset, chosen, seed=seed, out=out, progress=not as_json)
-    found = {
-        "folder": str(done.folder),
-        "best_epoch": done.best_epoch,
-        "validation_correlation": done.correlation,
-    }
-    if as_json:
-        _print_json(found)
-    else:
-        _show(chosen.name, pd.DataFrame([found]))
+    _tell_run(chosen.name, done, as_json)
 
 
 @scenes.command("score")
@@ -496,18 +493,16 @@ def scenes_score(
         found[f"V1T {folder.name}"] = predict(
             V1T.from_pretrained(folder / "best").eval(), test, batch_size=32
         )
-    sheet = score_scenes(dataset, found)
-    if out is not None:
-        sheet.save(out)
-    if as_json:
-        _print_json([asdict(row) for row in sheet.rows])
-        return
-    table = sheet.table()
+    _tell_sheet(score_scenes(dataset, found), out, as_json, _show_scenes)
+
+
+def _show_scenes(table: pd.DataFrame) -> None:
+    "One printed table per metric."
     for metric, rows in table.groupby("metric", sort=False):
         _show(f"{rows['dataset'].iloc[0]}, split by {rows['split'].iloc[0]}: {metric}",
               pd.DataFrame({"model": rows["model"], "score": [_with_interval(row) for row in rows.itertuples()]}))  # fmt: skip
 
-# %% ../neuro_nbs/19_cli.ipynb #05f1310d
+# %% ../neuro_nbs/19_cli.ipynb #7e2aed03
 things = typer.Typer(help="Human fMRI: from a THINGS subject to a decoder's score.", no_args_is_help=True)
 app.add_typer(things, name="things")
 
@@ -678,28 +673,16 @@ def things_score(
         data.properties, {folder.name: FoldFits.load(folder, split).predictions for folder in run or ()},
         permutations=permutations, dataset=f"{cache.name}, subject {data.card['subject']}, {rois}", seed=seed,
     )  # fmt: skip
-    if out is not None:
-        sheet.save(out)
-    table = sheet.table()
-    if as_json:
-        _print_json([asdict(row) for row in sheet.rows])
-        return
-    _show_decoding(table)
+    _tell_sheet(sheet, out, as_json, _show_decoding)
 
 
 def _show_decoding(table: pd.DataFrame) -> None:
     "One printed table per tier: R2 and correlation, means over properties, with 95 % intervals over concepts."
-    seeds = table["seed"].map(lambda seed: "" if pd.isna(seed) else f" (seed {seed})")
-    table = table.assign(model=table["model"] + seeds)
+    table = _with_seeds(table)
     for tier, rows in table[table["metric"].isin(["R2 mean", "r mean"])].groupby("tier", sort=False):
-        cells = {
-            m: {r.metric: _with_interval(r) for r in g.itertuples()}
-            for m, g in rows.groupby("model", sort=False)
-        }
-        shown = pd.DataFrame([{"model": m, **c} for m, c in cells.items()])
         _show(
             f"{rows['dataset'].iloc[0]}: {tier}, {rows['n_clips'].iloc[0]} concepts, {rows['n_samples'].iloc[0]} rows",
-            shown,
+            _by_model(rows, ("R2 mean", "r mean")),
         )
 
 # %% ../neuro_nbs/19_cli.ipynb #73a21bb4
