@@ -18,7 +18,7 @@ import time
 
 import numpy as np
 import torch
-from bench_viv1t import peak_mib
+from side_by_side import peak_mib
 from transformers import PreTrainedModel
 
 from cortexlit.core import provenance, write_json

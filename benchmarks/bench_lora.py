@@ -21,7 +21,8 @@ from collections.abc import Callable
 import numpy as np
 import psutil
 import torch
-from bench_viv1t import peak_mib, published
+from bench_viv1t import published
+from side_by_side import peak_mib
 
 from cortexlit.core import provenance, write_json
 from cortexlit.models.adapters import Adapters, add_adapters
