@@ -502,7 +502,7 @@ def _show_scenes(table: pd.DataFrame) -> None:
         _show(f"{rows['dataset'].iloc[0]}, split by {rows['split'].iloc[0]}: {metric}",
               pd.DataFrame({"model": rows["model"], "score": [_with_interval(row) for row in rows.itertuples()]}))  # fmt: skip
 
-# %% ../neuro_nbs/19_cli.ipynb #7e2aed03
+# %% ../neuro_nbs/19_cli.ipynb #005febe0
 things = typer.Typer(help="Human fMRI: from a THINGS subject to a decoder's score.", no_args_is_help=True)
 app.add_typer(things, name="things")
 
@@ -560,7 +560,9 @@ def _subject(cache: Path, ratings: Path, rois: str, form: str = "voxels") -> Any
 DECODERS = ("parcels", "patches", "study")
 
 
-def _maker(model: str, data: Any, patch: tuple[int, int, int], noise: float) -> Callable[[], Any]:
+def _maker(
+    model: str, data: Any, patch: tuple[int, int, int], noise: float, mixing: float = 0.0
+) -> Callable[[], Any]:
     "What makes a fresh ViT3D for a subject."
     from cortexlit.models.vit3d import ViT3D, ViT3DConfig
 
@@ -579,14 +581,16 @@ def _maker(model: str, data: Any, patch: tuple[int, int, int], noise: float) -> 
         "mlp_dim": 64,
         "dropout": 0.0,
         "outputs": outputs,
+        "noise": noise,
+        "mixing": mixing,
     }
     if model == "parcels":
         region = data.rois.to_numpy(bool)[:, data.rois.any().to_numpy()]
         parcels = np.where(region.any(1), region.argmax(1) + 1, 0)
         parcels = np.unique(np.append(parcels, 0), return_inverse=True)[1][:-1]  # numbered without gaps
-        config = ViT3DConfig(parcels=parcels, noise=noise, **small)
+        config = ViT3DConfig(parcels=parcels, **small)
     else:
-        config = ViT3DConfig(patch=patch, noise=noise, **small)
+        config = ViT3DConfig(patch=patch, **small)
     return lambda: ViT3D(config)
 
 
@@ -602,6 +606,9 @@ def things_fit(
     noise: Annotated[
         float, typer.Option(help="Added to z-scored responses in training; not in the study's.")
     ] = 1.5,
+    mixing: Annotated[
+        float, typer.Option(help="Trains on mixtures of two trials, with shares from Beta(mixing, mixing); 0: none; not in the study's.")
+    ] = 0.0,
     rois: Rois = "visual",
     folds: Folds = 5,
     seed: Annotated[
@@ -632,7 +639,7 @@ def things_fit(
         "epochs": epochs,
         "patience": 5,
     }
-    maker = _maker(model, data, patch, noise)
+    maker = _maker(model, data, patch, noise, mixing)
     done = fit_folds(
         maker, data, split, out, seed=seed, progress=not as_json, batch_size=batch_size, **recipe
     )
@@ -724,7 +731,7 @@ def _demo_scores(out: Path) -> Any:
             sheets.append(scored(folder, PARK, 33, (0,)))
     return ScoreSheet(row for sheet in sheets for row in sheet.rows)
 
-# %% ../neuro_nbs/19_cli.ipynb #8aca82a2
+# %% ../neuro_nbs/19_cli.ipynb #a401d72c
 def _demo_decoding(out: Path) -> Any:
     "Score sheet of a synthetic fMRI subject: constants, ridge, and a transformer on regions."
     from cortexlit.data.things import build_things, embedded_things, open_things, split_by_concept
@@ -739,7 +746,7 @@ def _demo_decoding(out: Path) -> Any:
     split = split_by_concept(data.trials, 5, 0)
     recipe = {"schedule": "plateau", "lr": 6e-3, "epochs": 20, "patience": 5, "batch_size": 128}
     maker = _maker("parcels", data, (4, 4, 4), 1.5)
-    found = fit_folds(maker, data, split, core.runs("demo-things"), progress=False, **recipe).predictions
+    found = fit_folds(maker, data, split, progress=False, **recipe).predictions
     return score_subject(
         data.responses.astype(float), data.labels.astype(float), data.trials["concept"].to_numpy(), split,
         data.properties, {("ViT3D on regions", 0): found}, dataset="synthetic fMRI subject",

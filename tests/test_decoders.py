@@ -18,8 +18,8 @@ from cortexlit.training.decoders import FoldFits, fit_folds
 class LinearConfig(PretrainedConfig):
     model_type = "toy-linear"
 
-    def __init__(self, voxels=6, outputs=2, **kwargs):
-        self.voxels, self.outputs = voxels, outputs
+    def __init__(self, voxels=6, outputs=2, gain=1.0, **kwargs):
+        self.voxels, self.outputs, self.gain = voxels, outputs, gain
         super().__init__(**kwargs)
 
 
@@ -35,7 +35,7 @@ class Linear(PreTrainedModel):
         "Nothing."
 
     def forward(self, voxels, labels=None):
-        logits = self.layer(voxels)
+        logits = self.config.gain * self.layer(voxels)
         loss = None if labels is None else (logits - labels).square().mean()
         return ModelOutput(loss=loss, logits=logits)
 
@@ -132,11 +132,29 @@ def test_a_finished_fold_is_read_back(fits, monkeypatch):
     pd.testing.assert_frame_equal(again.table, found.table)
 
 
-@pytest.mark.parametrize("change", [{"lr": 0.01}, {"seed": 1}])
-def test_a_folder_holds_one_kind_of_run(fits, change):
+@pytest.mark.parametrize(("change", "named"), [({"lr": 0.01}, "lr"), ({"seed": 1}, "seed")])
+def test_a_folder_holds_one_kind_of_run(fits, change, named):
     data, split, found = fits
-    with pytest.raises(DataError, match="other options"):
+    with pytest.raises(DataError, match=f"other {named}"):
         fit_folds(build, data, split, found.folder, **{**OPTIONS, **change})
+
+
+def test_a_folder_holds_one_model_and_one_subject(fits):
+    data, split, found = fits
+    with pytest.raises(DataError, match="other model.gain"):
+        fit_folds(lambda: Linear(LinearConfig(gain=2.0)), data, split, found.folder, **OPTIONS)
+    other = Trials()
+    other.voxels = -other.voxels
+    with pytest.raises(DataError, match="other data.train.voxels"):
+        fit_folds(build, other, split, found.folder, **OPTIONS)
+
+
+def test_a_folder_of_its_own(fits, private_folders):
+    data, split, found = fits
+    own = fit_folds(build, data, split, **OPTIONS)
+    assert own.folder.parent == private_folders / "_runs" and own.folder.name.startswith("folds-")
+    assert np.array_equal(own.predictions, found.predictions)
+    assert fit_folds(build, data, split, seed=1, folds=[0], **OPTIONS).folder != own.folder
 
 
 def test_an_interrupted_run_goes_on(fits, tmp_path, monkeypatch):

@@ -25,7 +25,8 @@ from cortexlit.training.scenes import (
     simulated_responses,
     train_scenes,
 )
-from cortexlit.training.trainer import predict
+from cortexlit.training.trainer import fit, predict
+from cortexlit.training.tuning import Choice, Range, Space, load_best, tune
 
 BLIND = {"behavior": "none", "behavior_channels": 0, "pupil_channels": 0, "shift": "none"}
 SMALL = {"patch": 8, "stride": 7, "emb_dim": 8, "heads": 1, "mlp_dim": 16, "depth": 1, "patch_dropout": 0.0, "dropout": 0.0}  # fmt: skip
@@ -282,3 +283,23 @@ def test_a_given_core_is_used(root, simulated):
         own = model.core.state_dict()
         assert all(torch.equal(own[name], value) for name, value in core.core.state_dict().items())
         assert any(name.startswith("behavior.") for name in own) == behavior
+
+
+def test_depth_and_learning_rate_are_tuned(root, tmp_path):
+    "A search over V1T, frozen nowhere; what it saves is what `fit` takes."
+    tiers = tuple(ScenesDataset(root, tier) for tier in ("train", "validation"))
+    options = {k: v for k, v in TINY.options.items() if k not in ("lr", "epochs")}
+
+    def build(params: dict) -> V1T:
+        return fresh_model(root, replace(TINY, core=SMALL | params))
+
+    space = Space({"depth": Choice((1, 2)), "lr": Range(1e-4, 0.03, log=True)})
+    found = tune(
+        build, tiers, space, tmp_path / "search", trials=3, epochs=2, pruner=None, progress=False, **options
+    )
+    values = found.table()["validation"]
+    assert found.value == values.max() > values.min()
+    model, chosen = load_best(tmp_path / "search" / "best.json")
+    again = fit(build(model), tiers, out=tmp_path / "again", progress=False, **chosen)
+    assert again.correlation == found.value
+    assert found.open_test(ScenesDataset(root, "test")).shape[-1] == 6

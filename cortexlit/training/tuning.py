@@ -8,7 +8,7 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['SPACES', 'SAMPLERS', 'PRUNERS', 'Choice', 'Range', 'Space', 'Tuning', 'tune', 'load_best']
 
-# %% ../../neuro_nbs/15a_cnn_vit_optuna.ipynb #b2d6797e
+# %% ../../neuro_nbs/15a_cnn_vit_optuna.ipynb #bfec7c73
 import dataclasses
 import inspect
 import math
@@ -37,7 +37,7 @@ from ..core import DataError, atomic_file, digest, locked, read_json, rng, runs,
 from ..models.adapters import Adapters
 from .features import fingerprint
 from .lora import open_storage
-from .trainer import Diverged, _mice, _origin, fit, predict
+from .trainer import Diverged, fit, origin, predict
 
 # %% ../../neuro_nbs/15a_cnn_vit_optuna.ipynb #a255a82a
 @dataclass(frozen=True)
@@ -402,7 +402,7 @@ class Tuning:
                     np.save(file, np.mean(found, 0))
         return np.load(self.folder / "test.npy")
 
-# %% ../../neuro_nbs/15a_cnn_vit_optuna.ipynb #6efc5690
+# %% ../../neuro_nbs/15a_cnn_vit_optuna.ipynb #1eac1d17
 def tune(
     build: Callable[
         [dict[str, Any]], PreTrainedModel
@@ -436,7 +436,7 @@ def tune(
     for k, fold in enumerate(
         folds
     ):  # by content: weights and configuration at the space's corner, every field of the data
-        plan |= {f"fold {k}.{name}": content for name, content in _origin(first, *_mice(first, fold)).items()}
+        plan |= {f"fold {k}.{name}": content for name, content in origin(first, fold).items()}
     name = f"tuning-{digest(plan)}"
     folder = runs(name) if out is None else Path(out)
     with locked(folder):
