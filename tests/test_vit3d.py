@@ -11,6 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from cortexlit.core import DataError, rng
+from cortexlit.models.classifiers import ClassifierConfig
+from cortexlit.models.cnn_vit import CNNViTConfig
+from cortexlit.models.v1t import V1TConfig
 from cortexlit.models.vit3d import (
     ATTENTION,
     EncoderBlock,
@@ -22,6 +25,7 @@ from cortexlit.models.vit3d import (
     ViT3DConfig,
     patch_voxels,
 )
+from cortexlit.models.viv1t import ViV1TConfig
 from cortexlit.training.trainer import fit, predict
 
 GRID, PATCH = (5, 7, 6), (2, 3, 4)
@@ -437,3 +441,24 @@ def test_mixing_acts_in_training_only_and_mixes_labels_alike():
     assert torch.equal(model(voxels=flat, labels=labels).loss, first)
     with pytest.raises(DataError, match="mixing=-1"):
         ViT3DConfig(mixing=-1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "needed"),
+    [
+        (ViT3DConfig, SMALL),
+        (CNNViTConfig, {"grid": (24, 24, 24)}),
+        (ClassifierConfig, {"concepts": ["dog", "fern"]}),
+        (V1TConfig, {"neurons": {"A": 3}}),
+        (ViV1TConfig, {"neurons": {"A": 3}}),
+    ],
+)
+def test_what_is_no_option_is_refused_unless_it_was_saved(kind, needed, tmp_path):
+    with pytest.raises(DataError, match="no option 'augmentation'"):
+        kind(**needed, augmentation=1)
+    config = kind(**needed)
+    config.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"of_another_version": 1}))
+    again = kind.from_pretrained(tmp_path)
+    assert {k: getattr(again, k) for k in needed} == {k: getattr(config, k) for k in needed}

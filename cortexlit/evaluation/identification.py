@@ -45,7 +45,7 @@ def class_ranks(
         )
     return rankdata(-scores, axis=1) - 1
 
-# %% ../../neuro_nbs/12c_identification.ipynb #e1d63089
+# %% ../../neuro_nbs/12c_identification.ipynb #5f70c2fa
 @dataclass(frozen=True)
 class Identification:
     """How well concepts were identified.
@@ -86,7 +86,8 @@ class Identification:
     def __str__(self) -> str:
         return (
             f"top {self.k} of {self.concepts}: {self.top:.1%} [{self.top_low:.1%}, {self.top_high:.1%}], chance {self.chance:.1%}, "
-            f"p = {self.p_top:.3f}; pairs {self.pairs:.3f} [{self.pairs_low:.3f}, {self.pairs_high:.3f}], p = {self.p_pairs:.3f} (n = {self.n})"
+            f"p = {self.p_top:.3f}; pairs {self.pairs:.3f} [{self.pairs_low:.3f}, {self.pairs_high:.3f}], p = {self.p_pairs:.3f}, "
+            f"mean normalised rank {self.rank:.3f} (n = {self.n})"
         )
 
 
@@ -127,7 +128,7 @@ def score_identification(
         float(low), float(high), float(p_top), float(p_pairs),
     )  # fmt: skip
 
-# %% ../../neuro_nbs/12c_identification.ipynb #40b28275
+# %% ../../neuro_nbs/12c_identification.ipynb #c4b357c0
 def identification_rows(
     model: str,  # name of the classifier
     found: Identification,
@@ -169,7 +170,8 @@ def identification_rows(
                 split=split,
                 split_hash=split_hash,
                 seed=seed,
-                note=f"permutation p = {p:.3f}",
+                note=f"permutation p = {p:.3f}"
+                + (f", mean normalised rank {found.rank:.3f}" if metric == "pairs" else ""),
             )  # fmt: skip
         )
     return rows

@@ -33,7 +33,7 @@ from .tubelets import Tubelets
 # %% ../../neuro_nbs/06_viv1t.ipynb #d67ae012
 _HEADS = ("shifters", "readouts", "modulators")  # where the model keeps the parts of each mouse's head
 
-# %% ../../neuro_nbs/06_viv1t.ipynb #5636b087
+# %% ../../neuro_nbs/06_viv1t.ipynb #18cdb0d7
 def _check_mice(neurons: Iterable[str]) -> None:
     "Raise unless every mouse id can name a part of a model."
     for mouse in neurons:
@@ -44,11 +44,16 @@ def _check_mice(neurons: Iterable[str]) -> None:
 
 
 def _refuse_unknown(config: PretrainedConfig, given: Iterable[str]) -> None:
-    "Raise at a name that is nearly the name of an option."
+    "Raise at a name that is no option; a saved configuration may hold what another version of transformers wrote."
+    general, saved = vars(PretrainedConfig()), "transformers_version" in given
     for name in given:
-        close = difflib.get_close_matches(name, vars(config), n=1, cutoff=0.75)
-        if close and not hasattr(PretrainedConfig, name):
+        if name in general or hasattr(PretrainedConfig, name):
+            continue
+        options = sorted(k for k in vars(config) if k not in general and not k.startswith("_"))
+        if close := difflib.get_close_matches(name, options, n=1, cutoff=0.75):
             raise DataError(f"there is no option {name!r}", expected=f"perhaps {close[0]}")
+        if not saved:
+            raise DataError(f"there is no option {name!r}", expected=f"one of {', '.join(options)}")
 
 
 def _check_options(c: PretrainedConfig) -> None:
