@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from cortexlit.core import DataError
+from cortexlit.data.things import read_nifti, write_nifti
 from cortexlit.evaluation.attention_maps import (
     atlas_regions,
     auc,
@@ -182,8 +183,13 @@ def test_atlas_labels_are_read_in_mm():
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"atlas": np.full((4, 4, 4), 0.5)}, "whole-number"),
-        ({"names": {}}, "has no name"),
+        ({"atlas": np.full((4, 4, 4), 0.5)}, "64 of 64 voxels of the atlas hold no label, the first 0.5"),
+        ({"atlas": np.full((4, 4, 4), np.nan)}, "hold no label, the first nan"),
+        ({"atlas": np.full((4, 4, 4), -1)}, "hold no label, the first -1"),
+        ({"atlas": np.zeros((4, 4, 4))}, "no label, only 0"),
+        ({"atlas": np.ones((4, 4, 4, 2))}, "most probable region"),
+        ({"mask": np.ones((4, 4), bool)}, "a mask of shape"),
+        ({"names": {}}, "label 1 of the atlas has no name"),
         ({"affine": np.full((4, 4), np.nan)}, "not known"),
         ({"affine": np.array([[1, 0, 0, 900], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])}, "register"),
     ],
@@ -195,6 +201,27 @@ def test_atlases_that_do_not_fit_are_refused(change, told):
     }  # fmt: skip
     with pytest.raises(DataError, match=told):
         atlas_regions(**{**good, **change})
+
+
+def test_an_atlas_file_of_another_grid_gives_a_table_of_regions(tmp_path):
+    labels = np.zeros((7, 8, 9), np.int16)
+    labels[2:5, 3:6, 4:7] = 5
+    turned = np.array(
+        [[0, -4.0, 0, 30], [5, 0, 0, -12], [0, 0, 6, -20], [0, 0, 0, 1]]
+    )  # axes x and y swapped
+    file = write_nifti(tmp_path / "atlas.nii.gz", labels, turned)
+    affine = np.diag([3.0, 3, 3, 1])
+    affine[:3, 3] = [-2, -8, -10]
+    mask = np.ones((10, 11, 12), bool)
+    regions = atlas_regions(mask, affine, *read_nifti(file), {5: "cube"}, file)
+    mm = np.argwhere(mask) * 3.0 + [-2, -8, -10]
+    i, j, k = (mm[:, 1] + 12) / 5, (30 - mm[:, 0]) / 4, (mm[:, 2] + 20) / 6
+    cube = (np.abs(i - 3) < 1.5) & (np.abs(j - 4) < 1.5) & (np.abs(k - 5) < 1.5)
+    assert 0 < cube.sum() < len(mm) and np.array_equal(regions["cube"], cube)
+    found = enrichment(1 + cube, regions, mm, 20).set_index("region")
+    assert found["enrichment"]["cube"] == pytest.approx(2 / (1 + cube.mean()))
+    with pytest.raises(DataError, match="atlas.nii.gz"):
+        atlas_regions(mask, affine, labels / 2, turned, {5: "cube"}, file)
 
 
 def test_auc_is_the_chance_of_the_right_order():

@@ -1,6 +1,7 @@
 """Convex semi-NMF against its definition and scikit-learn's conventions, the boundary coefficient against plain loops."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from cortexlit.core import DataError, rng
 from cortexlit.evaluation.parcellation import (
     ConvexSemiNMF,
     boundary_weights,
+    category_means,
     draw_parcels,
     random_parcels,
     score_parcels,
@@ -259,3 +261,27 @@ def test_map_shows_each_label_in_its_place():
     assert sorted(shown) == ["z = 1", "z = 2"]  # slices without voxels are not drawn
     assert shown["z = 2"][0, 0] == 1  # voxels in C order: (0, 0, 2), (1, 2, 1), (3, 4, 1); images are (y, x)
     assert shown["z = 1"][4, 3] == 0 and np.ma.getmaskarray(shown["z = 1"])[2, 1]
+
+
+def test_means_of_categories_count_each_concept_once():
+    draw = np.random.default_rng(0)
+    responses = draw.normal(size=(20, 7)).astype(np.float32)
+    members = pd.DataFrame(draw.uniform(size=(20, 4)) < 0.4, columns=list("abcd"))
+    members.loc[0] = True  # in all
+    members.loc[1] = False  # in none
+    found = category_means(responses, members)
+    for row, name in zip(found, members, strict=True):
+        np.testing.assert_allclose(row, responses[members[name].to_numpy()].astype(float).mean(0), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("members", "told"),
+    [
+        (pd.DataFrame({"a": [True, False]}), "2 concepts in the table of categories, responses of 3"),
+        (pd.DataFrame({"a": [True] * 3, "b": [False] * 3}), "no concept of category 'b'"),
+        (pd.DataFrame({"a": [True, False, np.nan]}), "category 'a' is of type object"),
+    ],
+)
+def test_tables_of_categories_that_do_not_fit_are_refused(members, told):
+    with pytest.raises(DataError, match=told):
+        category_means(np.zeros((3, 5)), members)

@@ -8,9 +8,10 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['record_attention', 'gradient_times_input', 'occlusion', 'enrichment', 'atlas_regions', 'auc']
 
-# %% ../../neuro_nbs/14_attention_maps.ipynb #fd04b897
+# %% ../../neuro_nbs/14_attention_maps.ipynb #5bd56160
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -136,26 +137,28 @@ def enrichment(
     ]
     return pd.DataFrame(rows, columns=columns)
 
-# %% ../../neuro_nbs/14_attention_maps.ipynb #0c3a7950
+# %% ../../neuro_nbs/14_attention_maps.ipynb #65fb8ecf
 def atlas_regions(
     mask: np.ndarray,  # (x, y, z) bool: voxels of the map, in MNI space
     affine: np.ndarray,  # (4, 4) their indices to mm
     atlas: np.ndarray,  # (x, y, z) whole numbers, 0 outside; e.g. from `cortexlit.data.things.read_nifti`
     atlas_affine: np.ndarray,  # (4, 4) the atlas's own
     names: Mapping[int, str],  # label -> name
+    path: str | Path | None = None,  # the atlas's file, to be named in errors
 ) -> pd.DataFrame:  # (voxels of the mask, regions that occur, and "background") bool
     "Atlas label of each voxel, read at its place in mm on the atlas's own grid (nearest voxel)."
     mask, atlas, affine = np.asarray(mask, bool), np.asarray(atlas), np.asarray(affine, float)
-    if mask.ndim != 3 or atlas.ndim != 3 or not np.array_equal(atlas, np.rint(atlas)):
+    if mask.ndim != 3:
         raise DataError(
-            f"mask {mask.shape}, atlas {atlas.shape} of {atlas.dtype}", expected="3-D, whole-number labels"
+            f"a mask of shape {mask.shape}", expected="(x, y, z)", fix="e.g. `ThingsDataset.mask`"
         )
     if not np.isfinite(affine).all():
-        raise DataError("the affine of the map is not known", fix="read it from the volume, not from a table")
-    if missing := set(np.unique(atlas).astype(int)) - {0} - set(names):
         raise DataError(
-            f"label {min(missing)} of the atlas has no name", expected=f"{len(missing)} more names"
+            "the affine of the map is not known",
+            expected="(4, 4) finite numbers",
+            fix="read it from the volume, not from a table",
         )
+    _check_atlas(atlas, names, path)
     mm = nib.affines.apply_affine(affine, np.argwhere(mask))
     index = np.rint(nib.affines.apply_affine(np.linalg.inv(atlas_affine), mm)).astype(int)
     inside = ((index >= 0) & (index < atlas.shape)).all(1)
@@ -163,10 +166,42 @@ def atlas_regions(
     label[inside] = atlas[tuple(index[inside].T)]
     if not label.any():
         raise DataError(
-            "no voxel of the map lies in the atlas", fix="register the volume to the atlas's space first"
+            "no voxel of the map lies in a region of the atlas",
+            path=path,
+            expected="both in one space, such as MNI, in mm",
+            fix="register the volume to the atlas's space first",
         )
     regions = {names[k]: label == k for k in np.unique(label[label > 0])}
     return pd.DataFrame(regions | {"background": label == 0})
+
+
+def _check_atlas(atlas: np.ndarray, names: Mapping[int, str], path: str | Path | None) -> None:
+    if atlas.ndim != 3:
+        raise DataError(
+            f"an atlas of shape {atlas.shape}",
+            path=path,
+            expected="(x, y, z), one label in each voxel",
+            fix="of an atlas with a volume for each region, take the most probable region of each voxel",
+        )
+    if (odd := ~(atlas == np.rint(atlas)) | (atlas < 0)).any():
+        raise DataError(
+            f"{odd.sum()} of {odd.size} voxels of the atlas hold no label, the first {atlas[odd][0]:.4g}",
+            path=path,
+            expected="whole numbers, 0 outside all regions",
+            fix="take the label file, not probabilities, and resample labels by nearest neighbour only",
+        )
+    if not (found := set(np.unique(atlas).astype(int)) - {0}):
+        raise DataError(
+            "the atlas has no label, only 0", path=path,
+            expected=f"labels of {len(names)} regions", fix="take the label file of the atlas, not its mask or template",
+        )  # fmt: skip
+    if missing := found - set(names):
+        raise DataError(
+            f"label {min(missing)} of the atlas has no name",
+            path=path,
+            expected=f"names of {len(found)} labels; {len(missing)} are missing",
+            fix="complete `names` from the table that comes with the atlas",
+        )
 
 # %% ../../neuro_nbs/14_attention_maps.ipynb #d529b45a
 def auc(

@@ -630,7 +630,7 @@ def _p(score: float, null: np.ndarray | None, target: int | None) -> str:
     p = p_value(score, null.mean(1) if target is None else null[:, target])
     return f"p = {p:.3f} ({len(null)} permutations)"
 
-# %% ../../neuro_nbs/12a_decoding_baselines.ipynb #a8986041
+# %% ../../neuro_nbs/12a_decoding_baselines.ipynb #084d530d
 def score_subject(
     responses: np.ndarray,  # (n, voxels), z-scored without labels
     targets: np.ndarray,  # (n, targets)
@@ -644,7 +644,7 @@ def score_subject(
     ceilings: tuple[np.ndarray, np.ndarray]
     | None = None,  # R2 (targets,) of single trials, of means of concepts
     permutations: int = 100,  # for the p-values of ridge; 0: none
-    dataset: str = "",
+    dataset: str,  # its name in the sheet
     seed: int = 0,  # of the permutations
 ) -> ScoreSheet:
     "Constants, ridge and any predictions, each for single trials and for means of concepts, one sheet."
@@ -654,21 +654,23 @@ def score_subject(
             raise DataError(
                 f"predictions of {name} have shape {np.shape(p)}", expected=f"finite, {np.shape(targets)}"
             )
-    alphas = ALPHAS[:7]
     models = {
         "mean": constant_predictions(targets, folds),
         "median": constant_predictions(targets, folds, "absolute"),
         "Huber constant": constant_predictions(targets, folds, "huber"),
-        "ridge": nested_ridge(spectrum, targets, folds, alphas).predictions,
     }
+    ridges = {"ridge": (spectrum, ALPHAS)}
+    if bands is not None:
+        ridges["banded ridge"] = mixed_bands(bands)[0], np.geomspace(1e-1, 1e3, 9) * len(responses) / 2000
+    notes = {}
+    for name, (spectra, alphas) in ridges.items():
+        found = nested_ridge(spectra, targets, folds, alphas)
+        models[name], notes[name] = found.predictions, _end_of_grid(found.alpha, alphas)
     null = (
-        permutation_scores(spectrum, targets, folds, concepts, alphas, permutations, seed)
+        permutation_scores(spectrum, targets, folds, concepts, permutations=permutations, seed=seed)
         if permutations
         else None
     )
-    if bands is not None:
-        scaled = tuple(np.geomspace(1e-1, 1e3, 9) * len(responses) / 2000)
-        models["banded ridge"] = nested_ridge(mixed_bands(bands)[0], targets, folds, scaled).predictions
     ids, table = average_by(concepts, targets)
     id_folds = folds[np.unique(concepts, return_index=True)[1]]
     axes = property_components(table, min(3, table.shape[1]))
@@ -684,5 +686,16 @@ def score_subject(
             rows += decoding_rows(
                 name, *arrays, names, dataset=dataset, split=split.kind, split_hash=split.hash, tier=tier,
                 ceiling=ceiling, null=null if key == "ridge" and "single" in tier else None, components=axes, seed=run,
+                note=notes.get(key, ""),
             )  # fmt: skip
     return ScoreSheet(rows)
+
+
+def _end_of_grid(chosen: np.ndarray, alphas: Sequence[float] | np.ndarray) -> str:
+    "What a score has to say if more than a tenth of the penalties lie at one end of what was tried."
+    at = {name: int((chosen == end(alphas)).sum()) for name, end in (("weakest", min), ("strongest", max))}
+    return "; ".join(
+        f"{name} penalty of the grid chosen in {n} of {chosen.size} fits"
+        for name, n in at.items()
+        if n > 0.1 * chosen.size
+    )

@@ -6,15 +6,17 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['ConvexSemiNMF', 'boundary_weights', 'random_parcels', 'ParcelScore', 'score_parcels', 'draw_parcels']
+__all__ = ['ConvexSemiNMF', 'boundary_weights', 'random_parcels', 'ParcelScore', 'score_parcels', 'draw_parcels',
+           'category_means']
 
-# %% ../../neuro_nbs/17_parcellation.ipynb #94f7e31c
+# %% ../../neuro_nbs/17_parcellation.ipynb #0e421946
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from scipy.optimize import linear_sum_assignment, nnls
@@ -330,3 +332,30 @@ def draw_parcels(
     axes[0, 0].set(xlabel="x", ylabel="y")
     figure.colorbar(image, ax=axes[0, -1], ticks=np.arange(count)[:: -(-count // 10)], label="parcel")
     return figure
+
+# %% ../../neuro_nbs/17_parcellation.ipynb #5434e4d1
+def category_means(
+    responses: np.ndarray,  # (concepts, voxels) mean response of each concept
+    members: pd.DataFrame,  # (concepts, categories) bool, in the same order; a concept may be in several, or in none
+) -> np.ndarray:  # (categories, voxels)
+    "Mean response of each category, every concept of it counted once."
+    if len(members) != len(responses):
+        raise DataError(
+            f"{len(members)} concepts in the table of categories, responses of {len(responses)}",
+            expected="one row for each concept, in the same order",
+            fix="members.loc[concepts]",
+        )
+    if unclear := [name for name in members if members[name].dtype != bool]:
+        raise DataError(
+            f"category {unclear[0]!r} is of type {members[unclear[0]].dtype}",
+            expected="true or false for each concept",
+            fix="members == 1; a concept that is not in the table is in no category",
+        )
+    if empty := [name for name in members if not members[name].any()]:
+        raise DataError(
+            f"no concept of category {empty[0]!r} was shown",
+            expected="one or more concepts in each category",
+            fix="members.loc[:, members.any()]",
+        )
+    share = members.to_numpy(float)
+    return (share / share.sum(0)).T @ np.asarray(responses, float)
