@@ -26,9 +26,10 @@ from rich.table import Table
 from . import core
 
 # %% auto #0
-__all__ = ['app', 'Json', 'Cache', 'Embedded', 'METRICS', 'Scale', 'Core', 'Last', 'scenes', 'things', 'Rois', 'Ratings', 'Folds',
-           'Cached', 'DECODERS', 'PARK', 'sessions', 'build', 'score', 'fit', 'grid', 'scenes_build', 'scenes_fit',
-           'scenes_score', 'things_build', 'things_fit', 'things_score', 'demo', 'pretrain', 'main']
+__all__ = ['app', 'Json', 'Cache', 'Embedded', 'METRICS', 'Scale', 'Core', 'Last', 'scenes', 'things', 'Rois', 'Ratings',
+           'Properties', 'Folds', 'Cached', 'DECODERS', 'PARK', 'sessions', 'build', 'score', 'fit', 'grid',
+           'scenes_build', 'scenes_fit', 'scenes_score', 'things_build', 'things_fit', 'things_score', 'demo',
+           'pretrain', 'main']
 
 # %% ../neuro_nbs/19_cli.ipynb #797b884d
 app = typer.Typer(
@@ -502,7 +503,7 @@ def _show_scenes(table: pd.DataFrame) -> None:
         _show(f"{rows['dataset'].iloc[0]}, split by {rows['split'].iloc[0]}: {metric}",
               pd.DataFrame({"model": rows["model"], "score": [_with_interval(row) for row in rows.itertuples()]}))  # fmt: skip
 
-# %% ../neuro_nbs/19_cli.ipynb #005febe0
+# %% ../neuro_nbs/19_cli.ipynb #2e989e0e
 things = typer.Typer(help="Human fMRI: from a THINGS subject to a decoder's score.", no_args_is_help=True)
 app.add_typer(things, name="things")
 
@@ -510,31 +511,50 @@ Rois = Annotated[
     str, typer.Option(help="Voxels: early, ventral, category, visual, or one region such as V1; all.")
 ]
 Ratings = Annotated[Path, typer.Option(help="Property ratings: a file, or a folder that holds one.")]
+Properties = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Only these ratings, such as manmade or size (repeat the option); default the study's ten."
+    ),
+]
 Folds = Annotated[int, typer.Option(help="Folds of whole concepts.")]
 Cached = Annotated[Path, typer.Argument(help="Folder made by `cortexlit things build`.")]
 
 
 @things.command("build")
 def things_build(
-    root: Annotated[
-        Path, typer.Argument(help="Folder with the subject's files, in one of the three public layouts.")
-    ],
     out: Annotated[Path, typer.Option(help="Cache folder to write.")],
+    root: Annotated[
+        Path | None,
+        typer.Argument(help="Folder with the subject's files, in one of the three public layouts."),
+    ] = None,
     subject: Annotated[str, typer.Option(help="01, 02 or 03.")] = "01",
     layout: Annotated[
         str | None, typer.Option(help="figshare, openneuro or volumes; default the one found.")
     ] = None,
     zscore: Annotated[str, typer.Option(help="Within session, run, or none.")] = "session",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
+    embedded: Annotated[
+        str | None,
+        typer.Option(
+            help="Use a synthetic study instead: tiny, demo, or design (the real trials and ratings)."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Read a subject in any layout, and cache its responses, z-scored, as float32.
 
     Examples:
       cortexlit things build ~/THINGS-fMRI --subject 02 --out _data/things-02
+      cortexlit things build --embedded demo --out _data/things-demo
     """
-    from cortexlit.data.things import build_things, open_things
+    from cortexlit.data.things import build_things, embedded_things, open_things
 
+    if (root is None) == (embedded is None):
+        given = "neither a folder nor --embedded" if root is None else f"a folder and --embedded {embedded}"
+        raise core.DataError(given, path=root, expected="one of the two")
+    if embedded is not None:
+        root = _from_here(embedded_things(embedded, layouts=(layout or "figshare",)))
     build_things(open_things(root, subject, layout), out, zscore, overwrite=overwrite)
     card = core.read_json(out / "card.json")
     trials, voxels = card["shape"]
@@ -543,25 +563,40 @@ def things_build(
         "voxels": voxels,
         "folder": str(out),
     }
+    ratings = {"ratings": str(root / "ratings")} if embedded is not None else {}
     if as_json:
-        _print_json(found)
+        _print_json(found | ratings)
     else:
         _show(f"subject {subject} of {root}", pd.DataFrame([found]))
+        for name, path in ratings.items():
+            _out.print(f"{name}: {path}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _subject(cache: Path, ratings: Path, rois: str, form: str = "voxels") -> Any:
+def _from_here(path: Path) -> Path:
+    "The path as seen from the working directory, if it lies below."
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _subject(
+    cache: Path, ratings: Path, rois: str, properties: list[str] | None = None, form: str = "voxels"
+) -> Any:
     "Cached trials with the ratings of their concepts."
-    from cortexlit.data.things import ThingsDataset, load_properties
+    from cortexlit.data.things import PROPERTIES, ThingsDataset, load_properties
 
-    rated = load_properties(ratings)
-    return ThingsDataset(cache, rated[~rated.index.duplicated()], None if rois == "all" else rois, form=form)
+    rated = load_properties(ratings, properties or PROPERTIES)
+    return ThingsDataset(cache, rated, None if rois == "all" else rois, form=form)
 
 
 DECODERS = ("parcels", "patches", "study")
 
 
 def _maker(
-    model: str, data: Any, patch: tuple[int, int, int], noise: float, mixing: float = 0.0
+    model: str,
+    data: Any,
+    patch: tuple[int, int, int],
+    noise: float,
+    mixing: float = 0.0,
+    layers: int | None = None,
 ) -> Callable[[], Any]:
     "What makes a fresh ViT3D for a subject."
     from cortexlit.models.vit3d import ViT3D, ViT3DConfig
@@ -570,13 +605,13 @@ def _maker(
         raise core.DataError(f"--model {model}", expected=f"one of {', '.join(DECODERS)}")
     grid, outputs = data.mask.shape, len(data.properties)
     if model == "study":
-        config = ViT3DConfig.study(patch, outputs=outputs, grid=grid)
+        config = ViT3DConfig.study(patch, 6 if layers is None else layers, outputs=outputs, grid=grid)
         return lambda: ViT3D(config)
     small = {
         "grid": grid,
         "mask": data.mask,
         "emb_dim": 32,
-        "depth": 1,
+        "depth": 1 if layers is None else layers,
         "heads": 4,
         "mlp_dim": 64,
         "dropout": 0.0,
@@ -603,20 +638,29 @@ def things_fit(
         str, typer.Option(help="parcels (a token per region), patches of the mask, or the study's.")
     ] = "parcels",
     patch: Annotated[tuple[int, int, int], typer.Option(help="Voxels of a patch.")] = (4, 4, 4),
+    layers: Annotated[
+        int | None,
+        typer.Option(help="Of the transformer; default 6 in the study's, which also had 3, else 1."),
+    ] = None,
     noise: Annotated[
         float, typer.Option(help="Added to z-scored responses in training; not in the study's.")
     ] = 1.5,
     mixing: Annotated[
-        float, typer.Option(help="Trains on mixtures of two trials, with shares from Beta(mixing, mixing); 0: none; not in the study's.")
+        float,
+        typer.Option(
+            help="Trains on mixtures of two trials, with shares from Beta(mixing, mixing); 0: none; not in the study's."
+        ),
     ] = 0.0,
     rois: Rois = "visual",
+    properties: Properties = None,
     folds: Folds = 5,
     seed: Annotated[
         int, typer.Option(help="Of the folds, the weights at the start, and the order of trials.")
     ] = 0,
-    epochs: Annotated[
-        int, typer.Option(help="At most; it stops after five without a better validation score.")
-    ] = 20,
+    epochs: Annotated[int, typer.Option(help="At most; --patience stops sooner.")] = 60,
+    patience: Annotated[
+        int, typer.Option(help="Stop after so many epochs without a better validation score.")
+    ] = 5,
     lr: Annotated[float, typer.Option(help="Step size of AdamW.")] = 6e-3,
     batch_size: Annotated[int, typer.Option(help="Trials in a batch.")] = 128,
     as_json: Json = False,
@@ -626,20 +670,21 @@ def things_fit(
     Examples:
       cortexlit things fit _data/things-02 --ratings ~/THINGSplus --out _runs/parcels-02
       cortexlit things fit _data/things-02 --ratings ~/THINGSplus --model study --rois all --patch 12 13 15 --lr 1e-4 --out _runs/study-02
+      cortexlit things fit _data/things-02 --ratings ~/THINGSplus --properties lives --properties size --out _runs/two-02
     """
     from cortexlit.data.things import split_by_concept
     from cortexlit.training.decoders import fit_folds
 
-    data = _subject(cache, ratings, rois, "volume" if model == "study" else "voxels")
+    data = _subject(cache, ratings, rois, properties, "volume" if model == "study" else "voxels")
     split = split_by_concept(data.trials, folds, seed)
     recipe = {
         "schedule": "plateau",
         "loss": "huber" if model == "study" else "mse",
         "lr": lr,
         "epochs": epochs,
-        "patience": 5,
+        "patience": patience,
     }
-    maker = _maker(model, data, patch, noise, mixing)
+    maker = _maker(model, data, patch, noise, mixing, layers)
     done = fit_folds(
         maker, data, split, out, seed=seed, progress=not as_json, batch_size=batch_size, **recipe
     )
@@ -654,11 +699,16 @@ def things_score(
     cache: Cached,
     ratings: Ratings,
     rois: Rois = "visual",
+    properties: Properties = None,
+    bands: Annotated[
+        str | None,
+        typer.Option(help="Adds banded ridge: these regions, such as early, against the rest of --rois."),
+    ] = None,
     folds: Folds = 5,
     seed: Annotated[int, typer.Option(help="Of the folds and the permutations.")] = 0,
     permutations: Annotated[int, typer.Option(help="For the p-values of ridge; 0 for none.")] = 100,
     run: Annotated[
-        list[Path] | None, typer.Option(help="Folder of `things fit` (repeat the option).")
+        list[Path] | None, typer.Option(help="Folder made by `cortexlit things fit` (repeat the option).")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for scores.csv and scores.json.")] = None,
     as_json: Json = False,
@@ -667,30 +717,68 @@ def things_score(
 
     Examples:
       cortexlit things score _data/things-02 --ratings ~/THINGSplus --run _runs/parcels-02 --out _runs/things-02
+      cortexlit things score _data/things-02 --ratings ~/THINGSplus --bands early
     """
     from cortexlit.data.things import split_by_concept
     from cortexlit.evaluation.decoding import score_subject
-    from cortexlit.training.decoders import FoldFits
 
-    data = _subject(cache, ratings, rois)
+    data = _subject(cache, ratings, rois, properties)
     split = split_by_concept(data.trials, folds, seed)
     split.audit()
+    responses = data.responses.astype(float)
     sheet = score_subject(
-        data.responses.astype(float), data.labels.astype(float), data.trials["concept"].to_numpy(), split,
-        data.properties, {folder.name: FoldFits.load(folder, split).predictions for folder in run or ()},
-        permutations=permutations, dataset=f"{cache.name}, subject {data.card['subject']}, {rois}", seed=seed,
+        responses, data.labels.astype(float), data.trials["concept"].to_numpy(), split, data.properties,
+        {folder.name: _predictions(folder, data, split) for folder in run or ()},
+        bands=None if bands is None else _bands(responses, data, bands), permutations=permutations,
+        dataset=f"{cache.name}, subject {data.card['subject']}, {rois}", seed=seed,
     )  # fmt: skip
     _tell_sheet(sheet, out, as_json, _show_decoding)
 
 
+def _bands(responses: np.ndarray, data: Any, first: str) -> dict[str, np.ndarray]:
+    "Responses in some regions, and in all others."
+    from cortexlit.data.things import select_rois
+
+    inside = select_rois(data.rois, first)
+    if inside.all() or not inside.any():
+        raise core.DataError(
+            f"--bands {first}: {inside.sum()} of the {len(inside)} voxels of --rois",
+            expected="some of them, and others left",
+        )
+    return {first: responses[:, inside], "rest": responses[:, ~inside]}
+
+
+def _predictions(folder: Path, data: Any, split: Any) -> np.ndarray:
+    "What `things fit` predicted, if it was for this split and these ratings."
+    from cortexlit.training.decoders import FoldFits
+    from cortexlit.training.features import fingerprint
+
+    if not (folder / "folds.json").is_file():
+        raise core.MissingError(
+            "no finished run", path=folder, expected="a folder made by `cortexlit things fit`"
+        )
+    found = FoldFits.load(folder, split).predictions
+    labels = fingerprint([{"labels": row} for row in data.labels])["labels"]
+    if core.read_json(folder / "folds.json")["plan"]["data.train.labels"] != labels:
+        raise core.DataError(
+            "trained with other ratings",
+            path=folder,
+            expected=f"those of {', '.join(data.properties)}",
+            fix="the same --properties and --ratings as in `cortexlit things fit`",
+        )
+    return found
+
+
 def _show_decoding(table: pd.DataFrame) -> None:
-    "One printed table per tier: R2 and correlation, means over properties, with 95 % intervals over concepts."
+    "One printed table per tier: R2 and correlation, means over properties, 95 % intervals over concepts; then notes."
     table = _with_seeds(table)
     for tier, rows in table[table["metric"].isin(["R2 mean", "r mean"])].groupby("tier", sort=False):
         _show(
             f"{rows['dataset'].iloc[0]}: {tier}, {rows['n_clips'].iloc[0]} concepts, {rows['n_samples'].iloc[0]} rows",
             _by_model(rows, ("R2 mean", "r mean")),
         )
+        for row in rows[(rows["metric"] == "R2 mean") & (rows["note"] != "")].itertuples():
+            _out.print(f"{row.model}: {row.note}", markup=False, highlight=False)
 
 # %% ../neuro_nbs/19_cli.ipynb #73a21bb4
 PARK = "park_230809"
@@ -731,7 +819,7 @@ def _demo_scores(out: Path) -> Any:
             sheets.append(scored(folder, PARK, 33, (0,)))
     return ScoreSheet(row for sheet in sheets for row in sheet.rows)
 
-# %% ../neuro_nbs/19_cli.ipynb #a401d72c
+# %% ../neuro_nbs/19_cli.ipynb #b981fd17
 def _demo_decoding(out: Path) -> Any:
     "Score sheet of a synthetic fMRI subject: constants, ridge, and a transformer on regions."
     from cortexlit.data.things import build_things, embedded_things, open_things, split_by_concept
@@ -744,7 +832,7 @@ def _demo_decoding(out: Path) -> Any:
         build_things(things, out / "datasets" / "things", overwrite=True), root / "ratings", "visual"
     )
     split = split_by_concept(data.trials, 5, 0)
-    recipe = {"schedule": "plateau", "lr": 6e-3, "epochs": 20, "patience": 5, "batch_size": 128}
+    recipe = {"schedule": "plateau", "lr": 6e-3, "epochs": 60, "patience": 5, "batch_size": 128}
     maker = _maker("parcels", data, (4, 4, 4), 1.5)
     found = fit_folds(maker, data, split, progress=False, **recipe).predictions
     return score_subject(

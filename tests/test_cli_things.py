@@ -1,13 +1,16 @@
 """`cortexlit things` as a job script uses it."""
 
 import json
+import math
 import sys
 
 import numpy as np
 import pytest
 
 from cortexlit import cli
-from cortexlit.data.things import write_things
+from cortexlit.core import DataError
+from cortexlit.data.things import ThingsDataset, load_properties, split_by_concept, write_things
+from cortexlit.evaluation.decoding import score_subject
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +67,113 @@ def test_a_trained_decoder_joins_the_sheet(study, tmp_path, capsys, monkeypatch,
     assert code == 1 and "trained with the split" in refused["error"]
 
 
+def test_a_synthetic_subject_says_where_its_ratings_lie(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, found = run(capsys, monkeypatch, "build", "--embedded", "tiny", "--out", "cache")
+    assert code == 0 and (found["subject"], found["layout"], found["trials"]) == ("01", "figshare", 96)
+    assert (tmp_path / found["ratings"]).is_dir()
+    code, rows = run(
+        capsys, monkeypatch, "score", "cache", "--ratings", found["ratings"], "--permutations", "0"
+    )
+    assert code == 0 and len({r["model"] for r in rows}) == 4
+    code, found = run(
+        capsys, monkeypatch, "build", "--embedded", "tiny", "--layout", "volumes", "--out", "other"
+    )
+    assert code == 0 and found["layout"] == "volumes"
+
+
+def test_banded_ridge_is_early_visual_cortex_against_the_rest(study, tmp_path, capsys, monkeypatch):
+    run(capsys, monkeypatch, "build", study / "figshare", "--out", tmp_path / "cache")
+    words = ["score", tmp_path / "cache", "--ratings", study / "ratings", "--permutations", "0"]
+    code, rows = run(capsys, monkeypatch, *words, "--bands", "early")
+    data = ThingsDataset(tmp_path / "cache", load_properties(study / "ratings"), "visual")
+    early = data.rois[["V1", "V2", "V3"]].any(axis=1).to_numpy()
+    x, split = data.responses.astype(float), split_by_concept(data.trials)
+    sheet = score_subject(
+        x, data.labels.astype(float), data.trials["concept"].to_numpy(), split, data.properties,
+        bands={"early": x[:, early], "rest": x[:, ~early]}, permutations=0, dataset="d",
+    )  # fmt: skip
+    expected = [r.value for r in sheet.rows if r.model == "banded ridge" and not math.isnan(r.value)]
+    found = [r["value"] for r in rows if r["model"] == "banded ridge" and r["value"] is not None]
+    assert code == 0 and len(found) == 30 and np.allclose(found, expected)
+
+
+def test_ratings_of_ones_choice(study, tmp_path, capsys, monkeypatch):
+    run(capsys, monkeypatch, "build", study / "figshare", "--out", tmp_path / "cache")
+    common = [tmp_path / "cache", "--ratings", study / "ratings", "--folds", "3"]
+    two, turned = (
+        [w for p in ps for w in ("--properties", p)] for ps in (("lives", "size"), ("size", "lives"))
+    )
+    words = ["fit", *common, "--out", tmp_path / "net", "--epochs", "1", *two]
+    assert run(capsys, monkeypatch, *words)[0] == 0
+    assert np.load(tmp_path / "net" / "predictions.npy").shape == (96, 2)
+    score = ["score", *common, "--permutations", "0", "--run", tmp_path / "net"]
+    code, rows = run(capsys, monkeypatch, *score, *two)
+    found = {r["metric"] for r in rows if r["model"] == "net" and "component" not in r["metric"]}
+    assert code == 0 and found == {"R2 mean", "r mean", "R2 lives", "R2 size"}
+    code, refused = run(capsys, monkeypatch, *score, *turned)  # same shape, other meaning
+    assert (
+        code == 1 and "trained with other ratings" in refused["error"] and "size, lives" in refused["error"]
+    )
+
+
+def test_one_rating_is_enough(study, tmp_path, capsys, monkeypatch):
+    run(capsys, monkeypatch, "build", study / "figshare", "--out", tmp_path / "cache")
+    words = ["score", tmp_path / "cache", "--ratings", study / "ratings", "--properties", "heavy"]
+    code, rows = run(capsys, monkeypatch, *words, "--permutations", "2")
+    assert code == 0
+    assert {r["metric"] for r in rows} == {"R2 mean", "r mean", "R2 heavy", "R2 component 1"}
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "depth", "patience"),
+    [
+        ("study", [], 6, 5),
+        ("study", ["--layers", "3", "--patience", "2"], 3, 2),
+        ("parcels", [], 1, 5),
+        ("parcels", ["--layers", "2"], 2, 5),
+    ],
+)
+def test_layers_and_patience(study, tmp_path, capsys, monkeypatch, model, words, depth, patience):
+    seen = {}
+
+    def fit_folds(build, data, split, out, **options):
+        seen.update(options, depth=build().config.depth)
+        raise DataError("enough seen")
+
+    monkeypatch.setattr("cortexlit.training.decoders.fit_folds", fit_folds)
+    run(capsys, monkeypatch, "build", study / "figshare", "--out", tmp_path / "cache")
+    common = [tmp_path / "cache", "--ratings", study / "ratings", "--out", tmp_path / "net", "--model", model]
+    _, found = run(capsys, monkeypatch, "fit", *common, *words)
+    assert found["error"] == "enough seen" and (seen["depth"], seen["patience"]) == (depth, patience)
+
+
+def test_the_demonstration_trains_as_fit_does_by_default(study, tmp_path, capsys, monkeypatch):
+    seen = []
+
+    def fit_folds(build, data, split, out=None, **options):
+        seen.append((build().config.to_dict(), {"seed": 0, "loss": "mse"} | options))
+        raise DataError("enough seen")
+
+    monkeypatch.setattr("cortexlit.training.decoders.fit_folds", fit_folds)
+    monkeypatch.setattr("cortexlit.data.things.embedded_things", lambda size: study)
+    with pytest.raises(DataError, match="enough seen"):
+        cli._demo_decoding(tmp_path)
+    words = [tmp_path / "datasets" / "things", "--ratings", study / "ratings", "--out", tmp_path / "net"]
+    assert run(capsys, monkeypatch, "fit", *words)[1] == {"error": "enough seen"}
+    assert seen[0] == seen[1]
+
+
+def test_the_printed_sheet_has_notes(study, tmp_path, capsys, monkeypatch):
+    run(capsys, monkeypatch, "build", study / "figshare", "--out", tmp_path / "cache")
+    words = ["score", tmp_path / "cache", "--ratings", study / "ratings", "--permutations", "3"]
+    monkeypatch.setattr(sys, "argv", ["cortexlit", "things", *map(str, words)])
+    with pytest.raises(SystemExit):
+        cli.main()
+    told = " ".join(capsys.readouterr().out.split())
+    assert "(3 permutations)" in told and "strongest penalty of the grid chosen" in told
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -78,6 +188,42 @@ def test_a_trained_decoder_joins_the_sheet(study, tmp_path, capsys, monkeypatch,
             "parcels, patches, study",
         ),
         (["build", "STUDY/figshare", "--out", "OUT/figshare"], "exists already"),
+        (["build", "--out", "OUT/c"], "neither a folder nor --embedded"),
+        (["build", "STUDY/figshare", "--embedded", "tiny", "--out", "OUT/c"], "a folder and --embedded"),
+        (["build", "--embedded", "large", "--out", "OUT/c"], "size 'large'"),
+        (
+            ["score", "OUT/figshare", "--ratings", "STUDY/ratings", "--run", "OUT/nofolder"],
+            "expected: a folder made by `cortexlit things fit`",
+        ),
+        (
+            ["score", "OUT/figshare", "--ratings", "STUDY/ratings", "--run", "OUT/figshare"],
+            "expected: a folder made by `cortexlit things fit`",
+        ),
+        (
+            ["score", "OUT/figshare", "--ratings", "STUDY/ratings", "--properties", "alive"],
+            "unknown property 'alive'; meant lives",
+        ),
+        (
+            ["fit", "OUT/figshare", "--ratings", "STUDY/ratings", "--out", "OUT/n", "--properties", "alive"],
+            "unknown property 'alive'; meant lives",
+        ),
+        (["score", "OUT/figshare", "--ratings", "STUDY/ratings", "--bands", "V9"], "no ROI 'V9'"),
+        (
+            ["score", "OUT/figshare", "--ratings", "STUDY/ratings", "--rois", "V1", "--bands", "early"],
+            "--bands early: 31 of the 31 voxels of --rois",
+        ),
+        (
+            ["score", "OUT/figshare", "--ratings", "STUDY/ratings", "--rois", "V1", "--bands", "FFA"],
+            "--bands FFA: 0 of the 31 voxels of --rois",
+        ),
+        (
+            ["fit", "OUT/figshare", "--ratings", "STUDY/ratings", "--out", "OUT/n", "--layers", "0"],
+            "depth=0",
+        ),
+        (
+            ["fit", "OUT/figshare", "--ratings", "STUDY/ratings", "--out", "OUT/n", "--patience", "0"],
+            "patience=0",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(study, tmp_path, capsys, monkeypatch, words, told):

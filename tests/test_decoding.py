@@ -15,7 +15,6 @@ from sklearn.model_selection import GridSearchCV, PredefinedSplit
 from cortexlit.core import DataError
 from cortexlit.data.things import split_by_concept
 from cortexlit.evaluation.decoding import (
-    ALPHAS,
     average_by,
     best_constant,
     constant_predictions,
@@ -443,7 +442,7 @@ def test_a_subjects_sheet_is_made_of_the_parts():
     table = sheet.table()
     assert set(table["model"]) == {"mean", "median", "Huber constant", "ridge", "banded ridge", "net"}
     single = table[table["tier"] == "test, single trials"].groupby(["model", "metric"])["value"].max()
-    ridge = nested_ridge(decompose(responses), targets, split.fold, ALPHAS[:7]).predictions
+    ridge = nested_ridge(decompose(responses), targets, split.fold).predictions
     reference = constant_predictions(targets, split.fold)
     assert single["ridge", "R2 a"] == pytest.approx(r2_by_target(ridge, targets, reference)[0])
     assert single["ridge", "R2 mean"] > 0.3 > single["net", "R2 mean"]
@@ -453,8 +452,37 @@ def test_a_subjects_sheet_is_made_of_the_parts():
     assert (means["n_samples"] == 30).all()
 
 
+@pytest.mark.parametrize(
+    ("unit", "told"),
+    [(1, "weakest penalty"), (30, ""), (1e5, "strongest penalty of the grid chosen in 6 of 6")],
+)
+def test_the_sheet_says_when_the_best_penalty_may_lie_outside_the_grid(unit, told):
+    responses, targets, concepts, split, names = subject()
+    table = score_subject(
+        unit * responses, targets, concepts, split, names, permutations=0, dataset="d"
+    ).table()
+    notes = set(table.loc[(table["model"] == "ridge") & (table["tier"] == "test, single trials"), "note"])
+    assert len(notes) == 1 and notes.pop().startswith(told)
+    assert not table.loc[table["model"] == "mean", "note"].str.contains("penalty").any()
+
+
+def test_two_hundred_thousand_voxels_are_penalised_enough():
+    """Copies of voxels ask for as many times the penalty, and must not change the score."""
+    responses, targets, concepts, split, names = subject(voxels=40)
+    responses = responses + 10 * np.random.default_rng(1).normal(size=responses.shape)
+    responses = (responses - responses.mean(0)) / responses.std(0)
+    r2 = []
+    for copies in (25, 5000):  # their Gram matrix is that of one, times the number of copies
+        x = np.sqrt(copies) * responses
+        table = score_subject(x, targets, concepts, split, names, permutations=0, dataset="d").table()
+        r2.append(table.loc[(table["model"] == "ridge") & (table["metric"] == "R2 mean"), "value"].iloc[0])
+    assert r2[0] > 0.05 and r2[1] == pytest.approx(r2[0], abs=0.02)
+
+
 @pytest.mark.parametrize("change", [lambda p: p[:-1], lambda p: np.where(p == p[0, 0], np.nan, p)])
 def test_predictions_that_do_not_fit_are_refused(change):
     responses, targets, concepts, split, names = subject()
     with pytest.raises(DataError, match="predictions of net"):
-        score_subject(responses, targets, concepts, split, names, {"net": change(targets)}, permutations=0)
+        score_subject(
+            responses, targets, concepts, split, names, {"net": change(targets)}, permutations=0, dataset="d"
+        )

@@ -151,7 +151,9 @@ def _fold(
     if record.is_file():
         done = read_json(record)
         if done["plan"] != plan:
-            changed = next(name for name in [*plan, *done["plan"]] if done["plan"].get(name) != plan.get(name))
+            changed = next(
+                name for name in [*plan, *done["plan"]] if done["plan"].get(name) != plan.get(name)
+            )
             raise DataError(f"this fold was trained with other {changed}", path=record,
                             fix="choose another folder, or ask for the same as before")  # fmt: skip
         return done["row"]
