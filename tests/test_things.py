@@ -1,6 +1,7 @@
 """The three layouts hold the same numbers; keys, names, splits and the cache; and every way a folder can be broken."""
 
 import gzip
+import re
 import shutil
 from dataclasses import replace
 
@@ -60,6 +61,12 @@ def copy(root, tmp_path):
         return shutil.copytree(root / layout, tmp_path / layout)
 
     return make
+
+
+def complete(error, name: str) -> bool:
+    "Whether a message names this file, and says what was expected and what to do."
+    text = str(error.value)
+    return bool(re.search(rf"\n  file: .*{re.escape(name)}\n  expected: .+\n  do: .+", text))
 
 
 def values_by_hand(root, session, run, volume):
@@ -362,9 +369,39 @@ def test_values_that_are_not_finite_stop_the_cache(copy, tmp_path):
     folder = copy("figshare")
     with h5py.File(folder / "betas_csv/sub-01_ResponseData.h5", "r+") as file:
         file["ResponseData/block0_values"][7, 3] = np.nan
-    with pytest.raises(DataError, match="1 responses are not finite"):
+    with pytest.raises(DataError, match="1 responses are not finite") as error:
         build_things(open_things(folder), tmp_path / "cache")
-    assert not (tmp_path / "cache").exists()
+    assert complete(error, "sub-01_ResponseData.h5") and not (tmp_path / "cache").exists()
+
+
+def test_the_volume_file_that_is_not_finite_is_named(copy, tmp_path):
+    folder = copy("volumes")
+    path = next(folder.rglob("sub-01_ses-things02_run-02_betas.nii.gz"))
+    values, affine = read_nifti(path)
+    values = values.copy()
+    values[open_things(folder).mask] = np.nan
+    write_nifti(path, values, affine)
+    with pytest.raises(DataError, match="16512 responses are not finite") as error:
+        build_things(open_things(folder), tmp_path / "cache")
+    assert complete(error, path.name)
+
+
+def test_more_than_the_memory_is_refused_with_the_number_of_voxels(root, caches, tmp_path, monkeypatch):
+    data = ThingsDataset(caches["figshare"])
+    needed = 96 * 1032 * 12  # float32, and the float64 copy of a decoder
+    monkeypatch.setattr(module, "_MOST_BYTES", needed)
+    assert data.responses.shape == (96, 1032)
+    monkeypatch.setattr(module, "_MOST_BYTES", needed - 1)
+    with pytest.raises(DataError, match=r"96 trials x 1032 voxels would take 0.0 GB") as error:
+        _ = data.responses
+    assert complete(error, "figshare") and "which is 1031 voxels" in str(error.value)
+    assert "--rois visual" in str(error.value)
+    assert ThingsDataset(caches["figshare"], rois="visual").responses.shape[0] == 96
+    assert data[5]["voxels"].shape == (1032,)  # one at a time is always possible
+    monkeypatch.setattr(module, "_MOST_BYTES", 96 * 1032 * 8 - 1)
+    with pytest.raises(DataError, match="would take"):
+        open_things(root).read()
+    build_things(open_things(root), tmp_path / "cache")
 
 
 def test_memory_of_a_large_table_stays_small(tmp_path, monkeypatch):
@@ -442,15 +479,17 @@ def test_missing_run(copy):
     folder = copy("volumes")
     for path in folder.rglob("sub-01_ses-things02_run-01_*"):
         path.unlink()
-    with pytest.raises(MissingError, match="session 2, run 1 is missing"):
+    with pytest.raises(MissingError, match="session 2, run 1 is missing") as error:
         open_things(folder)
+    assert complete(error, "ses-things02/sub-01_ses-things02_run-01_betas.nii.gz")
 
 
 def test_missing_conditions(copy):
     folder = copy("volumes")
     next(folder.rglob("sub-01_ses-things02_run-01_conditions.tsv")).unlink()
-    with pytest.raises(MissingError, match="betas but no conditions"):
+    with pytest.raises(MissingError, match=r"betas but no conditions \(1 of 6 runs\)") as error:
         open_things(folder)
+    assert complete(error, "sub-01_ses-things02_run-01_conditions.tsv")
 
 
 def test_missing_last_run_of_a_session_in_a_table(copy):
@@ -458,21 +497,160 @@ def test_missing_last_run_of_a_session_in_a_table(copy):
     path = folder / "betas_csv/sub-01_StimulusMetadata.csv"
     table = pd.read_csv(path).query("not (session == 3 and run == 2)")
     table.to_csv(path, index=False)
-    with pytest.raises(MissingError, match="session 3, run 2 is missing"):
+    with pytest.raises(MissingError, match="session 3, run 2 is missing") as error:
         open_things(folder)
+    assert complete(error, path.name)
+
+
+@pytest.mark.parametrize("name", ["StimulusMetadata", "VoxelMetadata"])
+@pytest.mark.parametrize("damage", ["absent", "empty", "text"])
+def test_missing_or_damaged_table(copy, name, damage):
+    folder = copy("figshare")
+    path = folder / "betas_csv" / f"sub-01_{name}.csv"
+    path.write_text({"absent": "", "empty": " \n", "text": "a,b\n1,2\n1,2,3,4\n"}[damage])
+    if damage == "absent":
+        path.unlink()
+    with pytest.raises((MissingError, DataError), match="no such table|table is empty|not a table") as error:
+        open_things(folder)
+    assert complete(error, path.name)
+
+
+def test_voxels_without_coordinates(copy):
+    folder = copy("figshare")
+    path = folder / "betas_csv/sub-01_VoxelMetadata.csv"
+    pd.read_csv(path).drop(columns="voxel_x").to_csv(path, index=False)
+    with pytest.raises(DataError, match="no column voxel_x") as error:
+        open_things(folder)
+    assert complete(error, path.name)
+
+
+@pytest.mark.parametrize(
+    "column,value,match", [("trial_type", "dream", "roles"), ("concept", "dream", "has two concepts")]
+)
+def test_a_table_with_a_wrong_word_is_named(copy, column, value, match):
+    folder = copy("figshare")
+    path = folder / "betas_csv/sub-01_StimulusMetadata.csv"
+    table = pd.read_csv(path)
+    table.loc[table["trial_type"].eq("test").idxmax(), column] = value
+    table.to_csv(path, index=False)
+    with pytest.raises(DataError, match=match) as error:
+        open_things(folder)
+    assert complete(error, path.name)
 
 
 def test_unequal_rows(copy):
     folder = copy("volumes")
     path = next(folder.rglob("sub-01_ses-things02_run-01_conditions.tsv"))
     lines = path.read_text().splitlines()
-    kept = [line for line in lines if "catch" not in line]
-    path.write_text("\n".join(kept) + "\n")  # the catch rows are gone: trial and volume differ
-    with pytest.raises(DataError, match="unequal rows: .18,. volumes, 16 conditions"):
+    images = [line.split("\t")[1] for line in lines[1:] if "catch" not in line]
+    rows = [f"{k}\t{image}" for k, image in enumerate(images)]
+    path.write_text(
+        "\n".join([lines[0], *rows]) + "\n"
+    )  # no catch rows, numbered anew: trial and volume differ
+    with pytest.raises(DataError, match="unequal rows: 18 volumes, 16 conditions") as error:
         open_things(folder).read()
+    assert complete(error, path.name.replace("conditions.tsv", "betas.nii.gz"))
     path.write_text("\n".join(lines[:-3]) + "\n")
-    with pytest.raises(DataError, match="session 2, run 1 has"):
+    with pytest.raises(DataError, match="session 2, run 1 has") as error:
         open_things(folder)
+    assert complete(error, path.name) and "others 16" in str(error.value)
+
+
+def test_the_odd_run_is_named_even_if_it_is_the_first(copy):
+    folder = copy("volumes")
+    path = next(folder.rglob("sub-01_ses-things01_run-01_conditions.tsv"))
+    path.write_text("\n".join(path.read_text().splitlines()[:-3]) + "\n")
+    with pytest.raises(DataError, match="session 1, run 1 has .* others 16") as error:
+        open_things(folder)
+    assert complete(error, path.name)
+
+
+# --- rows have numbers, which say where a response lies ---
+
+
+def test_conditions_may_be_sorted_by_image(root, copy):
+    folder = copy("volumes")
+    for path in folder.rglob("*_conditions.tsv"):
+        table = pd.read_csv(path, sep="\t", index_col=0).sort_values("image_filename")
+        assert list(table.index) != list(range(len(table)))
+        table.to_csv(path, sep="\t")
+    expected, found = open_things(root, "01", "volumes"), open_things(folder)
+    pd.testing.assert_frame_equal(found.index.table, expected.index.table)
+    assert np.array_equal(found.read(), expected.read())
+
+
+def test_a_response_is_taken_from_the_place_in_the_index(root):
+    "The volume of a row decides, not the place of the row among the others."
+    things = open_things(root, "01", "volumes")
+    expected, table = things.read(), things.index.table
+    pair = table.index[table["role"] != "catch"][:2]
+    swapped = table.copy()
+    swapped.loc[pair, "volume"] = table.loc[pair[::-1], "volume"].to_numpy()
+    things.index = TrialIndex(swapped)
+    assert np.array_equal(things.read()[[1, 0]], expected[:2])
+
+
+@pytest.mark.parametrize("damage", ["row", "twice", "letters", "no index", "other name"])
+def test_conditions_with_a_damaged_index(copy, damage):
+    folder = copy("volumes")
+    path = next(folder.rglob("sub-01_ses-things02_run-01_conditions.tsv"))
+    table = pd.read_csv(path, sep="\t", index_col=0)
+    if damage == "row":
+        table = table.drop(index=4)
+    elif damage == "twice":
+        table.index = [0, *table.index[:-1]]
+    elif damage == "letters":
+        table.index = [f"v{k}" for k in table.index]
+    elif damage == "other name":
+        table.index.name = "trial"
+    table.to_csv(path, sep="\t", index=damage != "no index")
+    match = "the first column is" if damage in ("no index", "other name") else "is not each of 0 to"
+    with pytest.raises(DataError, match=match) as error:
+        open_things(folder)
+    assert complete(error, path.name)
+
+
+@pytest.mark.parametrize("mask", [True, False])
+def test_tables_may_be_shuffled(root, copy, mask):
+    folder, expected = copy("figshare"), open_things(root, "01", "figshare")
+    for name in ("StimulusMetadata", "VoxelMetadata"):
+        path = folder / "betas_csv" / f"sub-01_{name}.csv"
+        pd.read_csv(path).sample(frac=1, random_state=1).to_csv(path, index=False)
+    if not mask:
+        (folder / "brainmasks/sub-01_space-T1w_brainmask.nii.gz").unlink()
+    found = open_things(folder)
+    pd.testing.assert_frame_equal(found.index.table, expected.index.table)
+    pd.testing.assert_frame_equal(found.rois, expected.rois)
+    pd.testing.assert_frame_equal(found.voxels, expected.voxels)
+    assert np.array_equal(found.read(), expected.read())
+
+
+@pytest.mark.parametrize("name,column", [("StimulusMetadata", "trial_id"), ("VoxelMetadata", "voxel_id")])
+def test_tables_with_damaged_numbers(copy, name, column):
+    folder = copy("figshare")
+    path = folder / "betas_csv" / f"sub-01_{name}.csv"
+    table = pd.read_csv(path)
+    table.assign(**{column: table[column].replace(3, 4)}).to_csv(path, index=False)
+    with pytest.raises(DataError, match=f"{column} is not each of 0 to") as error:
+        open_things(folder)
+    assert complete(error, path.name)
+    table.drop(columns=column).to_csv(path, index=False)
+    with pytest.raises(DataError, match=f"no column {column}") as error:
+        open_things(folder)
+    assert complete(error, path.name)
+
+
+@pytest.mark.parametrize("damage", ["swapped", "absent"])
+def test_responses_whose_rows_are_not_in_order(copy, damage):
+    folder = copy("figshare")
+    with h5py.File(folder / "betas_csv/sub-01_ResponseData.h5", "r+") as file:
+        if damage == "swapped":
+            file["ResponseData/block1_values"][:2, 0] = [1, 0]
+        else:
+            del file["ResponseData/block1_values"]
+    with pytest.raises(DataError, match="rows are not numbered by voxel_id") as error:
+        open_things(folder).read()
+    assert complete(error, "sub-01_ResponseData.h5")
 
 
 def test_responses_of_another_subject(copy):
@@ -487,8 +665,9 @@ def test_mask_of_another_subject(copy):
     folder = copy("figshare")
     masks = folder / "brainmasks"
     shutil.copy(masks / "sub-02_space-T1w_brainmask.nii.gz", masks / "sub-01_space-T1w_brainmask.nii.gz")
-    with pytest.raises(DataError, match="wrong subject grid"):
+    with pytest.raises(DataError, match="wrong subject grid") as error:
         open_things(folder)
+    assert complete(error, "sub-01_space-T1w_brainmask.nii.gz")
 
 
 @pytest.mark.parametrize("what", ["shape", "affine"])
@@ -500,8 +679,18 @@ def test_volumes_of_another_subject(copy, what):
     else:
         values, affine = read_nifti(path)
         write_nifti(path, values, affine + np.array([[0, 0, 0, 1.0]] * 3 + [[0] * 4]))  # moved by 1 mm
-    with pytest.raises(DataError, match="wrong subject grid"):
+    with pytest.raises(DataError, match="wrong subject grid") as error:
         open_things(folder).read()
+    assert complete(error, path.name)
+
+
+def test_region_of_another_subject(copy):
+    folder = copy("volumes")
+    path = next(folder.rglob("prf/sub-01/resampled_varea.nii.gz"))
+    shutil.copy(next(folder.rglob("prf/sub-02/resampled_varea.nii.gz")), path)
+    with pytest.raises(DataError, match="wrong subject grid") as error:
+        open_things(folder)
+    assert complete(error, "prf/sub-01/resampled_varea.nii.gz")
 
 
 def test_two_copies(copy):
@@ -515,15 +704,17 @@ def test_one_session_cannot_tell_test_images(copy):
     folder = copy("volumes")
     for session in (2, 3):
         shutil.rmtree(folder / f"betas_vol/scalematched/sub-01/ses-things{session:02d}")
-    with pytest.raises(MissingError, match="which images are test images"):
+    with pytest.raises(MissingError, match="which images are test images") as error:
         open_things(folder)
+    assert complete(error, "ses-things01")
 
 
 def test_no_mask(copy):
     folder = copy("volumes")
     (folder / "brainmasks/sub-01_space-T1w_brainmask.nii.gz").unlink()
-    with pytest.raises(MissingError, match="no brain mask"):
+    with pytest.raises(MissingError, match="no brain mask") as error:
         open_things(folder)
+    assert complete(error, "volumes")
     tables = copy("figshare")
     expected = open_things(tables)
     (tables / "brainmasks/sub-01_space-T1w_brainmask.nii.gz").unlink()
@@ -536,8 +727,31 @@ def test_damaged_hdf5(copy):
     folder = copy("figshare")
     path = folder / "betas_csv/sub-01_ResponseData.h5"
     path.write_bytes(path.read_bytes()[:3000])
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="damaged or incomplete") as error:
         open_things(folder).read()
+    assert complete(error, path.name)
+
+
+def test_hdf5_of_something_else(copy):
+    folder = copy("figshare")
+    path = folder / "betas_csv/sub-01_ResponseData.h5"
+    with h5py.File(path, "w") as file:
+        file["ResponseData/axis1"] = np.arange(3)
+    with pytest.raises(DataError, match="no response data") as error:
+        open_things(folder).read()
+    assert complete(error, path.name)
+
+
+def test_subject_is_named_in_full(root, tmp_path):
+    for layout in LAYOUTS:
+        with pytest.raises(MissingError, match="no THINGS-fMRI data of subject 2, but of 01, 02") as error:
+            open_things(root / layout, "2")
+        assert complete(error, layout) and "do: name one of the subjects" in str(error.value)
+    with pytest.raises(MissingError, match="no volumes data of subject 01, but of 02"):
+        shutil.copytree(root / "figshare", tmp_path / "only")
+        for path in (tmp_path / "only").rglob("sub-01*"):
+            path.unlink()
+        open_things(tmp_path / "only", "01", "volumes")
 
 
 def test_unknown_things(root, tmp_path):
