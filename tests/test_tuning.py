@@ -160,6 +160,20 @@ def test_a_hopeless_trial_is_given_up_and_the_rest_of_its_epochs_not_run(tmp_pat
     assert capsys.readouterr().out.count("given up") == len(pruned)
 
 
+def test_hyperband_gives_up_what_falls_behind(tmp_path):
+    "Trials that learn nothing (lr 1e-9) do not get all of their nine epochs."
+    space = Space({"lr": Choice((0.05, 1e-9)), "tag": Range(0, 10**6)})
+    found = search(
+        tmp_path / "search", lambda _: Line(LineConfig()), space=space, trials=12, epochs=9, sampler="random",
+        pruner="hyperband",
+    )  # fmt: skip
+    table = found.table()
+    pruned, finished = (table[table["state"] == state] for state in ("pruned", "complete"))
+    assert len(table) == 12 and len(pruned) and (pruned["lr"] == 1e-9).all()
+    assert (finished["epochs"] == 9).all() and table["epochs"].sum() < 12 * 9
+    assert found.best["lr"] == 0.05
+
+
 def test_more_trials_go_on_where_it_stopped(whole, tmp_path):
     search(tmp_path / "search", trials=3)
     assert drawn(search(tmp_path / "search")) == drawn(whole)  # as if it had not stopped

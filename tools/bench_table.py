@@ -1,7 +1,8 @@
 """Print what benchmarks/bench_*.py wrote: median times and their ratio, one line for each case.
 
 Each file holds {"cases": [...], ...}. A case holds its options (words and whole numbers), the seconds of every
-run as lists named NAME_s, and `ratio_of_medians`: how many times as fast as its reference the library is.
+run as lists named NAME_s, and `ratio_of_medians`: how many times as fast as its reference the library is. It may
+hold rates named NAME_per_s, `extra_mib` and `ratio_of_memory`: how many times less memory it takes than the reference.
 """
 
 import json
@@ -9,17 +10,25 @@ import statistics
 import sys
 from pathlib import Path
 
+HEAD = ("benchmark", "case", "median time", "rate", "extra memory (times less)", "times as fast")
 
-def line(name: str, case: dict) -> tuple[str, str, str, str]:
-    "Benchmark, options, times and ratio of one case."
+
+def line(name: str, case: dict) -> tuple[str, ...]:
+    "One case under `HEAD`."
     options = ", ".join(f"{k}={v}" for k, v in case.items() if v is None or isinstance(v, str | int))
     runs = {k[:-2]: v for k, v in case.items() if k.endswith("_s") and isinstance(v, list)}
     times = ", ".join(f"{k} {statistics.median(v):.3g} s" for k, v in runs.items())
-    return name, options, times, f"{case['ratio_of_medians']:.1f}"
+    rates = ", ".join(
+        f"{v:.4g} {k.removesuffix('_per_s')}/s" for k, v in case.items() if k.endswith("_per_s")
+    )
+    memory = (
+        f"{case['extra_mib']:.0f} MiB ({case['ratio_of_memory']:.1f})" if "ratio_of_memory" in case else ""
+    )
+    return name, options, times, rates, memory, f"{case['ratio_of_medians']:.1f}"
 
 
 def main(paths: list[str]) -> int:
-    table = [("benchmark", "case", "median time", "times as fast")]
+    table = [HEAD]
     for path in map(Path, paths):
         cases = json.loads(path.read_text(encoding="utf-8"))["cases"]
         table += [line(path.stem, case) for case in cases]

@@ -8,7 +8,7 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['SPACES', 'SAMPLERS', 'PRUNERS', 'Choice', 'Range', 'Space', 'Tuning', 'tune', 'load_best']
 
-# %% ../../neuro_nbs/15a_cnn_vit_optuna.ipynb #bfec7c73
+# %% ../../neuro_nbs/15a_cnn_vit_optuna.ipynb #df4175af
 import dataclasses
 import inspect
 import math
@@ -25,6 +25,7 @@ import optuna
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from optuna.exceptions import ExperimentalWarning
 from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 from optuna.pruners import HyperbandPruner, MedianPruner, NopPruner
@@ -39,7 +40,7 @@ from .features import fingerprint
 from .lora import open_storage
 from .trainer import Diverged, fit, origin, predict
 
-# %% ../../neuro_nbs/15a_cnn_vit_optuna.ipynb #a255a82a
+# %% ../../neuro_nbs/15a_cnn_vit_optuna.ipynb #21f74743
 @dataclass(frozen=True)
 class Choice:
     """One of several values.
@@ -136,7 +137,7 @@ SPACES = {
     "paper": Space(
         {"emb_dim": Choice((256, 512, 768)), "depth": Range(3, 8), "lr": Range(1e-5, 1e-3, log=True)}
     ),
-    "demo": Space({"emb_dim": Choice((16, 32, 64)), "depth": Range(1, 3), "lr": Range(3e-4, 1e-2, log=True)}),
+    "demo": Space({"emb_dim": Choice((16, 32, 64)), "depth": Range(1, 2), "lr": Range(5e-4, 5e-3, log=True)}),
 }  # "paper": the study's embed_dim, num_layers and learning rate
 
 # %% ../../neuro_nbs/15a_cnn_vit_optuna.ipynb #8af41c35
@@ -264,7 +265,7 @@ class _Search:
 def _told(params: Mapping[str, Any]) -> str:
     return ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in params.items())
 
-# %% ../../neuro_nbs/15a_cnn_vit_optuna.ipynb #b212bc5f
+# %% ../../neuro_nbs/15a_cnn_vit_optuna.ipynb #39682692
 @dataclass(frozen=True)
 class Tuning:
     """A search and its result.
@@ -274,7 +275,8 @@ class Tuning:
     study : optuna.Study
         In its storage.
     folder : Path
-        Runs of all trials, `best.json`, and `test.npy` once the test is opened.
+        Runs of all trials, `best.json` (parameters and options of `fit`; a model only with `build`), and `test.npy` once
+        the test is opened.
     space : Space
         What was tried.
     build : callable
@@ -364,6 +366,9 @@ class Tuning:
                 axis.set_xticks(range(len(kind.values)), [str(v) for v in kind.values])
             elif kind.log:
                 axis.set_xscale("log")
+                axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+                axis.xaxis.set_major_formatter("{x:g}")
+                axis.minorticks_off()
             elif kind.whole:
                 axis.xaxis.get_major_locator().set_params(integer=True)
             axis.scatter(values[~done], table["validation"][~done], marker="x", color="grey")
@@ -402,7 +407,7 @@ class Tuning:
                     np.save(file, np.mean(found, 0))
         return np.load(self.folder / "test.npy")
 
-# %% ../../neuro_nbs/15a_cnn_vit_optuna.ipynb #1eac1d17
+# %% ../../neuro_nbs/15a_cnn_vit_optuna.ipynb #10a0834f
 def tune(
     build: Callable[
         [dict[str, Any]], PreTrainedModel
@@ -489,7 +494,7 @@ def _work(study: optuna.Study, search: _Search, wait: float = 1.0) -> None:
 
 def load_best(
     path: str | Path,  # best.json in a search's folder
-) -> tuple[dict[str, Any], dict[str, Any]]:  # for `build`, and for `fit`
+) -> tuple[dict[str, Any], dict[str, Any]]:  # for the search's own `build` (not in the file); for `fit`
     "The best configuration: `model, options = load_best(path); fit(build(model), data, **options)`."
     config = read_json(path)
     if not isinstance(config, dict) or not {"model", "fit"} <= config.keys():
