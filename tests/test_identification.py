@@ -135,7 +135,11 @@ def test_rows_of_the_score_sheet():
     assert (top.chance, top.baseline, top.ceiling) == (4 / 30, found.top, best.top)
     assert (pairs.metric, pairs.value, pairs.chance) == ("pairs", found.pairs, 0.5)
     assert (pairs.low, pairs.high, pairs.ceiling) == (found.pairs_low, found.pairs_high, best.pairs)
-    assert (pairs.n_samples, pairs.seed, pairs.note) == (120, 3, f"permutation p = 0.010, mean normalised rank {1 - pairs.value:.3f}")
+    assert (pairs.n_samples, pairs.seed, pairs.note) == (
+        120,
+        3,
+        f"permutation p = 0.010, mean normalised rank {1 - pairs.value:.3f}",
+    )
     bare = identification_rows("m", found, **known)[0]
     assert np.isnan(bare.baseline) and np.isnan(bare.ceiling) and bare.seed is None
 

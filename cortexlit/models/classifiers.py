@@ -6,21 +6,32 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['KINDS', 'block_mean', 'ClassifierConfig', 'ClassifierOutput', 'ConceptClassifier', 'ConceptTrials']
+__all__ = ['KINDS', 'STUDY', 'study_split', 'block_mean', 'ClassifierConfig', 'ClassifierOutput', 'ConceptClassifier',
+           'ConceptTrials']
 
-# %% ../../neuro_nbs/16_classifiers.ipynb #1226272a
+# %% ../../neuro_nbs/16_classifiers.ipynb #a0b92fa4
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..core import DataError
+from ..core import DataError, rng
 from .viv1t import _refuse_unknown
+
+# %% ../../neuro_nbs/16_classifiers.ipynb #1b5a2104
+def study_split(
+    trials: pd.DataFrame,  # one row per trial
+    seed: int = 0,
+) -> list[np.ndarray]:  # rows of the train, validation and test tier
+    "The published split: trials at random, 7:1:2, whatever they show. `split_by_session` is the one to use."
+    order = rng(seed, "7:1:2").permutation(len(trials))
+    return np.split(order, [round(0.7 * len(trials)), round(0.8 * len(trials))])
 
 # %% ../../neuro_nbs/16_classifiers.ipynb #349b17a9
 def block_mean(
@@ -49,8 +60,11 @@ def block_mean(
     share[used] = counts / np.prod(block)
     return means.reshape(*values.shape[:-1], *shape), share.reshape(shape)
 
-# %% ../../neuro_nbs/16_classifiers.ipynb #e7952e4b
+# %% ../../neuro_nbs/16_classifiers.ipynb #8c766192
 KINDS = ("logistic", "mlp", "cnn")
+STUDY = {
+    "adapt": "full", "loss": "cross-entropy", "lr": 1e-3, "weight_decay": 0.0, "schedule": "constant", "batch_size": 4,
+}  # the published recipe, Adam, as options of `fit`; with `epochs` 5 and 10  # fmt: skip
 
 
 class ClassifierConfig(PretrainedConfig):
