@@ -1,6 +1,6 @@
 """Training speed of the fMRI networks on whole volumes of 72 x 91 x 75 voxels, side by side, with memory.
 
-python benchmarks/bench_fmri.py --out FILE.json [--rounds 1] [--steps 2] [--batch 2] [--threads 2] [--device cpu]
+python benchmarks/bench_fmri.py --out FILE.json [--rounds 1] [--steps 5] [--batch 2] [--threads 2] [--device cpu]
 
 A step is forward, backward and AdamW on one batch of random volumes. The mask is an ellipsoid with 43 % of the voxels,
 as in a subject of THINGS. Every variant runs in a process of its own (so that its peak memory is its own), all in turn,
@@ -135,7 +135,7 @@ def main() -> None:
     )
     parser.add_argument("--out", help="JSON file to write")
     parser.add_argument("--rounds", type=int, default=1, help="processes started for each variant")
-    parser.add_argument("--steps", type=int, default=2, help="timed steps in each process")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps in each process")
     parser.add_argument("--batch", type=int, default=2, help="volumes in a batch")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])

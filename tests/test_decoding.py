@@ -375,7 +375,7 @@ def test_rows_fit_the_score_sheet(tmp_path):
     ):
         rows += decoding_rows(
             model, predictions, y, reference, concept, fold, "abc", components=property_components(y[::3], 2),
-            ceiling=np.ones(3), null=np.zeros((9, 3)), **place,
+            ceiling=np.array([0.9, 0.6, 0.3, 0.8, 0.7]), null=np.zeros((9, 3)), **place,
         )  # fmt: skip
     sheet = ScoreSheet(rows)
     table = sheet.table()
@@ -390,6 +390,12 @@ def test_rows_fit_the_score_sheet(tmp_path):
     ]
     constant = table[table["model"] == "mean"].set_index("metric")
     assert constant.loc["R2 mean", "value"] == 0
+    assert constant.loc[["R2 mean", "R2 b", "R2 component 2"], "ceiling"].tolist() == pytest.approx([0.6, 0.6, 0.7])
+    with pytest.raises(DataError, match="5: of the 3 targets"):
+        decoding_rows(
+            "m", reference, y, reference, concept, fold, "abc", components=property_components(y[::3], 2),
+            ceiling=np.ones(3), **place,
+        )  # fmt: skip
     assert set(constant["n_clips"]) == {20} and set(constant["n_samples"]) == {60}
     assert "permutations" in constant.loc["R2 a", "note"]
     assert len(ScoreSheet.load(sheet.save(tmp_path))) == 14

@@ -554,7 +554,7 @@ def identification_ranks(
     right = likeness[np.arange(len(a)), np.asarray(shown)][:, None]
     return (likeness > right).sum(1) + ((likeness == right).sum(1) - 1) / 2
 
-# %% ../../neuro_nbs/12a_decoding_baselines.ipynb #0156a6ea
+# %% ../../neuro_nbs/12a_decoding_baselines.ipynb #a3012a8f
 def decoding_rows(
     model: str,  # name of the decoder
     predictions: np.ndarray,  # (n, targets) for held-out rows
@@ -568,7 +568,7 @@ def decoding_rows(
     split: str,  # kind, e.g. "concept"
     split_hash: str,
     tier: str = "test",
-    ceiling: np.ndarray | None = None,  # (targets,) R2, if known
+    ceiling: np.ndarray | None = None,  # (targets,) R2, if known; with `components`, theirs follow
     null: np.ndarray | None = None,  # (permutations, targets) R2 from `permutation_scores`
     components: Components | None = None,  # adds R2 in component space
     seed: int | None = None,  # of training
@@ -578,11 +578,17 @@ def decoding_rows(
     scores = score_decoding(predictions, targets, reference, groups, folds)
     if len(names) != scores.r2.shape[0]:
         raise DataError(f"{len(names)} names for {scores.r2.shape[0]} targets")
+    count = len(names) + (0 if components is None else len(components.axes))
+    if ceiling is not None and len(ceiling) != count:
+        raise DataError(
+            f"{len(ceiling)} ceilings",
+            expected=f"{count}: of the {len(names)} targets, then of the components",
+        )
     lines = [
         (
             "R2 mean",
             *scores.interval("r2"),
-            None if ceiling is None else np.mean(ceiling),
+            None if ceiling is None else np.mean(ceiling[: len(names)]),
             _p(scores.r2.mean(), null, None),
         )
     ]
@@ -594,8 +600,9 @@ def decoding_rows(
         inside = score_decoding(
             *(components.apply(np.asarray(a)) for a in (predictions, targets, reference)), groups, folds
         )
-        axes = range(len(components.axes))
-        lines += [(f"R2 component {k + 1}", *inside.interval("r2", k), None, "") for k in axes]
+        for k in range(len(components.axes)):
+            top = None if ceiling is None else ceiling[len(names) + k]
+            lines.append((f"R2 component {k + 1}", *inside.interval("r2", k), top, ""))
     counts = dict(n_clips=len(np.unique(groups)), n_samples=len(targets), n_neurons=len(names))
     rows = []
     for metric, value, low, high, top, p in lines:
@@ -630,7 +637,7 @@ def _p(score: float, null: np.ndarray | None, target: int | None) -> str:
     p = p_value(score, null.mean(1) if target is None else null[:, target])
     return f"p = {p:.3f} ({len(null)} permutations)"
 
-# %% ../../neuro_nbs/12a_decoding_baselines.ipynb #084d530d
+# %% ../../neuro_nbs/12a_decoding_baselines.ipynb #b5f03c84
 def score_subject(
     responses: np.ndarray,  # (n, voxels), z-scored without labels
     targets: np.ndarray,  # (n, targets)
@@ -642,7 +649,7 @@ def score_subject(
     *,
     bands: Mapping[str, np.ndarray] | None = None,  # adds banded ridge: name -> (n, voxels of the band)
     ceilings: tuple[np.ndarray, np.ndarray]
-    | None = None,  # R2 (targets,) of single trials, of means of concepts
+    | None = None,  # R2 of single trials, of means of concepts, each as in `decoding_rows`, three components
     permutations: int = 100,  # for the p-values of ridge; 0: none
     dataset: str,  # its name in the sheet
     seed: int = 0,  # of the permutations
