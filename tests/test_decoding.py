@@ -390,7 +390,9 @@ def test_rows_fit_the_score_sheet(tmp_path):
     ]
     constant = table[table["model"] == "mean"].set_index("metric")
     assert constant.loc["R2 mean", "value"] == 0
-    assert constant.loc[["R2 mean", "R2 b", "R2 component 2"], "ceiling"].tolist() == pytest.approx([0.6, 0.6, 0.7])
+    assert constant.loc[["R2 mean", "R2 b", "R2 component 2"], "ceiling"].tolist() == pytest.approx(
+        [0.6, 0.6, 0.7]
+    )
     with pytest.raises(DataError, match="5: of the 3 targets"):
         decoding_rows(
             "m", reference, y, reference, concept, fold, "abc", components=property_components(y[::3], 2),
