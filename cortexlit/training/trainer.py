@@ -443,13 +443,18 @@ def _mice(model: PreTrainedModel, dataset: Any) -> tuple[dict[str, Any], dict[st
             )
     return train, validation
 
-# %% ../../neuro_nbs/06b_trainer.ipynb #cb3feae9
+# %% ../../neuro_nbs/06b_trainer.ipynb #18d21a84
 def origin(
     model: PreTrainedModel,  # with the weights at the start
     dataset: Any,  # as for `fit`
 ) -> dict[str, Any]:  # JSON-able; equal for two runs that start from the same
     "What a run starts from, by content: hash of the weights, configuration, hash of every field of the data."
-    train, validation = _mice(model, dataset)
+    return _origin(model, *_mice(model, dataset))
+
+
+def _origin(
+    model: PreTrainedModel, train: Mapping[str, Any], validation: Mapping[str, Any]
+) -> dict[str, Any]:
     incidental = ("transformers_version", "architectures", "dtype", "use_cache", "loss", "loss_frames")
     config = {f"model.{k}": v for k, v in model.config.to_diff_dict().items() if k not in incidental}
     data = {
@@ -555,7 +560,7 @@ def _prepared(
         model.freeze_core()
     return model.save_pretrained
 
-# %% ../../neuro_nbs/06b_trainer.ipynb #c27d200a
+# %% ../../neuro_nbs/06b_trainer.ipynb #c5518a35
 def fit(
     model: PreTrainedModel,  # a `ViV1T`, or another model of the library; it is copied, not changed
     dataset: Any,  # a dataset folder, or (train, validation) map-style datasets, or {mouse: one of these}
@@ -597,7 +602,7 @@ def fit(
     train, validation = _mice(model, dataset)
     model = copy.deepcopy(model)
     _set_loss(model, loss, last)
-    everything = options | origin(model, dataset)
+    everything = options | _origin(model, train, validation)
     folder = runs(f"{adapt}-{digest(everything)}") if out is None else Path(out)
     args = TrainingArguments(
         output_dir=str(folder),
