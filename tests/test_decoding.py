@@ -362,6 +362,21 @@ def test_average_by():
     assert names.tolist() == ["a", "b"] and mean.tolist() == [[5.0], [2.0]]
 
 
+def test_a_difference_is_paired_by_concept():
+    x, y, _ = problem(60, 20, targets=3)
+    concept = np.repeat(np.arange(20), 3)
+    reference = np.tile(y.mean(0), (60, 1))
+    guesses = (0.5 * y + 0.5 * reference, 0.4 * y + 0.6 * reference)
+    one, other = (score_decoding(p, y, reference, concept, resamples=200) for p in guesses)
+    value, low, high = one.minus(other).interval()
+    assert value == pytest.approx(one.r2.mean() - other.r2.mean())
+    draws = one.r2_draws.mean(1) - other.r2_draws.mean(1)
+    assert (low, high) == pytest.approx(np.quantile(draws, [0.025, 0.975]))
+    assert one.minus(one).interval("r") == (0, 0, 0)
+    with pytest.raises(DataError, match="same number of resamples"):
+        one.minus(score_decoding(guesses[1], y, reference, concept, resamples=100))
+
+
 def test_rows_fit_the_score_sheet(tmp_path):
     x, y, _ = problem(60, 20, targets=3)
     concept = np.repeat(np.arange(20), 3)

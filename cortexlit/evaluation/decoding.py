@@ -323,7 +323,7 @@ def _from_sums(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         r = np.where(defined, (n * xy - x * y) / np.sqrt(np.where(defined, variances, 1)), np.nan)
     return r2, r
 
-# %% ../../neuro_nbs/12a_decoding_baselines.ipynb #fc71deea
+# %% ../../neuro_nbs/12a_decoding_baselines.ipynb #0092530c
 @dataclass(frozen=True)
 class DecodingScores:
     """Scores of one decoder with the bootstrap over concepts.
@@ -353,6 +353,19 @@ class DecodingScores:
         if not np.isfinite(draws).any():
             return float(value), math.nan, math.nan
         return (float(value), *map(float, np.nanquantile(draws, [0.025, 0.975])))
+
+    def minus(
+        self,
+        other: DecodingScores,  # of the same rows, resamples and seed
+    ) -> DecodingScores:
+        "The paired difference: the same concepts are drawn for both."
+        if self.r2_draws.shape != other.r2_draws.shape:
+            raise DataError(
+                f"draws {self.r2_draws.shape} and {other.r2_draws.shape}",
+                expected="scores of the same targets with the same number of resamples",
+            )
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return DecodingScores(*(a - b for a, b in pairs))
 
 
 def score_decoding(
