@@ -9,15 +9,13 @@ from hypothesis import strategies as st
 
 from cortexlit.core import DataError
 from cortexlit.evaluation.metrics import (
-    MIN_VARIANCE,
-    bootstrap_interval,
+    CONSTANT,
     cc_norm,
     correlation_to_average,
     explainable_variance,
     feve,
     flattened_correlation,
     mean_score,
-    paired_difference,
     single_trial_correlation,
 )
 
@@ -35,23 +33,37 @@ def no_warnings():
 # --- plain references -------------------------------------------------------------------------------------
 
 
-def pearson(x, y):
-    "One correlation with NumPy, NaN where either is constant."
+def constant(x, scale):
+    "No variance beside the mean square of the neuron."
+    return len(x) == 0 or np.sum((x - np.mean(x)) ** 2) <= CONSTANT * len(x) * scale
+
+
+def pearson(x, y, scales):
+    "One correlation with NumPy: NaN where the label y is constant, 0 where the prediction x alone is."
     x, y = np.asarray(x, float), np.asarray(y, float)
-    if len(x) < 2 or x.var() <= MIN_VARIANCE or y.var() <= MIN_VARIANCE:
+    if constant(y, scales[1]):
         return np.nan
-    return np.corrcoef(x, y)[0, 1]
+    return 0.0 if constant(x, scales[0]) else np.corrcoef(x, y)[0, 1]
+
+
+def mean_square(traces):
+    "Of all values of one neuron."
+    values = np.concatenate([np.asarray(t, float) for t in traces])
+    return np.mean(values**2) if len(values) else 0.0
 
 
 def loop_single(p, y, last, skip=False):
     out = np.empty(y.shape[:2])
-    for s in range(y.shape[0]):
-        for n in range(y.shape[1]):
+    for n in range(y.shape[1]):
+        traces = []
+        for s in range(y.shape[0]):
             a, b = p[s, n, -last:].astype(float), y[s, n, -last:].astype(float)
             if skip:
                 keep = ~(np.isnan(a) | np.isnan(b))
                 a, b = a[keep], b[keep]
-            out[s, n] = pearson(a, b)
+            traces.append((a, b))
+        scales = [mean_square(each) for each in zip(*traces)]
+        out[:, n] = [pearson(a, b, scales) for a, b in traces]
     return out
 
 
@@ -62,7 +74,7 @@ def loop_flat(p, y, last, skip=False):
         if skip:
             keep = ~(np.isnan(a) | np.isnan(b))
             a, b = a[keep], b[keep]
-        out.append(pearson(a, b))
+        out.append(pearson(a, b, (mean_square([a]), mean_square([b]))))
     return np.array(out)
 
 
@@ -89,7 +101,7 @@ def loop_feve(p, y, clip, last, threshold):
     total, noise = loop_variances(y, clip, last)
     out = []
     for n in range(y.shape[1]):
-        if total[n] <= MIN_VARIANCE or (total[n] - noise[n]) / total[n] <= threshold:
+        if constant(y[:, n, -last:].ravel().astype(float), mean_square(y[:, n, -last:])) or (total[n] - noise[n]) / total[n] <= threshold:
             out.append(np.nan)
             continue
         error = np.mean(
@@ -154,7 +166,8 @@ def test_single_trial_equals_loop(case):
     p, y, _, last = case
     found = single_trial_correlation(p, y, last, reduce=None)
     agree(found, loop_single(p, y, last))
-    agree(single_trial_correlation(y, p, last, reduce=None), found)
+    swapped = single_trial_correlation(y, p, last, reduce=None)  # differs where one of the two is constant
+    agree(np.nan_to_num(swapped), np.nan_to_num(found))
     rows = [np.nanmean(row) for row in found if not np.isnan(row).all()]
     agree(single_trial_correlation(p, y, last), np.mean(rows) if rows else np.nan)
 
@@ -222,13 +235,15 @@ def test_undefined_entries():
     p[0, 0] = 0.1
     y[1, 1] = 7.0
     found = single_trial_correlation(p, y, reduce=None)
-    assert np.isnan(found).tolist() == [[True, False], [False, True], [False, False]]
-    assert np.isnan(single_trial_correlation(np.ones_like(y), y))
-    tiny = np.zeros((1, 2, 4))
-    tiny[0, 0, ::2] = 1.9e-5  # variance 0.9e-10
-    tiny[0, 1, ::2] = 2.1e-5  # variance 1.1e-10
+    assert np.isnan(found).tolist() == [[False, False], [False, True], [False, False]]
+    assert found[0, 0] == 0  # the prediction alone is constant
+    assert single_trial_correlation(np.ones_like(y), y) == 0
+    tiny = np.ones((1, 2, 4))  # beside a mean square of 1
+    tiny[0, 0, ::2] += 1.9e-6  # variance 0.9e-12
+    tiny[0, 1, ::2] += 2.1e-6  # variance 1.1e-12
     ramp = np.tile([0.0, 1, 2, 3], (1, 2, 1))
-    assert np.isnan(single_trial_correlation(tiny, ramp, reduce=None)).tolist() == [[True, False]]
+    assert np.isnan(single_trial_correlation(ramp, tiny, reduce=None)).tolist() == [[True, False]]
+    assert (single_trial_correlation(tiny, ramp, reduce=None) == 0).tolist() == [[True, False]]
 
 
 def test_order_of_averaging():
@@ -236,8 +251,8 @@ def test_order_of_averaging():
     assert mean_score(table) == pytest.approx((0.9 + 0.2) / 2)
     assert mean_score([0.5, np.nan]) == 0.5
     assert np.isnan(mean_score([[np.nan]]))
-    p = np.array([[[0, 1, 2, 3.0], [1, 1, 1, 1]], [[3, 2, 1, 0.0], [0, 1, 2, 3]]])
-    y = np.tile(np.arange(4.0), (2, 2, 1))
+    y = np.array([[[0, 1, 2, 3.0], [1, 1, 1, 1]], [[3, 2, 1, 0.0], [0, 1, 2, 3]]])
+    p = np.tile(np.arange(4.0), (2, 2, 1))
     assert single_trial_correlation(p, y) == pytest.approx((1 + 0) / 2)  # pooled it would be 1/3
 
 
@@ -281,7 +296,8 @@ def test_feve_equals_loop(case, threshold):
         for f in (feve, loop_feve)
     )
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6, equal_nan=True)
-    fraction = np.where(total > MIN_VARIANCE, (total - noise) / np.maximum(total, MIN_VARIANCE), np.nan)
+    varies = ~np.array([constant(v, mean_square([v])) for v in y[..., -last:].swapaxes(0, 1).reshape(y.shape[1], -1).astype(float)])
+    fraction = np.where(varies, (total - noise) / np.where(varies, total, 1), np.nan)
     np.testing.assert_allclose(
         explainable_variance(y, clip, last), fraction, rtol=0, atol=1e-9, equal_nan=True
     )
@@ -327,11 +343,12 @@ def test_signal_power_is_unbiased_for_slow_noise():
     truth = signal.transpose(1, 0, 2).ravel().var()
     noise = np.cumsum(g.normal(size=(9, 4000, 20)), -1) * 0.3 + g.normal(size=(9, 4000, 1))
     y = signal[clip] + noise
-    from cortexlit.evaluation.metrics import _repeats, _signal_power
+    from cortexlit.evaluation.metrics import _average_moments, _merged, _repeats, _signal_power
 
     groups = _repeats(clip, 9)
     average = loop_average(y, clip).transpose(1, 0, 2).reshape(4000, -1).var(1)
-    power = _signal_power(y, groups, average)
+    moments = _average_moments(y, y, groups)
+    power = _signal_power(y, groups, moments, _merged(*moments)[1][1]).mean(0)
     assert abs(power.mean() - truth) < 4 * power.std() / np.sqrt(4000)
     assert average.mean() - truth > 20 * power.std() / np.sqrt(4000)  # without the correction: far off
 
@@ -365,84 +382,6 @@ def test_predictions_may_differ_between_repeats():
         correlation_to_average(averaged, y, clip, reduce=None),
     )
     agree(cc_norm(p, y, clip, reduce=None), cc_norm(averaged, y, clip, reduce=None))
-
-
-# --- intervals --------------------------------------------------------------------------------------------
-
-
-def loop_bootstrap(values, groups, resamples, seed):
-    "Draw clips and neurons one table at a time with the same random weights."
-    from cortexlit.core import rng
-
-    generator = rng(seed, "bootstrap")
-    names = sorted(set(groups))
-    columns = generator.multinomial(values.shape[1], [1 / values.shape[1]] * values.shape[1], size=resamples)
-    rows = generator.multinomial(len(names), [1 / len(names)] * len(names), size=resamples)
-    means = []
-    for c, r in zip(columns, rows, strict=True):
-        members = []
-        for name, times in zip(names, r, strict=True):
-            members += np.flatnonzero(np.asarray(groups) == name).tolist() * times
-        means.append(mean_score(values[members][:, np.repeat(np.arange(values.shape[1]), c)]))
-    return np.nanquantile(means, [0.025, 0.975])
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10**6), st.integers(2, 5), st.integers(2, 6), st.sampled_from([0.0, 0.3, 0.7]))
-def test_bootstrap_equals_loop(seed, clips, neurons, holes):
-    g = np.random.default_rng(seed)
-    groups = g.permutation(np.repeat(np.arange(clips), 2))
-    values = g.normal(size=(len(groups), neurons))
-    values[g.random(values.shape) < holes] = np.nan
-    if np.isnan(values).all():
-        return
-    agree(bootstrap_interval(values, groups, resamples=50, seed=3), loop_bootstrap(values, groups, 50, 3))
-
-
-def test_bootstrap_edges():
-    values = np.random.default_rng(9).normal(size=(8, 5))
-    assert bootstrap_interval(values, seed=1) == bootstrap_interval(values, seed=1)
-    assert bootstrap_interval(values, seed=1) != bootstrap_interval(values, seed=2)
-    low, high = bootstrap_interval(values)
-    assert low < values.mean() < high
-    inner = bootstrap_interval(values, level=0.5)
-    assert low < inner[0] < inner[1] < high
-    assert np.isnan(bootstrap_interval(np.full((3, 3), np.nan))).all()
-    assert np.isnan(bootstrap_interval(values[:1])).all()  # one clip
-    assert np.isnan(bootstrap_interval(values, groups=np.zeros(8))).all()
-    assert np.isnan(bootstrap_interval(values[:, :1])).all()  # one neuron
-    vector = bootstrap_interval(values[0])
-    assert vector[0] < values[0].mean() < vector[1]
-    np.testing.assert_allclose(bootstrap_interval(np.full((4, 4), 0.25)), 0.25)
-
-
-def test_bootstrap_standard_error_matches_theory():
-    "Normal effects of clips alone, then of neurons alone: the width is that of the mean of the effects."
-    g = np.random.default_rng(10)
-    effects = g.normal(size=60)
-    for values in (np.tile(effects[:, None], (1, 40)), np.tile(effects, (40, 1))):
-        low, high = bootstrap_interval(values, resamples=4000)
-        assert (high - low) / (2 * 1.96) == pytest.approx(effects.std() / np.sqrt(60), rel=0.06)
-
-
-def test_repeats_travel_together():
-    "Doubling every row must not narrow the interval when the copies are repeats of one clip."
-    values = np.random.default_rng(11).normal(size=(15, 1)) + np.zeros((1, 30))
-    doubled, groups = np.repeat(values, 2, 0), np.repeat(np.arange(15), 2)
-    widths = [np.diff(bootstrap_interval(*args)) for args in ((values,), (doubled, groups), (doubled,))]
-    assert widths[1] == pytest.approx(widths[0])
-    assert widths[2] < 0.8 * widths[0]
-
-
-def test_paired_difference_uses_common_entries():
-    g = np.random.default_rng(12)
-    a = g.normal(size=(10, 6))
-    b = a - 0.5
-    b[:, 0] = np.nan
-    difference, low, high = paired_difference(a, b)
-    assert (difference, low, high) == pytest.approx((0.5, 0.5, 0.5))
-    swapped = paired_difference(b, a)
-    assert swapped == pytest.approx((-0.5, -0.5, -0.5))
 
 
 # --- what must raise --------------------------------------------------------------------------------------
@@ -486,7 +425,7 @@ def test_overflow_raises():
         (lambda: single_trial_correlation(Y[:0], Y[:0]), "none empty"),
         (lambda: single_trial_correlation(Y, Y, 1), "2 to 10"),
         (lambda: single_trial_correlation(Y, Y, 11), "2 to 10"),
-        (lambda: single_trial_correlation(Y, Y, reduce="sum"), "'mean' or None"),
+        (lambda: single_trial_correlation(Y, Y, reduce="sum"), "'mean', None"),
         (lambda: single_trial_correlation(Y, Y, missing="ignore"), "'raise' or 'skip'"),
         (lambda: flattened_correlation(Y, Y, missing=None), "'raise' or 'skip'"),
         (lambda: correlation_to_average(Y, Y, [0, 1, 2, 3]), "two or more repeats"),
@@ -495,12 +434,72 @@ def test_overflow_raises():
         (lambda: explainable_variance(Y, [0, 1, 1, 1]), "two or more repeats"),
         (lambda: feve(Y, Y, CLIP, threshold=1), "below 1"),
         (lambda: mean_score(1.0), r"\(samples, neurons\)"),
-        (lambda: bootstrap_interval(Y), r"\(samples, neurons\)"),
-        (lambda: bootstrap_interval(Y[:, 0], groups=[1]), "one id per row"),
-        (lambda: bootstrap_interval(Y[:, 0], level=95), "level"),
-        (lambda: paired_difference(Y[:, 0], Y[0]), "equal shapes"),
     ],
 )
 def test_wrong_input_says_what_to_do(call, words):
     with pytest.raises(DataError, match=words):
         call()
+
+
+# --- abstaining, units, and what a row adds ---------------------------------------------------------------
+
+
+def test_a_constant_prediction_scores_zero():
+    y = np.random.default_rng(0).normal(size=(6, 5, 30))
+    flat = np.broadcast_to(y.mean((0, 2), keepdims=True), y.shape)
+    clip = np.repeat(np.arange(3), 2)
+    for values in (
+        single_trial_correlation(flat, y, reduce=None),
+        flattened_correlation(flat, y, reduce=None),
+        correlation_to_average(flat, y, clip, reduce=None),
+        cc_norm(flat, y + np.arange(3)[clip][:, None, None], clip, reduce=None),
+    ):
+        assert (values[np.isfinite(values)] == 0).all() and np.isfinite(values).any()
+    assert np.isnan(single_trial_correlation(y, flat, reduce=None)).all()  # a constant label has no score
+
+
+def test_abstaining_does_not_pay():
+    "Constant for the neurons it knows least, a model must not score higher than the honest one."
+    g = np.random.default_rng(1)
+    y = g.normal(size=(20, 40, 50))
+    honest = y * np.linspace(0, 0.5, 40)[:, None] + g.normal(size=y.shape)
+    silent = np.where(np.arange(40)[:, None] < 30, 0.0, honest)
+    for metric in (single_trial_correlation, flattened_correlation):
+        assert metric(silent, y) < metric(honest, y)
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1e-3, 1e3, 1e6])
+def test_scores_do_not_depend_on_units(factor):
+    g = np.random.default_rng(2)
+    y, clip = g.normal(size=(8, 5, 30)) * (g.random((8, 5, 1)) < 0.7), np.repeat(np.arange(4), 2)
+    p = y + g.normal(size=y.shape) * (g.random((8, 5, 1)) < 0.7)
+    for metric in (single_trial_correlation, flattened_correlation):
+        for a, b in ((factor * p, y), (p, factor * y)):
+            np.testing.assert_allclose(metric(a, b, reduce=None), metric(p, y, reduce=None), rtol=1e-6, atol=1e-9)
+    for metric in (correlation_to_average, cc_norm):
+        np.testing.assert_allclose(
+            metric(factor * p, factor * y, clip, reduce=None), metric(p, y, clip, reduce=None), rtol=1e-6, atol=1e-9
+        )
+    np.testing.assert_allclose(feve(factor * p, factor * y, clip, reduce=None), feve(p, y, clip, reduce=None), rtol=1e-6)
+    np.testing.assert_allclose(explainable_variance(factor * y, clip), explainable_variance(y, clip), rtol=1e-6)
+
+
+@pytest.mark.parametrize("metric", [flattened_correlation, correlation_to_average, feve, cc_norm])
+def test_shares_average_to_the_value_and_follow_left_out_clips(metric):
+    g = np.random.default_rng(3)
+    signal, clip = g.normal(size=(8, 5, 40)), np.tile(np.arange(8), 4)
+    y = signal[clip] + g.normal(size=(32, 5, 40))
+    p = (signal + g.normal(size=signal.shape))[clip]
+
+    def score(keep, reduce):
+        given_clip = () if metric is flattened_correlation else (clip[keep],)
+        return metric(p[keep], y[keep], *given_clip, reduce=reduce)
+
+    everything = np.ones(32, bool)
+    value, table = score(everything, None), score(everything, "table")
+    np.testing.assert_allclose(table.mean(0), value, atol=1e-9)
+    left = np.stack([score(clip != c, None) for c in range(8)])
+    table = table if len(table) == 8 else np.stack([table[clip == c].mean(0) for c in range(8)])
+    found, expected = (table - table.mean(0)) / 8, (left.mean(0) - left) * 7 / 8
+    assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.99
+    assert found.std() == pytest.approx(expected.std(), rel=0.05)

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cortexlit.core import DataError, MissingError
-from cortexlit.evaluation.metrics import bootstrap_interval, mean_score
+from cortexlit.evaluation.intervals import score_interval
+from cortexlit.evaluation.metrics import mean_score
 from cortexlit.evaluation.scores import Score, ScoreSheet
 
 WHERE = dict(dataset="A", tier="test", split="repeats", split_hash="0123456789abcdef")
@@ -29,7 +30,7 @@ def full_sheet(values):
     sheet = ScoreSheet()
     sheet.add("model", "r", values, clip=CLIP, baseline=0.05, ceiling=0.3, seed=0, **WHERE)
     sheet.add("model", "r", values * 0.9, clip=CLIP, baseline=0.05, ceiling=0.3, seed=1, **WHERE)
-    sheet.add("model", "CC_norm", values[0], clip=CLIP, ceiling=1, note='a <b> & \u00e4, "c"\nd', **WHERE)
+    sheet.add("model", "CC_norm", values[:6], clip=CLIP[::2], samples=12, ceiling=1, note='a <b> & \u00e4, "c"\nd', **WHERE)
     sheet.add("constant", "r", np.full((12, 5), np.nan), clip=CLIP, **WHERE)
     sheet.add(
         "repeat mean",
@@ -47,22 +48,33 @@ def full_sheet(values):
 def test_row_is_computed_from_the_values(values):
     row = ScoreSheet().add("model", "r", values, clip=CLIP, chance=0.01, **WHERE)
     assert row.value == mean_score(values)
-    assert (row.low, row.high) == bootstrap_interval(values, CLIP)
+    assert (row.low, row.high) == score_interval(values, CLIP)
     assert (row.n_clips, row.n_samples, row.n_neurons) == (6, 12, 5)
     assert row.undefined == np.isnan(values).mean()
     assert row.chance == 0.01 and math.isnan(row.baseline) and math.isnan(row.ceiling)
     assert row.seed is None and row.note == ""
 
 
-def test_counts_without_clip_and_for_vectors(values):
+def test_counts_without_clip_and_for_rows_that_are_clips(values):
     sheet = ScoreSheet()
     row = sheet.add("a", "r", values, **WHERE)
     assert (row.n_clips, row.n_samples, row.n_neurons) == (12, 12, 5)
-    row = sheet.add("b", "r", np.arange(5.0), **WHERE)
-    assert (row.n_clips, row.n_samples, row.n_neurons) == (None, None, 5)
-    row = sheet.add("c", "r", np.arange(5.0), clip=CLIP, **WHERE)
-    assert (row.n_clips, row.n_samples, row.n_neurons) == (6, 12, 5)
-    assert (row.low, row.high) == bootstrap_interval(np.arange(5.0))
+    row = sheet.add("b", "r", values[:6], clip=np.arange(6), samples=60, **WHERE)
+    assert (row.n_clips, row.n_samples, row.n_neurons) == (6, 60, 5)
+    assert (row.low, row.high) == score_interval(values[:6])
+
+
+def test_values_per_neuron_are_refused_and_four_clips_have_no_interval(values):
+    sheet = ScoreSheet()
+    with pytest.raises(DataError, match="reduce="):
+        sheet.add("a", "flattened", np.arange(5.0), **WHERE)
+    row = sheet.add("b", "r", values[:4], **WHERE)
+    assert math.isnan(row.low) and math.isnan(row.high) and "4 clips, 5 or more" in row.note
+
+
+def test_mostly_undefined_scores_say_so(values):
+    row = ScoreSheet().add("a", "single-trial r", np.where(values > 0.1, values, np.nan), clip=CLIP, **WHERE)
+    assert row.undefined > 0.5 and "flattened" in row.note
 
 
 def test_rows_without_value_are_kept_with_a_reason(values):
@@ -77,14 +89,14 @@ def test_rows_without_value_are_kept_with_a_reason(values):
 
 
 def test_own_note_wins_over_the_automatic_one():
-    row = ScoreSheet().add("x", "r", np.full(3, np.nan), note="mine", **WHERE)
+    row = ScoreSheet().add("x", "r", np.full((6, 3), np.nan), note="mine", **WHERE)
     assert row.note == "mine"
 
 
 def test_one_clip_has_a_value_but_no_interval():
     row = ScoreSheet().add("x", "r", [[0.1, 0.2]], **WHERE)
     assert row.value == pytest.approx(0.15) and math.isnan(row.low) and math.isnan(row.high)
-    assert row.note == ""
+    assert "1 clips" in row.note
 
 
 def test_save_and_load_lose_nothing(values, tmp_path):
@@ -165,11 +177,11 @@ def test_duplicates_raise_but_seeds_and_splits_do_not(values):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (dict(values=np.zeros((2, 2, 2))), r"\(samples, neurons\)"),
+        (dict(values=np.zeros((2, 12, 2, 2))), r"\(samples, neurons\)"),
         (dict(values=0.3), r"\(samples, neurons\)"),
         (dict(values=[]), "empty or infinite"),
         (dict(values=[[np.inf, 1.0]]), "empty or infinite"),
-        (dict(clip=[0, 1]), "one id per row"),
+        (dict(clip=[0, 1]), "one id per sample"),
         (dict(model=""), "column model"),
         (dict(split_hash=""), "column split_hash"),
         (dict(dataset=""), "column dataset"),

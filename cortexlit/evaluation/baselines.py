@@ -242,17 +242,21 @@ def _oracle(parts: dict[str, TierArrays], tier: str) -> np.ndarray | None:
     )
 
 
-def _metrics(predictions: np.ndarray, data: TierArrays, last: int) -> dict[str, np.ndarray | None]:
+def _metrics(
+    predictions: np.ndarray, data: TierArrays, last: int
+) -> dict[str, tuple[np.ndarray, np.ndarray] | None]:
+    "metric -> (rows, neurons) table and the clip of each row; None where the tier has no repeats."
     y, clip = data.labels[..., -predictions.shape[-1] :], data.clip
-    repeated = np.unique(clip, return_counts=True)[1].min() > 1
+    repeated, each = np.unique(clip, return_counts=True)[1].min() > 1, np.unique(clip)
     return {
-        "single-trial correlation": single_trial_correlation(predictions, y, last=last, reduce=None),
-        "flattened correlation": flattened_correlation(predictions, y, last=last, reduce=None),
-        "correlation to average": correlation_to_average(predictions, y, clip, last=last, reduce=None)
+        "single-trial correlation": (single_trial_correlation(predictions, y, last, reduce=None), clip),
+        "flattened correlation": (flattened_correlation(predictions, y, last, reduce="table"), clip),
+        "correlation to average": (correlation_to_average(predictions, y, clip, last, reduce="table"), each)
         if repeated
         else None,
-        "FEVE": feve(predictions, y, clip, last=last, reduce=None) if repeated else None,
+        "FEVE": (feve(predictions, y, clip, last, reduce="table"), clip) if repeated else None,
     }
+
 
 # %% ../../neuro_nbs/05_baseline.ipynb #4d4ff7ba
 def score_dataset(
@@ -309,7 +313,7 @@ def _sheet(
     "Rows for all predictions; a text in place of a prediction says why there is none."
     tables = {label: p if isinstance(p, str) else _metrics(p, test, last) for label, p in predictions.items()}
     means = {
-        label: None if isinstance(t, str) else {m: mean_score(v) for m, v in t.items() if v is not None}
+        label: None if isinstance(t, str) else {m: mean_score(v[0]) for m, v in t.items() if v is not None}
         for label, t in tables.items()
     }
     reference = next(
@@ -333,9 +337,9 @@ def _sheet(
             )
             if label == ORACLE and metric in ("correlation to average", "FEVE"):
                 values, note = None, "the oracle contains the test trials it would be compared with"
+            values, rows = (None, None) if values is None else values
             model, seed = label if isinstance(label, tuple) else (label, None)
             where = {"tier": "test", "split": card["options"]["split"], "split_hash": card["split_hash"]}
-            sheet.add(
-                model, metric, values, dataset=name, clip=test.clip, seed=seed, note=note, **where, **limits
-            )
+            sheet.add(model, metric, values, dataset=name, clip=rows, samples=len(test.clip), seed=seed, note=note,
+                      **where, **limits)  # fmt: skip
     return sheet

@@ -314,13 +314,15 @@ def _sums(
 
 
 def _from_sums(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    "R2 and correlation from (8, ..., targets) sums; NaN where something is constant."
+    "R2 and correlation from (8, ..., targets) sums; NaN where the targets are constant, r 0 where only the predictions are."
     n, x, y, xx, yy, xy, error, reference = sums
     with np.errstate(divide="ignore", invalid="ignore"):
         r2 = np.where(reference > 0, 1 - error / reference, np.nan)
         variances = (n * xx - x**2) * (n * yy - y**2)
-        defined = ((n * xx - x**2) > 1e-12 * n * xx) & (variances > 0)
-        r = np.where(defined, (n * xy - x * y) / np.sqrt(np.where(defined, variances, 1)), np.nan)
+        known = (n * yy - y**2) > 1e-12 * n * yy
+        defined = known & ((n * xx - x**2) > 1e-12 * n * xx) & (variances > 0)
+        r = np.where(defined, (n * xy - x * y) / np.sqrt(np.where(defined, variances, 1)), 0.0)
+        r = np.where(known, r, np.nan)
     return r2, r
 
 # %% ../../neuro_nbs/12a_decoding_baselines.ipynb #0092530c
@@ -331,7 +333,7 @@ class DecodingScores:
     Parameters
     ----------
     r2, r : np.ndarray
-        (targets,) R2 over the constant, and Pearson correlation within folds (NaN where all predictions of a
+        (targets,) R2 over the constant, and Pearson correlation within folds (0 where all predictions of a
         fold are equal).
     r2_draws, r_draws : np.ndarray
         (resamples, targets) the same for concepts drawn with replacement.

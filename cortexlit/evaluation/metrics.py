@@ -5,19 +5,19 @@
 # %% ../../neuro_nbs/04_metrics.ipynb #12ef6bfb
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
 
-from ..core import DataError, rng
+from ..core import DataError
 
 # %% auto #0
-__all__ = ['MIN_VARIANCE', 'mean_score', 'single_trial_correlation', 'flattened_correlation', 'correlation_to_average',
-           'explainable_variance', 'feve', 'cc_norm', 'bootstrap_interval', 'paired_difference']
+__all__ = ['CONSTANT', 'mean_score', 'single_trial_correlation', 'flattened_correlation', 'correlation_to_average',
+           'explainable_variance', 'feve', 'cc_norm']
 
 # %% ../../neuro_nbs/04_metrics.ipynb #eaa9d504
-MIN_VARIANCE = 1e-10  # at or below this variance a trace counts as constant, and its correlation as undefined
+CONSTANT = 1e-12  # a trace whose variance is at most this share of its neuron's mean square counts as constant
 
 
 def _window(last: int | None, **arrays: np.ndarray) -> list[np.ndarray]:
@@ -56,11 +56,13 @@ def _require_finite(nan: bool = False, **arrays: np.ndarray) -> None:
                 )
 
 
-def _reduced(values: np.ndarray, reduce: str | None) -> np.ndarray | float:
-    "The array itself for None, its `mean_score` for 'mean'."
-    if reduce not in ("mean", None):
-        raise DataError(f"reduce={reduce!r}", expected="'mean' or None")
-    return values if reduce is None else mean_score(values)
+def _reduced(
+    values: np.ndarray, reduce: str | None, table: Callable[[], np.ndarray] | None = None
+) -> np.ndarray | float:
+    "The array itself for None, its `mean_score` for 'mean', what `table` returns for 'table'."
+    if reduce not in ("mean", None, *(["table"] if table else [])):
+        raise DataError(f"reduce={reduce!r}", expected="'mean', None" + (" or 'table'" if table else ""))
+    return mean_score(values) if reduce == "mean" else values if reduce is None else table()
 
 # %% ../../neuro_nbs/04_metrics.ipynb #b2fb17d8
 def _blocks(shape: tuple[int, int, int], values: int = 1 << 16) -> Iterator[tuple[slice, slice]]:
@@ -114,11 +116,19 @@ def _moments(
     return count, means, squares, products
 
 # %% ../../neuro_nbs/04_metrics.ipynb #1b79c270
-def _pearson(count: np.ndarray, squares: np.ndarray, products: np.ndarray) -> np.ndarray:
-    "Correlation from centred sums; NaN where either variance is at or below `MIN_VARIANCE`."
-    varies = (squares > MIN_VARIANCE * count).all(0)
+def _constant(count: np.ndarray, means: np.ndarray, squares: np.ndarray) -> np.ndarray:
+    "Traces without variance, by each neuron's own scale: the answer does not depend on units."
+    power = (squares + count * means**2).sum(-2, keepdims=True) / np.maximum(count.sum(-2, keepdims=True), 1)
+    return squares <= CONSTANT * count * power
+
+
+def _pearson(squares: np.ndarray, products: np.ndarray, constant: np.ndarray) -> np.ndarray:
+    "Correlation from centred sums: NaN where the label is constant, 0 where the prediction alone is."
+    varies = ~constant.any(0)
     scale = np.sqrt(squares[0]) * np.sqrt(squares[1])
-    return np.where(varies, np.clip(products / np.where(varies, scale, 1), -1, 1), np.nan)
+    r = np.clip(products / np.where(varies, scale, 1), -1, 1)
+    return np.where(varies, r, np.where(constant[1], np.nan, 0.0))
+
 
 # %% ../../neuro_nbs/04_metrics.ipynb #2c168b86
 def _nanmean(values: np.ndarray, axis: int | None = None) -> np.ndarray:
@@ -144,40 +154,61 @@ def single_trial_correlation(
     last: int | None = None,  # score the last so many frames (study 1: 66 of 140); None: all
     reduce: Literal["mean"] | None = "mean",  # None: the (samples, neurons) table
     missing: Literal["raise", "skip"] = "raise",  # "skip": leave out frames where either is NaN
-) -> float | np.ndarray:  # entries without variance are NaN; the mean leaves them out (`mean_score`)
+) -> float | np.ndarray:  # NaN where the label is constant, 0 where only the prediction is
     "Pearson correlation over the frames of each sample and neuron, averaged over neurons, then samples."
     if missing not in ("raise", "skip"):
         raise DataError(f"missing={missing!r}", expected="'raise' or 'skip'")
     predictions, labels = _window(last, predictions=predictions, labels=labels)
-    count, _, squares, products = _moments(predictions, labels, missing == "skip")
-    return _reduced(_pearson(count, squares, products), reduce)
+    count, means, squares, products = _moments(predictions, labels, missing == "skip")
+    return _reduced(_pearson(squares, products, _constant(count, means, squares)), reduce)
 
 # %% ../../neuro_nbs/04_metrics.ipynb #9d51b9da
 def _merged(
     count: np.ndarray, means: np.ndarray, squares: np.ndarray, products: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "Sums over all samples and frames from sums per sample (Chan, Golub and LeVeque, 1983)."
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    "The same four sums over all samples and frames (Chan, Golub and LeVeque, 1983)."
     total = count.sum(0)
-    away = means - (count * means).sum(1, keepdims=True) / np.maximum(total, 1)
+    centre = (count * means).sum(1) / np.maximum(total, 1)
+    away = means - centre[:, None]
     return (
         total,
+        centre,
         squares.sum(1) + (count * away**2).sum(1),
         products.sum(0) + (count * away[0] * away[1]).sum(0),
     )
+
+
+def _flattened(*moments: np.ndarray) -> np.ndarray:
+    "One correlation per neuron from the sums of all samples."
+    total, centre, squares, products = _merged(*moments)
+    return _pearson(squares, products, _constant(total[None], centre[:, None], squares[:, None])[:, 0])
+
+
+def _shares(*moments: np.ndarray) -> np.ndarray:
+    "What each row adds to each neuron's correlation over all rows: (rows, neurons), the column's mean is the value."
+    count, means, squares, products = moments
+    r, (_, centre, total, _) = _flattened(*moments), _merged(*moments)
+    away = means - centre[:, None]
+    own, both = squares + count * away**2, products + count * away[0] * away[1]
+    safe = np.where(total > 0, total, 1)
+    change = both / np.sqrt(safe[0] * safe[1]) - r / 2 * (own / safe[:, None]).sum(0)
+    return r + np.where(r == 0, 0, len(count) * change)
+
 
 # %% ../../neuro_nbs/04_metrics.ipynb #f6f21896
 def flattened_correlation(
     predictions: np.ndarray,  # (samples, neurons, frames)
     labels: np.ndarray,  # same shape
     last: int | None = None,  # score the last so many frames (Sensorium skips the first 50); None: all
-    reduce: Literal["mean"] | None = "mean",  # None: one value per neuron
+    reduce: Literal["mean", "table"] | None = "mean",  # None: (neurons,); "table": (samples, neurons) shares
     missing: Literal["raise", "skip"] = "raise",  # "skip": leave out frames where either is NaN
-) -> float | np.ndarray:  # NaN for neurons without variance in prediction or label
+) -> float | np.ndarray:  # NaN where the label is constant, 0 where only the prediction is
     "Pearson correlation per neuron over samples and frames together (Turishcheva et al. 2023)."
     if missing not in ("raise", "skip"):
         raise DataError(f"missing={missing!r}", expected="'raise' or 'skip'")
     predictions, labels = _window(last, predictions=predictions, labels=labels)
-    return _reduced(_pearson(*_merged(*_moments(predictions, labels, missing == "skip"))), reduce)
+    moments = _moments(predictions, labels, missing == "skip")
+    return _reduced(_flattened(*moments), reduce, lambda: _shares(*moments))
 
 # %% ../../neuro_nbs/04_metrics.ipynb #c403ef4c
 def _repeats(clip: Sequence | np.ndarray, samples: int) -> list[np.ndarray]:
@@ -195,27 +226,34 @@ def _repeats(clip: Sequence | np.ndarray, samples: int) -> list[np.ndarray]:
     return np.split(np.argsort(place, kind="stable"), np.cumsum(count)[:-1])
 
 # %% ../../neuro_nbs/04_metrics.ipynb #45873cc7
+def _average_moments(predictions: np.ndarray, labels: np.ndarray, groups: list[np.ndarray]) -> list[np.ndarray]:
+    "`_moments` of mean prediction and mean label of each clip."
+    parts = [_moments(*(a[g].mean(0, dtype=float)[None] for a in (predictions, labels))) for g in groups]
+    return [np.concatenate(part, -2) for part in zip(*parts, strict=True)]
+
+
 def correlation_to_average(
     predictions: np.ndarray,  # (samples, neurons, frames)
     labels: np.ndarray,  # same shape
     clip: Sequence | np.ndarray,  # (samples,) clip id; equal ids are repeats
     last: int | None = None,  # score the last so many frames; None: all
-    reduce: Literal["mean"] | None = "mean",  # None: one value per neuron
-) -> float | np.ndarray:  # NaN for neurons without variance
+    reduce: Literal["mean", "table"] | None = "mean",  # None: (neurons,); "table": (clips, neurons) shares
+) -> float | np.ndarray:  # NaN where the average label is constant, 0 where only the prediction is
     "Correlation of mean prediction and mean label over repeats, per neuron, clips and frames flattened."
     predictions, labels = _window(last, predictions=predictions, labels=labels)
     _require_finite(predictions=predictions, labels=labels)
     groups = _repeats(clip, len(labels))
-    parts = [_moments(*(a[g].mean(0, dtype=float)[None] for a in (predictions, labels))) for g in groups]
-    count, means, squares, products = (np.concatenate(part, -2) for part in zip(*parts, strict=True))
-    return _reduced(_pearson(*_merged(count, means, squares, products)), reduce)
+    moments = _average_moments(predictions, labels, groups)
+    return _reduced(_flattened(*moments), reduce, lambda: _shares(*moments))
 
 # %% ../../neuro_nbs/04_metrics.ipynb #9ceb3bbf
-def _variances(labels: np.ndarray, groups: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    "Total variance per neuron, and its part that differs between repeats."
-    count, squares, _ = _merged(*_moments(labels, labels))
+def _variances(labels: np.ndarray, groups: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "Total variance per neuron, its part that differs between repeats, and whether the label varies at all."
+    count, centre, squares, _ = _merged(*_moments(labels, labels))
     noise = sum(len(g) * labels[g].var(0, ddof=1, dtype=float).mean(-1) for g in groups)
-    return squares[0] / (count - 1), noise / len(labels)
+    varies = ~_constant(count[None], centre[:1, None], squares[:1, None])[0, 0]
+    return squares[0] / (count - 1), noise / len(labels), varies
+
 
 # %% ../../neuro_nbs/04_metrics.ipynb #1567605a
 def explainable_variance(
@@ -226,40 +264,78 @@ def explainable_variance(
     "Fraction of each neuron's variance that repeats of the same clip share."
     (labels,) = _window(last, labels=labels)
     _require_finite(labels=labels)
-    total, noise = _variances(labels, _repeats(clip, len(labels)))
-    varies = total > MIN_VARIANCE
+    total, noise, varies = _variances(labels, _repeats(clip, len(labels)))
     return np.where(varies, (total - noise) / np.where(varies, total, 1), np.nan)
 
 # %% ../../neuro_nbs/04_metrics.ipynb #ccfedfb2
+def _feve_shares(
+    explained: np.ndarray,
+    errors: np.ndarray,
+    total: np.ndarray,
+    noise: np.ndarray,
+    labels: np.ndarray,
+    groups: list[np.ndarray],
+) -> np.ndarray:
+    "What each sample adds to each neuron's FEVE: (samples, neurons), the column's mean is the value."
+    spread = np.stack([np.square(y - labels.mean((0, 2), dtype=float)[:, None]).mean(-1) for y in labels])
+    own = np.empty(errors.shape)
+    for g in groups:
+        own[g] = labels[g].var(0, ddof=1, dtype=float).mean(-1)
+    explainable = np.where(np.isnan(explained), np.nan, total - noise)
+    spread *= total / np.maximum(spread.mean(0), 1e-300)
+    change = (1 - explained) * (spread - own) - (errors - own)
+    return explained + (change - change.mean(0)) / explainable
+
+
 def feve(
     predictions: np.ndarray,  # (samples, neurons, frames), in the units of the labels
     labels: np.ndarray,  # same shape
     clip: Sequence | np.ndarray,  # (samples,) clip id; equal ids are repeats
     last: int | None = None,  # score the last so many frames; None: all
     threshold: float = 0.15,  # neurons with this explainable fraction or less are NaN
-    reduce: Literal["mean"] | None = "mean",  # None: one value per neuron
+    reduce: Literal["mean", "table"] | None = "mean",  # None: (neurons,); "table": (samples, neurons) shares
 ) -> float | np.ndarray:  # 1 for a perfect model, 0 for the mean, negative below
     "Fraction of explainable variance explained, noise variance from the repeats (Cadena et al. 2019)."
     if not 0 <= threshold < 1:
         raise DataError(f"threshold={threshold}", expected="0 or more, below 1")
     predictions, labels = _window(last, predictions=predictions, labels=labels)
     _require_finite(predictions=predictions, labels=labels)
-    total, noise = _variances(labels, _repeats(clip, len(labels)))
+    groups = _repeats(clip, len(labels))
+    total, noise, varies = _variances(labels, groups)
     pairs = zip(predictions, labels, strict=True)
-    error = sum(np.square(np.subtract(p, y, dtype=float)).mean(-1) for p, y in pairs) / len(labels)
-    usable = (total > MIN_VARIANCE) & (total - noise > threshold * total)
-    explained = 1 - (error - noise) / np.where(usable, total - noise, 1)
-    return _reduced(np.where(usable, explained, np.nan), reduce)
+    errors = np.stack([np.square(np.subtract(p, y, dtype=float)).mean(-1) for p, y in pairs])
+    usable = varies & (total - noise > threshold * total)
+    explained = 1 - (errors.mean(0) - noise) / np.where(usable, total - noise, 1)
+    explained = np.where(usable, explained, np.nan)
+    return _reduced(explained, reduce, lambda: _feve_shares(explained, errors, total, noise, labels, groups))
 
 # %% ../../neuro_nbs/04_metrics.ipynb #bec93eba
-def _signal_power(labels: np.ndarray, groups: list[np.ndarray], average: np.ndarray) -> np.ndarray:
-    "Variance of the noise-free response over clips and frames; `average` is that of the mean label."
-    power = np.zeros(labels.shape[1])
+def _signal_power(
+    labels: np.ndarray, groups: list[np.ndarray], moments: list[np.ndarray], centre: np.ndarray
+) -> np.ndarray:
+    "What each clip adds to the variance of the noise-free response, (clips, neurons); their mean is that variance."
+    count, means, squares, _ = moments
+    seen = (squares[1] + count * (means[1] - centre) ** 2) * len(count) / count.sum(0)
+    noise = []
     for g in groups:
         traces = labels[g].astype(float)
-        noise = traces.var(0, ddof=1).mean(-1) - traces.mean(-1).var(0, ddof=1) / len(groups)
-        power += noise / len(g)
-    return average - power / len(groups)
+        noise.append((traces.var(0, ddof=1).mean(-1) - traces.mean(-1).var(0, ddof=1) / len(groups)) / len(g))
+    return seen - np.stack(noise)
+
+
+def _normalised_shares(
+    value: np.ndarray, scale: np.ndarray, powers: np.ndarray, *moments: np.ndarray
+) -> np.ndarray:
+    "What each clip adds to each neuron's CC_norm: (clips, neurons), the column's mean is the value."
+    count, means, squares, products = moments
+    _, centre, total, _ = _merged(*moments)
+    away = means - centre[:, None]
+    each = len(count) / count.sum(0)
+    both = (products + count * away[0] * away[1]) * each / scale
+    own = (squares[0] + count * away[0] ** 2) * len(count) / np.where(total[0] > 0, total[0], 1)
+    power = powers / np.where(np.isnan(value), 1, powers.mean(0))
+    return np.where(value == 0, 0, both + value * (1 - (own - 1) / 2 - (power - 1) / 2) - value)
+
 
 # %% ../../neuro_nbs/04_metrics.ipynb #79c58f01
 def cc_norm(
@@ -267,75 +343,19 @@ def cc_norm(
     labels: np.ndarray,  # same shape
     clip: Sequence | np.ndarray,  # (samples,) clip id; equal ids are repeats
     last: int | None = None,  # score the last so many frames; None: all
-    reduce: Literal["mean"] | None = "mean",  # None: one value per neuron
-) -> float | np.ndarray:  # NaN where the signal power or the variance of the prediction is not positive
+    reduce: Literal["mean", "table"] | None = "mean",  # None: (neurons,); "table": (clips, neurons) shares
+) -> float | np.ndarray:  # NaN where the signal power is not positive, 0 for a constant prediction
     "Correlation to average over its ceiling (Schoppe et al. 2016); may exceed 1 by estimation noise."
     predictions, labels = _window(last, predictions=predictions, labels=labels)
     _require_finite(predictions=predictions, labels=labels)
     groups = _repeats(clip, len(labels))
-    parts = [_moments(*(a[g].mean(0, dtype=float)[None] for a in (predictions, labels))) for g in groups]
-    count, squares, products = _merged(*(np.concatenate(part, -2) for part in zip(*parts, strict=True)))
-    power = _signal_power(labels, groups, squares[1] / count)
-    usable = (power > MIN_VARIANCE) & (squares[0] > MIN_VARIANCE * count)
-    scale = np.sqrt(np.where(usable, squares[0] / count * power, 1))
-    return _reduced(np.where(usable, products / count / scale, np.nan), reduce)
-
-# %% ../../neuro_nbs/04_metrics.ipynb #c78365df
-def _draws(generator: np.random.Generator, items: int, resamples: int) -> np.ndarray:
-    "How often each item is drawn, (resamples, items)."
-    return generator.multinomial(items, np.full(items, 1 / items), size=resamples).astype(float)
-
-
-def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    "Quotient; NaN where the denominator is zero."
-    return np.where(denominator > 0, numerator / np.where(denominator > 0, denominator, 1), np.nan)
-
-# %% ../../neuro_nbs/04_metrics.ipynb #38caf93d
-def bootstrap_interval(
-    values: np.ndarray,  # (samples, neurons) or (neurons,) scores; NaN where undefined
-    groups: Sequence | np.ndarray | None = None,  # (samples,) clip ids: repeats of a clip are drawn together
-    level: float = 0.95,  # coverage
-    resamples: int = 2000,  # number of draws
-    seed: int = 0,  # of the draws
-) -> tuple[float, float]:  # low, high; NaN if nothing is defined, or with fewer than two clips or neurons
-    "Percentile interval of `mean_score`, drawing clips and neurons (neurons alone for a vector)."
-    values = np.asarray(values, dtype=float)
-    mean_score(values)  # checks the shape
-    if not 0 < level < 1 or resamples < 1:
-        raise DataError(
-            f"level={level}, resamples={resamples}", expected="0 < level < 1, resamples of 1 or more"
-        )
-    table = np.atleast_2d(values)
-    groups = np.arange(len(table)) if groups is None else np.asarray(groups)
-    if groups.shape != (len(table),):
-        raise DataError(
-            f"groups has shape {groups.shape}", expected=f"one id per row of values: ({len(table)},)"
-        )
-    names, place = np.unique(groups, return_inverse=True)
-    if np.isnan(table).all() or table.shape[1] < 2 or (values.ndim == 2 and len(names) < 2):
-        return np.nan, np.nan
-    generator, defined, filled, means = rng(seed, "bootstrap"), ~np.isnan(table), np.nan_to_num(table), []
-    for start in range(0, resamples, 256):
-        batch = min(256, resamples - start)
-        columns = _draws(generator, table.shape[1], batch)
-        rows = _ratio(columns @ filled.T, columns @ defined.T.astype(float))  # means over neurons
-        weights = ~np.isnan(rows) * (_draws(generator, len(names), batch)[:, place] if len(names) > 1 else 1)
-        means.append(_ratio((weights * np.nan_to_num(rows)).sum(1), weights.sum(1)))
-    low, high = np.nanquantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-# %% ../../neuro_nbs/04_metrics.ipynb #2d8243a9
-def paired_difference(
-    first: np.ndarray,  # (samples, neurons) or (neurons,) scores of one model
-    second: np.ndarray,  # scores of the other, same metric, same samples and neurons
-    groups: Sequence | np.ndarray | None = None,  # (samples,) clip ids
-    level: float = 0.95,  # coverage
-    resamples: int = 2000,  # number of draws
-    seed: int = 0,  # of the draws
-) -> tuple[float, float, float]:  # difference, low, high
-    "Mean of `first - second` over entries where both are defined, with its bootstrap interval."
-    first, second = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
-    if first.shape != second.shape:
-        raise DataError(f"score tables of shapes {first.shape} and {second.shape}", expected="equal shapes")
-    gap = first - second
-    return mean_score(gap), *bootstrap_interval(gap, groups, level, resamples, seed)
+    moments = _average_moments(predictions, labels, groups)
+    count, centre, squares, products = _merged(*moments)
+    powers = _signal_power(labels, groups, moments, centre[1])
+    power = powers.mean(0)
+    constant = _constant(count[None], centre[:, None], squares[:, None])[:, 0]
+    usable = (power > 0) & ~constant[1]
+    scale = np.sqrt(np.where(usable & ~constant[0], squares[0] / count * power, 1))
+    explained = np.where(constant[0], 0.0, products / count / scale)
+    value = np.where(usable, explained, np.nan)
+    return _reduced(value, reduce, lambda: _normalised_shares(value, scale, powers, *moments))

@@ -29,7 +29,7 @@ from cortexlit.evaluation.baselines import (
     validated_ridge,
 )
 from .ceilings import split_half_reliability
-from .metrics import MIN_VARIANCE, explainable_variance, mean_score
+from .metrics import CONSTANT, explainable_variance, mean_score
 from .scores import ScoreSheet
 
 # %% ../../neuro_nbs/10a_scene_baselines.ipynb #af3057be
@@ -120,13 +120,15 @@ def scene_baselines(
 def correlation_table(
     predictions: np.ndarray,  # (presentations, neurons)
     labels: np.ndarray,  # same shape
-) -> np.ndarray:  # same shape; a neuron whose prediction or response is constant is NaN
+) -> np.ndarray:  # same shape; NaN for a neuron whose response is constant, 0 where only the prediction is
     "What each presentation contributes to each neuron's correlation over presentations, the mean of its column."
-    p, y = (np.asarray(a, float) - np.mean(a, 0, dtype=float) for a in (predictions, labels))
-    varies = (p.var(0) > MIN_VARIANCE) & (y.var(0) > MIN_VARIANCE)
-    p, y = (a / np.where(varies, a.std(0), np.nan) for a in (p, y))
+    both = [np.asarray(a, float) for a in (predictions, labels)]
+    p_varies, y_varies = (a.var(0) > CONSTANT * np.square(a).mean(0) for a in both)
+    p, y = (a - a.mean(0) for a in both)
+    p, y = (a / np.where(p_varies & y_varies, a.std(0), 1) for a in (p, y))
     r = (p * y).mean(0)
-    return p * y - r * (p**2 + y**2) / 2 + r
+    table = p * y - r * (p**2 + y**2) / 2 + r
+    return np.where(y_varies, np.where(p_varies, table, 0.0), np.nan)
 
 
 def average_table(
@@ -262,6 +264,6 @@ def score_scenes(
             model, seed = label if isinstance(label, tuple) else (label, None)
             sheet.add(model, metric, values, clip=clip, seed=seed, note=note, **where, **limits)
         if metric in halves:
-            note = "interval over neurons only"
-            sheet.add(SPLIT_HALVES, metric, halves[metric], note=note, **where, **limits)
+            note = "no interval: one value per neuron"
+            sheet.add(SPLIT_HALVES, metric, halves[metric][None], note=note, **where, **limits)
     return sheet

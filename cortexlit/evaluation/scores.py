@@ -16,7 +16,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..core import DataError, atomic_file, provenance, read_json, write_json
-from .metrics import bootstrap_interval, mean_score
+from .intervals import MIN_CLIPS, score_interval
+from .metrics import mean_score
 
 # %% auto #0
 __all__ = ['Score', 'ScoreSheet']
@@ -196,21 +197,22 @@ class ScoreSheet:
         self,
         model: str,  # name of the model
         metric: str,  # name of the metric
-        values: np.ndarray | None,  # (samples, neurons) or (neurons,); None: no score can exist
+        values: np.ndarray | None,  # (rows, neurons) of a metric with reduce=None or "table"; None: no score can exist
         *,
         tier: str,  # e.g. "test"
         dataset: str,  # what was recorded, e.g. the session
         split: str,  # e.g. "repeats"
         split_hash: str,  # which samples went where
-        clip: Sequence | np.ndarray | None = None,  # (samples,) clip ids: repeats are drawn together
+        clip: Sequence | np.ndarray | None = None,  # (rows,) clip ids: repeats of a clip count as one
+        samples: int | None = None,  # number of samples, where a row of `values` is a clip
         chance: float = 0.0,  # score of guessing
         baseline: float = math.nan,  # score of the baseline
         ceiling: float = math.nan,  # score of the best possible model
         seed: int | None = None,  # training seed
         note: str = "",  # required with values=None
     ) -> Score:  # the new row
-        "Average the values, bootstrap their interval, and append the row."
-        samples = clips = neurons = None
+        "Average the values, find their interval over clips and neurons, and append the row."
+        clips = neurons = None
         value = low = high = undefined = math.nan
         if values is not None:
             values = np.asarray(values, dtype=float)
@@ -218,12 +220,19 @@ class ScoreSheet:
                 raise DataError(
                     f"{model}, {metric}: values are empty or infinite", expected="finite numbers or NaN"
                 )
+            low, high = score_interval(values, clip)  # refuses what is no table
             value, undefined, neurons = mean_score(values), float(np.isnan(values).mean()), values.shape[-1]
-            low, high = bootstrap_interval(values, clip if values.ndim == 2 else None)
-            note = note or ("undefined in every entry: something is constant" if math.isnan(value) else "")
-            if clip is not None or values.ndim == 2:
-                samples = len(values) if values.ndim == 2 else len(clip)
-                clips = samples if clip is None else len(np.unique(clip))
+            clips = len(values) if clip is None else len(np.unique(clip))
+            samples = len(values) if samples is None else int(samples)
+            if math.isnan(value):
+                note = note or "undefined in every entry: the labels are constant"
+            elif undefined > 0.5 and "single-trial" in metric:
+                note = note or (
+                    f"{undefined:.0%} of the entries are undefined, their labels are constant: "
+                    "the flattened correlation uses all frames"
+                )
+            elif clips < MIN_CLIPS:
+                note = note or f"no interval: {clips} clips, {MIN_CLIPS} or more are needed"
         limits = (float(chance), float(baseline), float(ceiling))
         seed = None if seed is None else int(seed)
         row = Score(model, tier, metric, value, low, high, clips, samples, neurons, undefined, *limits, dataset,

@@ -646,12 +646,14 @@ class V1T(Heads, PreTrainedModel):
         predictions: np.ndarray,  # (images, neurons)
         labels: np.ndarray,  # same shape
     ) -> float:  # NaN if it is defined for no neuron
-        "Correlation over the images, averaged over the neurons whose labels and predictions vary."
-        x, y = (a - a.mean(0) for a in (np.asarray(a, dtype=np.float64) for a in (predictions, labels)))
-        varies = np.minimum((x**2).mean(0), (y**2).mean(0)) > 1e-10
-        x, y = x[:, varies], y[:, varies]
-        r = (x * y).sum(0) / np.sqrt((x**2).sum(0) * (y**2).sum(0))
-        return float(r.mean()) if varies.any() else float("nan")
+        "Correlation over the images, averaged over the neurons whose labels vary; a constant prediction scores 0."
+        both = [np.asarray(a, dtype=np.float64) for a in (predictions, labels)]
+        x, y = (a - a.mean(0) for a in both)
+        varies = [(z**2).mean(0) > 1e-12 * (a**2).mean(0) for z, a in zip((x, y), both, strict=True)]
+        known = varies[0] & varies[1]
+        size = np.sqrt((x**2).sum(0) * (y**2).sum(0))
+        r = np.where(known, (x * y).sum(0) / np.where(known, size, 1), 0)[varies[1]]
+        return float(r.mean()) if varies[1].any() else float("nan")
 
     def attention_maps(
         self,

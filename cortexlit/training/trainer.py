@@ -123,13 +123,17 @@ class _Batches:
 
 # %% ../../neuro_nbs/06b_trainer.ipynb #017ef51b
 def _correlation(responses: np.ndarray, labels: np.ndarray) -> float:
-    "Single-trial correlation: over frames, then the mean over neurons of what is defined, then over samples."
-    p, y = (x.astype(np.float64) - x.mean(-1, keepdims=True, dtype=np.float64) for x in (responses, labels))
-    var_p, var_y = (p**2).mean(-1), (y**2).mean(-1)
-    known = (var_p > 1e-10) & (var_y > 1e-10)
-    r = np.where(known, (p * y).mean(-1) / np.sqrt(np.where(known, var_p * var_y, 1)), 0).clip(-1, 1)
+    "Single-trial correlation (`cortexlit.evaluation.metrics`): a constant response scores 0, a constant label nothing."
+    p, y = (x.astype(np.float64) for x in (responses, labels))
+    power = [np.square(x).mean((0, -1)) for x in (p, y)]
+    p, y = (x - x.mean(-1, keepdims=True) for x in (p, y))
+    variance = [np.square(x).mean(-1) for x in (p, y)]
+    known = variance[1] > 1e-12 * power[1]
+    both = known & (variance[0] > 1e-12 * power[0])
+    r = np.where(both, (p * y).mean(-1) / np.sqrt(np.where(both, variance[0] * variance[1], 1)), 0).clip(-1, 1)
     count, per_sample = known.sum(-1), r.sum(-1)
     return float((per_sample[count > 0] / count[count > 0]).mean()) if count.any() else math.nan
+
 
 # %% ../../neuro_nbs/06b_trainer.ipynb #658e1fa5
 @dataclass(frozen=True)
