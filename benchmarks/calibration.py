@@ -1,0 +1,151 @@
+"""Do the intervals of scores, and of differences of models, hold what they promise? A Monte Carlo suite.
+
+    python benchmarks/calibration.py --out benchmarks/results/calibration.json
+
+Simulated tables of scores with effects of clips, neurons and entries (coverage of one mean); simulated
+responses with known signals (coverage for each metric); six models that do not differ (family-wise error of
+`compare`); and a model that abstains. Beside each: the interval over neurons alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from scipy.signal import lfilter
+
+from cortexlit.core import provenance, rng, write_json
+from cortexlit.evaluation.comparison import compare
+from cortexlit.evaluation.intervals import score_interval
+from cortexlit.evaluation.metrics import (
+    cc_norm,
+    correlation_to_average,
+    feve,
+    flattened_correlation,
+    mean_score,
+    single_trial_correlation,
+)
+
+WORLDS = {  # standard deviations of the effects of clips, neurons and entries
+    "clips dominate": (1.0, 0.3, 3.0),
+    "balanced": (0.5, 1.6, 2.0),
+    "neurons dominate": (0.1, 1.0, 1.0),
+    "noise alone": (0.0, 0.0, 1.0),
+}
+MODELS = {  # standard deviations of each model's own effects of clips, neurons and seeds; seeds; heavy tails
+    "clip x model": (0.5, 0.0, 0.0, 1, False),
+    "clip x model, t with 3 degrees of freedom": (0.5, 0.0, 0.0, 1, True),
+    "neuron x model": (0.0, 1.0, 0.0, 1, False),
+    "clip and neuron x model": (0.5, 1.0, 0.0, 1, False),
+    "noise alone": (0.0, 0.0, 0.0, 1, False),
+    "clip x model, three seeds": (0.5, 0.0, 0.0, 3, False),
+    "seed x model, three seeds": (0.0, 0.0, 0.2, 3, False),
+}
+
+
+def of_means(experiments: int, clips: int, neurons: int, world: str) -> dict[str, object]:
+    "Coverage of the interval of one mean score."
+    by_clip, by_neuron, rest = WORLDS[world]
+    draw, hits, alone = rng(0, "means", clips, neurons, world), 0, 0
+    for k in range(experiments):
+        x = by_clip * draw.normal(size=(clips, 1)) + by_neuron * draw.normal(size=neurons)
+        x = x + rest * draw.normal(size=(clips, neurons))
+        low, high = score_interval(x, draws=400, seed=k)
+        hits += low < 0 < high
+        alone += abs(x.mean()) < 1.96 * x.mean(0).std(ddof=1) / np.sqrt(neurons)
+    return {
+        "part": "mean", "world": world, "clips": clips, "neurons": neurons, "experiments": experiments,
+        "coverage": hits / experiments, "coverage_neurons_alone": alone / experiments,
+    }  # fmt: skip
+
+
+def _responses(draw: np.random.Generator, clips: int, repeats: int, neurons: int, frames: int = 66) -> tuple:
+    "Slow signals of unequal strength by clip and neuron, noise with memory, a drift that all neurons share."
+
+    def slow(memory: float, *shape: int) -> np.ndarray:
+        white = draw.normal(size=shape)
+        return lfilter([np.sqrt(1 - memory**2)], [1, -memory], white, axis=-1)
+
+    size = draw.gamma(2, 0.35, (neurons, 1)) * np.exp(0.5 * draw.normal(size=(clips, 1, 1)))
+    signal = size * slow(0.9, clips, neurons, frames)
+    guess = 0.7 * signal + 0.7 * size * slow(0.9, clips, neurons, frames)
+    clip = np.repeat(np.arange(clips), repeats)
+    noise = slow(0.8, len(clip), neurons, frames) + 0.5 * slow(0.98, len(clip), 1, frames)
+    return guess[clip], signal[clip] + noise, clip
+
+
+METRICS: dict[str, Callable] = {
+    "single-trial correlation": lambda p, y, c: (single_trial_correlation(p, y, reduce=None), c),
+    "flattened correlation": lambda p, y, c: (flattened_correlation(p, y, reduce="table"), c),
+    "correlation to average": lambda p, y, c: (correlation_to_average(p, y, c, reduce="table"), None),
+    "CC_norm": lambda p, y, c: (cc_norm(p, y, c, reduce="table"), None),
+    "FEVE": lambda p, y, c: (feve(p, y, c, reduce="table"), c),
+}
+
+
+def of_metrics(experiments: int, clips: int, repeats: int, neurons: int) -> list[dict[str, object]]:
+    "Coverage for each metric; the truth is the mean over all experiments."
+    draw, found = rng(0, "metrics", clips, repeats, neurons), {name: [] for name in METRICS}
+    for k in range(experiments):
+        p, y, clip = _responses(draw, clips, repeats, neurons)
+        for name, metric in METRICS.items():
+            table, groups = metric(p, y, clip)
+            by_neuron = np.nanmean(table, 0)
+            by_neuron = by_neuron[np.isfinite(by_neuron)]
+            alone = 1.96 * by_neuron.std(ddof=1) / np.sqrt(len(by_neuron))
+            found[name].append((mean_score(table), *score_interval(table, groups, draws=400, seed=k), alone))
+    rows = []
+    for name, values in found.items():
+        value, low, high, alone = np.array(values).T
+        truth = value.mean()
+        rows.append({
+            "part": "metric", "metric": name, "clips": clips, "repeats": repeats, "neurons": neurons,
+            "experiments": experiments, "truth": truth, "coverage": np.mean((low < truth) & (truth < high)),
+            "coverage_neurons_alone": np.mean(abs(value - truth) < alone),
+        })  # fmt: skip
+    return rows
+
+
+def of_families(experiments: int, clips: int, neurons: int, world: str, models: int = 6) -> dict[str, object]:
+    "How often `compare` settles some pair of models that do not differ."
+    by_clip, by_neuron, by_seed, seeds, heavy = MODELS[world]
+    draw, wrong, beaten = rng(0, "families", clips, neurons, world), 0, 0
+
+    def effect(*shape: int) -> np.ndarray:
+        return draw.standard_t(3, shape) / np.sqrt(3) if heavy else draw.normal(size=shape)
+
+    for k in range(experiments):
+        x = effect(1, 1, clips, 1) + 2 * effect(1, 1, 1, neurons) + by_clip * effect(models, 1, clips, 1)
+        x = x + by_neuron * effect(models, 1, 1, neurons) + by_seed * effect(models, seeds, 1, 1)
+        x = x + effect(models, seeds, clips, neurons)
+        found = compare({f"model {m}": x[m] for m in range(models)}, seed=k)
+        wrong += bool(found.pairs["settled"].any())
+        beaten += not bool(found.models.set_index("model").loc["model 0", "may be best"])
+    return {
+        "part": "family", "world": world, "clips": clips, "neurons": neurons, "seeds": seeds, "models": models,
+        "experiments": experiments, "family_error": wrong / experiments, "best_excluded": beaten / experiments,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--experiments", type=int, default=1000, help="for each mean; families and metrics: half")
+    args = parser.parse_args()
+    start, n = time.process_time(), args.experiments
+    cases = [of_means(n, c, m, world) for world in WORLDS for c in (5, 6, 12, 30) for m in (64, 300)]
+    print(f"means done, {time.process_time() - start:.0f} s of one core", flush=True)
+    for clips, repeats in ((6, 10), (12, 4), (31, 2)):
+        cases += of_metrics(n // 2, clips, repeats, 64)
+        print(f"metrics on {clips} clips done, {time.process_time() - start:.0f} s", flush=True)
+    cases += [of_families(n // 2, c, 64, world) for world in MODELS for c in (6, 20)]
+    write_json(args.out, {"cases": cases, "provenance": provenance(seconds=time.process_time() - start, seed=0)})
+    for case in cases:
+        print({k: round(v, 3) if isinstance(v, float) else v for k, v in case.items()})
+
+
+if __name__ == "__main__":
+    main()
