@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import progress
 import pytest
 from hypothesis import settings
 
@@ -41,3 +42,10 @@ def tiny_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from cortexlit.data.synthetic import write_session
 
     return write_session(tmp_path_factory.mktemp("sessions") / "tiny", size="tiny")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "data: reads real files, which `cortexlit data` lists; skipped without them"
+    )
+    progress.pytest_configure(config)

@@ -158,7 +158,7 @@ def test_the_demonstration_trains_as_fit_does_by_default(study, tmp_path, capsys
     monkeypatch.setattr("cortexlit.training.decoders.fit_folds", fit_folds)
     monkeypatch.setattr("cortexlit.data.things.embedded_things", lambda size: study)
     with pytest.raises(DataError, match="enough seen"):
-        cli._demo_decoding(tmp_path)
+        cli._demo_fmri(tmp_path)
     words = [tmp_path / "datasets" / "things", "--ratings", study / "ratings", "--out", tmp_path / "net"]
     assert run(capsys, monkeypatch, "fit", *words)[1] == {"error": "enough seen"}
     assert seen[0] == seen[1]

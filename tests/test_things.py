@@ -12,12 +12,13 @@ import pandas as pd
 import pytest
 import torch
 
-from cortexlit.core import DataError, MissingError, SplitLeak, rng
+from cortexlit.core import DataError, MissingError, SplitLeak, data_home, rng
 from cortexlit.data import things as module
 from cortexlit.data.things import (
     LAYOUTS,
     PROPERTIES,
     SIZES,
+    THINGS_TABLES,
     Split,
     ThingsDataset,
     TrialIndex,
@@ -779,12 +780,13 @@ def test_real_tables_are_checked(tmp_path, monkeypatch):
         things_table("animacy.csv")
 
 
+@pytest.mark.data
 def test_the_real_trial_table():
-    try:
-        path = things_table("sub-01_StimulusMetadata.csv")
-        ratings = load_properties(things_table("animacy.csv"), [*PROPERTIES, "arousal", "size"])
-    except MissingError:
-        pytest.skip("the real tables are not on this machine")
+    entries = [THINGS_TABLES[name] for name in ("sub-01_StimulusMetadata.csv", "animacy.csv")]
+    if absent := [e.path for e in entries if not (data_home() / e.path).is_file()]:
+        pytest.skip(f"no {', '.join(absent)} in CORTEXLIT_DATA (make data)")
+    path = things_table("sub-01_StimulusMetadata.csv")
+    ratings = load_properties(things_table("animacy.csv"), [*PROPERTIES, "arousal", "size"])
     stimuli = module._index_from_table(path).stimuli
     assert len(stimuli) == 9840 and stimuli["role"].value_counts().to_dict() == {"train": 8640, "test": 1200}
     assert stimuli["concept"].nunique() == 720 and stimuli["image"].nunique() == 8740
