@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import os
@@ -149,6 +150,62 @@ def test_every_file_that_a_cell_names_is_registered():
 def test_an_unknown_file_is_refused(tmp_path):
     with pytest.raises(jobs.Problem, match="data parc.*x: no such file.*park_230809"):
         run_notebooks.missing_files([notebook(tmp_path / "x.ipynb", "#| data parc\n1")])
+
+
+INNER = (
+    ast.FunctionDef | ast.ClassDef | ast.Lambda | ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
+)
+
+
+def bound(tree: ast.AST, inside: bool) -> set[str]:
+    "Names that the code of a cell binds, with or without those inside functions and comprehensions."
+    found, nodes = set(), list(ast.iter_child_nodes(tree))
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.arg):
+            found.add(node.arg)
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {a.asname or a.name for a in node.names}
+        if inside or not isinstance(node, INNER):
+            nodes += ast.iter_child_nodes(node)
+    return found
+
+
+def leaning(path: Path) -> list[str]:
+    "Names that an unmarked cell takes from a marked one, which may not have run."
+    skip, safe, only_marked, found = run_notebooks.skip_flags(), set(), set(), []
+    for cell in run_notebooks.read(path).cells:
+        if cell.cell_type != "code":
+            continue
+        tree = ast.parse(cell.source)
+        used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+        if skip & (cell.directives_ or {}).keys():
+            only_marked |= bound(tree, False) - safe
+        else:
+            found += sorted(only_marked & used - bound(tree, True))
+            safe |= bound(tree, False)
+            only_marked -= safe
+    return found
+
+
+@pytest.mark.parametrize("path", run_notebooks.notebooks(), ids=lambda path: path.stem)
+def test_no_unmarked_cell_leans_on_a_marked_one(path):
+    assert leaning(path) == []
+
+
+def test_leaning_on_a_marked_cell_is_seen(tmp_path):
+    cells = [
+        "a = 1",
+        "#| data x\na = 2; b = 3",
+        "def f(b):\n    return a + b",
+        "#| slow\nprint(b)",
+        "print(a, b)",
+    ]
+    assert leaning(notebook(tmp_path / "x.ipynb", *cells)) == ["b"]
 
 
 # --- progress ---------------------------------------------------------------------------------------------------------

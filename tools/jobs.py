@@ -121,7 +121,9 @@ class Progress:
         "Seconds until everything is done, if jobs go on as they did."
         pace = min(20.0, max(0.25, self.took / self.expected)) if self.expected > 5 else 1.0
         now = time.monotonic()
-        ends = [max(pace * r.job.seconds - (now - r.began), 0.0) for r in running]
+        took = [now - r.began for r in running]
+        # one that is over its time will take a little longer, as far as anybody knows
+        ends = [max(pace * r.job.seconds - t, 0.1 * t) for r, t in zip(running, took, strict=True)]
         ends = sorted(ends + [0.0] * (self.workers - len(ends)))
         for job in waiting:
             heapq.heapreplace(ends, ends[0] + pace * job.seconds)
