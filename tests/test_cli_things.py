@@ -12,6 +12,8 @@ from cortexlit.core import DataError
 from cortexlit.data.things import ThingsDataset, load_properties, split_by_concept, write_things
 from cortexlit.evaluation.decoding import score_subject
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
