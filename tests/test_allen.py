@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 import threading
 import time
 
@@ -646,23 +644,3 @@ def test_damaged_list_names_the_file(folder):
     (folder / "ophys_experiments.json").write_text('[{"id": 1')
     with pytest.raises(DataError, match="(?s)not valid JSON.*ophys_experiments.json"):
         allen.list_sessions(folder)
-
-
-# --- without allensdk -----------------------------------------------------------------------------
-
-
-def test_import_needs_no_allensdk_and_calls_say_what_to_install(tmp_path):
-    code = """
-import sys
-from cortexlit.data import allen
-assert not any(m.split(".")[0] == "allensdk" for m in sys.modules), "allensdk was imported"
-sys.modules["allensdk"] = None
-for call in (allen.list_sessions, lambda c: allen.open_session(1, c), allen.open_cache):
-    try:
-        call("c")
-    except allen.MissingError as error:
-        assert 'pip install "cortexlit[allen]"' in str(error) and "Python 3.11" in str(error), error
-    else:
-        raise AssertionError("no error")
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
