@@ -289,9 +289,9 @@ KINDS = {
 def seal(
     card: dict[str, Any],  # all that the card says
 ) -> dict[str, Any]:  # the card with its own hash, ready for `write_json`
-    "Add the hash of a card to it."
-    content = {k: v for k, v in card.items() if k != "hash"}
-    return content | {"hash": digest(content)}
+    "Add the hash of all that a card says; versions and machine (`provenance`) aside, so that equal data have equal hashes."
+    content = {k: v for k, v in card.items() if k not in ("hash", "provenance")}
+    return card | {"hash": digest(content)}
 
 
 def _kind(card: Mapping[str, Any]) -> str:

@@ -46,7 +46,12 @@ def _array(
             expected="at least one measured value",
             fix=f"pass {name}=None if it was not measured" if optional else "leave this recording out",
         )
-    finite(name, array, gaps=True, fix="NaN marks what was not measured; infinity is damage: read the source again")
+    finite(
+        name,
+        array,
+        gaps=True,
+        fix="NaN marks what was not measured; infinity is damage: read the source again",
+    )
     return _readonly(array)
 
 # %% ../../neuro_nbs/00_recordings.ipynb #3cd9a3c4
