@@ -140,6 +140,8 @@ def test_a_transfer_that_ends_early_without_an_error_is_noticed(pristine, tmp_pa
                 "Content-Range": f"bytes {start}-{len(good) - 1}/{len(good)}",
             }
 
+        url = "https://x"
+
         def __enter__(self):
             return self
 
@@ -154,9 +156,9 @@ def test_a_transfer_that_ends_early_without_an_error_is_noticed(pristine, tmp_pa
 
     monkeypatch.setattr(allen.requests, "get", lambda url, headers, **_: Answer(headers.get("Range")))
     monkeypatch.setattr(time, "sleep", lambda _: None)
-    assert allen.download("http://x/8.nwb", tmp_path / "8.nwb", progress=False).read_bytes() == good
+    assert allen.download("https://x/8.nwb", tmp_path / "8.nwb", progress=False).read_bytes() == good
     with pytest.raises(MissingError, match="900,000 of 2,"):
-        allen.download("http://x/9.nwb", tmp_path / "9.nwb", progress=False, tries=1)
+        allen.download("https://x/9.nwb", tmp_path / "9.nwb", progress=False, tries=1)
 
 
 def test_another_size_on_the_server_is_not_glued_either(server, pristine, tmp_path):
