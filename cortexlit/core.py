@@ -461,14 +461,14 @@ def need_space(
     folder: str | Path,  # where; need not exist yet
     n_bytes: int,  # of what is to be written there
 ) -> None:
-    "Raise `StorageError` if a disk has no room for what is to be written, or a limit forbids it."
+    "Raise `DataError` if a disk has no room for what is to be written, or a limit forbids it."
     folder = Path(os.path.abspath(folder))
     with named_errors(folder):
         folder = next(p for p in (folder, *folder.parents) if p.is_dir())
         free = shutil.disk_usage(folder).free
         limit = _size_limit()
     if free < 1.05 * n_bytes or limit < n_bytes:
-        raise StorageError(
+        raise DataError(
             f"{n_bytes / 1e6:.1f} MB are to be written, and {min(free, limit) / 1e6:.1f} MB are "
             + ("free" if free <= limit else "the limit of a file here, see `ulimit -f`"),
             path=folder,
@@ -491,7 +491,7 @@ def new_array(
     dtype: Any,
     shape: tuple[int, ...],
 ) -> np.memmap:  # writable, zeros
-    "An array on disk whose space has been set aside; `StorageError` if there is not enough."
+    "An array on disk whose space has been set aside; `DataError` if there is not enough."
     need_space(Path(path).parent, int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize)
     with named_errors(path):
         array = np.lib.format.open_memmap(path, "w+", dtype, shape)
