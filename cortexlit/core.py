@@ -29,8 +29,8 @@ from filelock import FileLock, Timeout
 # %% auto #0
 __all__ = ['rng', 'seed_everything', 'CortexlitError', 'DataError', 'MissingError', 'StorageError', 'SplitLeak', 'named_errors',
            'project_dir', 'data_home', 'generated', 'runs', 'scale', 'clear_leftovers', 'atomic_file', 'kind_of',
-           'atomic_folder', 'locked', 'need_space', 'new_array', 'write_json', 'read_json', 'digest', 'sha256', 'claim',
-           'save_array', 'load_array', 'kept', 'provenance']
+           'atomic_folder', 'locked', 'need_space', 'new_array', 'check_out', 'write_json', 'read_json', 'digest',
+           'sha256', 'claim', 'save_array', 'load_array', 'kept', 'provenance']
 
 # %% ../nbs/00_core.ipynb #4bf9be33
 def rng(
@@ -504,6 +504,24 @@ def new_array(
                     if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # the disk knows no such request
                         raise
         return array
+
+# %% ../nbs/00_core.ipynb #ea1c7d52
+def check_out(
+    folder: str | Path | None,  # where results are to be written; None: nowhere
+) -> None:
+    "Raise `StorageError` before any work is done if a folder cannot be made or written into."
+    if folder is None:
+        return
+    folder = Path(os.path.abspath(folder))
+    with named_errors(folder):
+        for here in (folder, *folder.parents):
+            if not os.path.lexists(here):
+                continue
+            if not here.is_dir():
+                raise OSError(errno.EEXIST if here == folder else errno.ENOTDIR, "", str(here))
+            if not os.access(here, os.W_OK | os.X_OK):
+                raise OSError(errno.EACCES, "", str(here))
+            return
 
 # %% ../nbs/00_core.ipynb #b254260c
 def _plain(obj: Any) -> Any:

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['ADAPT', 'SCHEDULES', 'Diverged', 'best_of', 'Fit', 'check_options', 'origin', 'check_trained_on', 'fit', 'predict']
+__all__ = ['ADAPT', 'SCHEDULES', 'Diverged', 'best_of', 'Fit', 'check_options', 'origin', 'model_content', 'check_trained_on',
+           'fit', 'predict']
 
 # %% ../../neuro_nbs/06b_trainer.ipynb #3d3af665
 import matplotlib.pyplot as plt
@@ -581,18 +582,25 @@ def origin(
     return _origin(model, *_mice(model, dataset))
 
 
+def model_content(
+    model: PreTrainedModel,
+) -> dict[str, Any]:  # JSON-able
+    "A model by content: hash of its weights, and its configuration."
+    incidental = ("transformers_version", "architectures", "dtype", "use_cache", "loss", "loss_frames")
+    config = {f"model.{k}": v for k, v in model.config.to_diff_dict().items() if k not in incidental}
+    return {"starting weights": weights_digest(model), **config}
+
+
 def _origin(
     model: PreTrainedModel, train: Mapping[str, Any], validation: Mapping[str, Any]
 ) -> dict[str, Any]:
-    incidental = ("transformers_version", "architectures", "dtype", "use_cache", "loss", "loss_frames")
-    config = {f"model.{k}": v for k, v in model.config.to_diff_dict().items() if k not in incidental}
     data = {
         ".".join(["data", *([mouse] if mouse else []), tier, field]): content
         for tier, mice in (("train", train), ("validation", validation))
         for mouse, dataset in mice.items()
         for field, content in fingerprint(dataset).items()
     }
-    return {"starting weights": weights_digest(model), **config, **data}
+    return model_content(model) | data
 
 # %% ../../neuro_nbs/06b_trainer.ipynb #3ae868d4
 def _claim(folder: Path, options: dict[str, Any], resume: bool, sources: dict[str, Any]) -> None:
