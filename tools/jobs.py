@@ -8,6 +8,7 @@ import heapq
 import multiprocessing
 import os
 import resource
+import signal
 import sys
 import tempfile
 import time
@@ -171,6 +172,7 @@ def run(
         context.set_forkserver_preload(list(preload))
     progress, running, done = Progress(waiting, workers, say), [], []
     progress.start(waiting)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no job outlives this process
     with tempfile.TemporaryDirectory(prefix="cortexlit-jobs-") as logs:
         try:
             while waiting or running:
