@@ -244,6 +244,32 @@ def test_longest_first_but_after_what_it_waits_for():
     assert [(d.name, d.value) for d in done] == [("middle", "M"), ("short", "S"), ("long", "L")]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_job_outlives_the_process_that_started_it(tmp_path):
+    "Killed outright, so that it cannot clean up."
+    mark = tmp_path / "pid"
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import jobs\n"
+        "work = jobs.Job('long', exec, ('import os, time\\nopen(' + repr(sys.argv[2]) + ', \"w\").write(str(os.getpid()))\\ntime.sleep(900)',))\n"
+        "jobs.run([work])\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code, ROOT / "tools", mark], stdout=subprocess.DEVNULL)
+    while not (mark.is_file() and mark.read_text()):
+        assert parent.poll() is None
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    for _ in range(1200):  # a minute on a busy machine; at once on an idle one
+        try:
+            state = Path(f"/proc/{mark.read_text()}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return
+        if state == "Z":
+            return
+        time.sleep(0.05)
+    raise AssertionError("the job goes on")
+
+
 def test_pytest_says_what_is_running(tmp_path):
     (tmp_path / "conftest.py").write_text("from progress import pytest_configure\n")
     (tmp_path / "test_toy.py").write_text("import time\ndef test_long():\n    time.sleep(1.5)\n")
