@@ -58,7 +58,7 @@ def told(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
     words = [sys.executable, ROOT / "tools" / "run_notebooks.py", *sorted(folder.glob("*.ipynb"))]
     words += ["--pages", folder / "pages", "--times", folder / "times.json"]
     env = os.environ | {"CORTEXLIT_DATA": str(folder / "data")}
-    return subprocess.run(words, capture_output=True, text=True, env=env, timeout=300), folder
+    return subprocess.run(words, capture_output=True, text=True, env=env, timeout=1200), folder
 
 
 def test_a_failure_stops_no_other_and_the_exit_status_says_so(told):
@@ -134,7 +134,7 @@ def test_asked_for_cells_run_and_outputs_can_be_saved(tmp_path):
         "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import run_notebooks\n"
         "print(run_notebooks.execute(Path(sys.argv[2]), {'slow'}, {'nothing'}, save=True))"
     ), ROOT / "tools", path]  # fmt: skip
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=1200)
     assert done.stdout.strip() == "1", done.stderr
     cells = json.loads(path.read_text())["cells"][1:]
     assert ["".join(c["outputs"][0]["text"]) for c in cells] == ["42\n", "old"]
@@ -244,12 +244,38 @@ def test_longest_first_but_after_what_it_waits_for():
     assert [(d.name, d.value) for d in done] == [("middle", "M"), ("short", "S"), ("long", "L")]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_job_outlives_the_process_that_started_it(tmp_path):
+    "Killed outright, so that it cannot clean up."
+    mark = tmp_path / "pid"
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import jobs\n"
+        "work = jobs.Job('long', exec, ('import os, time\\nopen(' + repr(sys.argv[2]) + ', \"w\").write(str(os.getpid()))\\ntime.sleep(900)',))\n"
+        "jobs.run([work])\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code, ROOT / "tools", mark], stdout=subprocess.DEVNULL)
+    while not (mark.is_file() and mark.read_text()):
+        assert parent.poll() is None
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    for _ in range(1200):  # a minute on a busy machine; at once on an idle one
+        try:
+            state = Path(f"/proc/{mark.read_text()}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return
+        if state == "Z":
+            return
+        time.sleep(0.05)
+    raise AssertionError("the job goes on")
+
+
 def test_pytest_says_what_is_running(tmp_path):
     (tmp_path / "conftest.py").write_text("from progress import pytest_configure\n")
     (tmp_path / "test_toy.py").write_text("import time\ndef test_long():\n    time.sleep(1.5)\n")
     env = os.environ | {"PYTEST_SILENCE": "0.3", "PYTHONPATH": str(ROOT / "tests")}
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tmp_path]
-    done = subprocess.run(words, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=120)
+    done = subprocess.run(words, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=1200)
     assert "0 of 1 done; running: test_toy.py::test_long for" in done.stdout
     assert done.stdout.splitlines()[-1].startswith("1 passed")
 

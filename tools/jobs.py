@@ -8,8 +8,10 @@ import heapq
 import multiprocessing
 import os
 import resource
+import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -86,7 +88,8 @@ class _Running:
 
 
 def _child(results: Any, log: str | None, function: Callable, args: tuple) -> None:
-    "In the process of the job: call, and send back what came of it."
+    "In the process of the job: call, and send back what came of it. If the process that wanted it dies, so does this."
+    threading.Thread(target=_outlive_nobody, daemon=True).start()
     if log is not None:
         with open(log, "wb") as file:  # also what C code and grandchildren print
             os.dup2(file.fileno(), 1)
@@ -100,6 +103,11 @@ def _child(results: Any, log: str | None, function: Callable, args: tuple) -> No
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     results.send((*answer, sum(u.ru_utime + u.ru_stime for u in used)))
     results.close()
+
+
+def _outlive_nobody() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def duration(seconds: float) -> str:
@@ -171,6 +179,7 @@ def run(
         context.set_forkserver_preload(list(preload))
     progress, running, done = Progress(waiting, workers, say), [], []
     progress.start(waiting)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no job outlives this process
     with tempfile.TemporaryDirectory(prefix="cortexlit-jobs-") as logs:
         try:
             while waiting or running:
