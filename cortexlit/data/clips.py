@@ -925,8 +925,8 @@ class MouseDataset(_Tier):
         name: str,  # "videos", "responses", "behavior" or "pupil_center"
     ) -> np.ndarray:  # (channels or neurons, frames), for videos (frames, H, W); normalised float32
         "One normalised array of one sample."
-        row = self.samples.iloc[i]
-        x = np.asarray(self._arrays[name][row["clip"] if name == "videos" else row["sample"]])
+        row = self.samples["clip" if name == "videos" else "sample"].iat[i]
+        x = np.asarray(self._arrays[name][row])
         return self._normalise(name, x)
 
     def _normalise(self, name: str, x: np.ndarray) -> np.ndarray:
