@@ -19,7 +19,7 @@ settings.register_profile("search", deadline=None)
 settings.load_profile("same")
 
 
-LIMIT = 120  # seconds that a test may take on a busy machine; a hanging one ends with all its stacks
+LIMIT = 300  # seconds that a test may take on a busy machine; a hanging one ends with all its stacks
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -49,7 +49,7 @@ class Process:
         self._process = _CONTEXT.Process(target=_child, args=job)
         self._process.start()
 
-    def ended(self, timeout: float = 100) -> tuple[int | None, str]:
+    def ended(self, timeout: float = 240) -> tuple[int | None, str]:
         "Exit code (minus the signal that killed it, None if it still runs) and all it has printed."
         self._process.join(timeout)
         return self._process.exitcode, self._told.read_text()

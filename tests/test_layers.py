@@ -174,7 +174,7 @@ def forks() -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_survives_a_fork(tmp_path):
     "A forked process (a DataLoader worker) inherits the pool, but none of its threads."
-    code, told = Process(tmp_path, forks).ended(60)
+    code, told = Process(tmp_path, forks).ended()
     assert code == 0, told
 
 

@@ -150,7 +150,7 @@ def test_two_workers_share_a_study_and_nothing_is_run_twice(inputs, tmp_path):
 
 def opens(moment) -> None:
     for k in range(6):
-        moment.wait(60)
+        moment.wait(200)
         lora.open_storage(f"sqlite:///{k}.db")
 
 

@@ -8,7 +8,8 @@ Checked without running anything, on the outputs that are committed. A number is
 * a row of `prose_numbers.csv` (notebook, number, source), for what no cell can print: constants of nature, of a
   publication, of a format.
 
-Whole numbers aren't checked: too many of them count something.
+Whole numbers aren't checked: too many of them count something. And a page that prints hundreds of numbers backs some by
+chance: a wrong number, drawn between half and twice the right one, is noticed in somewhat more than half of the cases.
 """
 
 import ast
