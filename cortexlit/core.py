@@ -130,7 +130,7 @@ def _why(error: BaseException, expected: str | None, fix: str) -> tuple[str, str
             "check the disk, the mount and the name, and call again",
         )
     reason = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    return f"damaged, cut off, or of another kind ({reason})", expected, fix
+    return f"cut off or damaged, or of another kind ({reason})", expected, fix
 
 # %% ../nbs/00_core.ipynb #ced40067
 def project_dir() -> Path:
