@@ -5,7 +5,6 @@
 # %% ../nbs/00_core.ipynb #d7bccc2d
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -24,9 +23,9 @@ import numpy as np
 from filelock import FileLock
 
 # %% auto #0
-__all__ = ['rng', 'seed_everything', 'CortexlitError', 'DataError', 'MissingError', 'SplitLeak', 'reading', 'project_dir',
-           'data_home', 'generated', 'runs', 'scale', 'atomic_file', 'atomic_folder', 'locked', 'write_json',
-           'read_json', 'digest', 'sha256', 'provenance']
+__all__ = ['rng', 'seed_everything', 'CortexlitError', 'DataError', 'MissingError', 'SplitLeak', 'project_dir', 'data_home',
+           'generated', 'runs', 'scale', 'atomic_file', 'atomic_folder', 'locked', 'write_json', 'read_json', 'digest',
+           'sha256', 'provenance']
 
 # %% ../nbs/00_core.ipynb #4bf9be33
 def rng(
@@ -34,8 +33,6 @@ def rng(
     *names: str | int,  # what the stream is for, e.g. "movie", or "noise", 3
 ) -> np.random.Generator:  # the same bits for the same seed and names, on any machine
     "An independent random generator for one named purpose."
-    if int(seed) < 0:
-        raise DataError(f"seed={seed}", expected="a whole number, 0 or larger")
     words = hashlib.sha256(json.dumps(names).encode()).digest()[:16]
     return np.random.default_rng([int(seed), *np.frombuffer(words, dtype="<u4").tolist()])
 
@@ -79,58 +76,6 @@ class MissingError(CortexlitError, LookupError):
 
 class SplitLeak(CortexlitError, ValueError):
     "Two tiers of a split share something they must not share."
-
-# %% ../nbs/00_core.ipynb #5ea0d1e7
-@contextmanager
-def reading(
-    path: str | Path,  # the file that the block reads
-    expected: str | None = None,  # what a good file holds
-    fix: str = "fetch or make it again; compare its size and checksum with the source",  # for a damaged file
-) -> Iterator[None]:
-    "Whatever goes wrong in the block while it reads `path` becomes a `MissingError` or `DataError` that names the file."
-    try:
-        yield
-    except CortexlitError:
-        raise
-    except FileNotFoundError as error:
-        raise MissingError("no such file", expected, "check the name, or fetch or make it", path) from error
-    except (Exception, MemoryError) as error:
-        raise DataError(*_why(error, expected, fix), path=path) from error
-
-
-def _why(error: BaseException, expected: str | None, fix: str) -> tuple[str, str | None, str]:
-    "Problem, expectation and remedy of an error met while reading."
-    text, number = str(error), getattr(error, "errno", None)
-    if isinstance(error, (IsADirectoryError, NotADirectoryError)):
-        return "this is a folder, or lies below a file", expected or "a file", "name the file itself"
-    if isinstance(error, PermissionError):
-        return (
-            "this user may not read it",
-            expected,
-            "ask its owner, or change the permissions; it need not be replaced",
-        )
-    if "unable to lock file" in text and "errno = 11" not in text:
-        wish = "a file system that can lock files"
-        return (
-            f"the file cannot be locked ({text})",
-            wish,
-            "set HDF5_USE_FILE_LOCKING=FALSE, or copy it to a local disk",
-        )
-    if (
-        isinstance(error, BlockingIOError)
-        or "unable to lock file" in text
-        or "already open for write" in text
-    ):
-        wait = "close that program, or wait until it is done, and call again; the file need not be replaced"
-        return "locked: another program has the file open for writing", "a file that nobody writes to", wait
-    if number in (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG):
-        return (
-            f"the system could not read it ({error})",
-            expected,
-            "check the disk, the mount and the name, and call again",
-        )
-    reason = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    return f"cut off or damaged, or of another kind ({reason})", expected, fix
 
 # %% ../nbs/00_core.ipynb #ced40067
 def project_dir() -> Path:
@@ -270,12 +215,15 @@ def read_json(
     path: str | Path,  # a JSON file
 ) -> Any:
     "Load JSON; `MissingError` if there is no such file, `DataError` if it does not parse."
-    with reading(path):
-        try:
-            return json.loads(Path(path).read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            fix = "the file is damaged; make or fetch it again"
-            raise DataError(f"not valid JSON: {error}", path=path, fix=fix) from None
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MissingError("no such file", path=path) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"not valid JSON: {error}", path=path, fix="the file is damaged; make or fetch it again"
+        ) from None
 
 # %% ../nbs/00_core.ipynb #e08c0291
 def digest(
