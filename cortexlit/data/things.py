@@ -33,7 +33,6 @@ from cortexlit.core import (
     locked,
     provenance,
     read_json,
-    reading,
     rng,
     sha256,
     write_json,
