@@ -37,7 +37,7 @@ from cortexlit.core import (
     sha256,
     write_json,
 )
-from .checks import finite, load_array, load_arrays, same_length, seal, unique, whole
+from .checks import finite, load_array, load_arrays, reading, same_length, seal, unique, whole
 from .clips import _need_space, check_folder
 from .opendata import OpenFile, fetch
 
