@@ -27,10 +27,10 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 # %% auto #0
-__all__ = ['rng', 'seed_everything', 'CortexlitError', 'DataError', 'MissingError', 'StorageError', 'SplitLeak', 'reading',
-           'named_errors', 'project_dir', 'data_home', 'generated', 'runs', 'scale', 'clear_leftovers', 'atomic_file',
-           'kind_of', 'atomic_folder', 'locked', 'need_space', 'new_array', 'check_out', 'write_json', 'read_json',
-           'digest', 'sha256', 'claim', 'save_array', 'load_array', 'kept', 'provenance']
+__all__ = ['rng', 'seed_everything', 'CortexlitError', 'DataError', 'MissingError', 'StorageError', 'SplitLeak', 'named_errors',
+           'project_dir', 'data_home', 'generated', 'runs', 'scale', 'clear_leftovers', 'atomic_file', 'kind_of',
+           'atomic_folder', 'locked', 'need_space', 'new_array', 'check_out', 'write_json', 'read_json', 'digest',
+           'sha256', 'claim', 'save_array', 'load_array', 'kept', 'provenance']
 
 # %% ../nbs/00_core.ipynb #4bf9be33
 def rng(
@@ -38,8 +38,6 @@ def rng(
     *names: str | int,  # what the stream is for, e.g. "movie", or "noise", 3
 ) -> np.random.Generator:  # the same bits for the same seed and names, on any machine
     "An independent random generator for one named purpose."
-    if int(seed) < 0:
-        raise DataError(f"seed={seed}", expected="a whole number, 0 or larger")
     words = hashlib.sha256(json.dumps(names).encode()).digest()[:16]
     return np.random.default_rng([int(seed), *np.frombuffer(words, dtype="<u4").tolist()])
 
@@ -87,58 +85,6 @@ class StorageError(CortexlitError, OSError):
 
 class SplitLeak(CortexlitError, ValueError):
     "Two tiers of a split share something they must not share."
-
-# %% ../nbs/00_core.ipynb #5ea0d1e7
-@contextmanager
-def reading(
-    path: str | Path,  # the file that the block reads
-    expected: str | None = None,  # what a good file holds
-    fix: str = "fetch or make it again; compare its size and checksum with the source",  # for a damaged file
-) -> Iterator[None]:
-    "Whatever goes wrong in the block while it reads `path` becomes a `MissingError` or `DataError` that names the file."
-    try:
-        yield
-    except CortexlitError:
-        raise
-    except FileNotFoundError as error:
-        raise MissingError("no such file", expected, "check the name, or fetch or make it", path) from error
-    except (Exception, MemoryError) as error:
-        raise DataError(*_why(error, expected, fix), path=path) from error
-
-
-def _why(error: BaseException, expected: str | None, fix: str) -> tuple[str, str | None, str]:
-    "Problem, expectation and remedy of an error met while reading."
-    text, number = str(error), getattr(error, "errno", None)
-    if isinstance(error, (IsADirectoryError, NotADirectoryError)):
-        return "this is a folder, or lies below a file", expected or "a file", "name the file itself"
-    if isinstance(error, PermissionError):
-        return (
-            "this user may not read it",
-            expected,
-            "ask its owner, or change the permissions; it need not be replaced",
-        )
-    if "unable to lock file" in text and "errno = 11" not in text:
-        wish = "a file system that can lock files"
-        return (
-            f"the file cannot be locked ({text})",
-            wish,
-            "set HDF5_USE_FILE_LOCKING=FALSE, or copy it to a local disk",
-        )
-    if (
-        isinstance(error, BlockingIOError)
-        or "unable to lock file" in text
-        or "already open for write" in text
-    ):
-        wait = "close that program, or wait until it is done, and call again; the file need not be replaced"
-        return "locked: another program has the file open for writing", "a file that nobody writes to", wait
-    if number in (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG):
-        return (
-            f"the system could not read it ({error})",
-            expected,
-            "check the disk, the mount and the name, and call again",
-        )
-    reason = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    return f"damaged, cut off, or of another kind ({reason})", expected, fix
 
 # %% ../nbs/00_core.ipynb #b5d2f6e8
 _ROOM, _OTHER = "make room, or write elsewhere", "choose another place"

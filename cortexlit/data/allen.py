@@ -23,8 +23,8 @@ import pandas as pd
 import requests
 from tqdm.std import tqdm
 
-from ..core import DataError, MissingError, data_home, locked, read_json, reading, sha256, write_json
-from .checks import finite, increasing, inside, load_arrays, same_length, shaped
+from ..core import DataError, MissingError, data_home, locked, read_json, sha256, write_json
+from .checks import finite, increasing, inside, load_arrays, reading, same_length, shaped
 from .recordings import Recording
 
 # %% auto #0

@@ -1219,9 +1219,7 @@ def _read_trial(
 def _survey(files: Mapping[str, list[Path]], layout: str) -> tuple[np.ndarray, list[str], np.ndarray]:
     "Frames of each trial, content of its video, whether its responses are withheld (0 or NaN throughout)."
     lengths, contents, withheld, first = [], [], [], {}
-    for k, _ in enumerate(
-        tqdm(files["videos"], "comparing videos", unit="trial", disable=None, leave=False)
-    ):
+    for k, _ in enumerate(tqdm(files["videos"], "comparing videos", unit="trial", disable=None, leave=False)):
         trial = {name: _read_trial(name, paths[k], layout) for name, paths in files.items()}
         video, responses = trial["videos"], trial["responses"]
         for name, array in trial.items():

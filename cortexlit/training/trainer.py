@@ -95,7 +95,14 @@ class _Mice:
 def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     "A batch of samples of one mouse."
     mouse = {"mouse_id": items[0]["mouse_id"]} if "mouse_id" in items[0] else {}
-    return default_collate(items) | mouse
+    batch = default_collate(items) | mouse
+    if not torch.isfinite(batch.get("labels", torch.zeros(1))).all():
+        raise DataError(
+            "labels: values that are not finite (NaN or infinity), in this batch of training or validation samples",
+            expected="a number for each neuron in each sample, in both tiers",
+            fix="leave these samples or neurons out",
+        )
+    return batch
 
 # %% ../../neuro_nbs/06b_trainer.ipynb #22ffaa37
 class _Batches:
