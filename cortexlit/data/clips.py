@@ -24,6 +24,7 @@ from cortexlit.core import (
     SplitLeak,
     atomic_folder,
     digest,
+    new_array,
     provenance,
     read_json,
     rng,
@@ -514,7 +515,7 @@ def build_dataset(
     _need_space(out, sum(4 * int(np.prod(s)) for s in shapes.values()))
     with atomic_folder(out, overwrite) as folder:
         arrays = {
-            k: np.lib.format.open_memmap(folder / f"{k}.npy", mode="w+", dtype=np.float32, shape=s)
+            k: new_array(folder / f"{k}.npy", np.float32, s)
             for k, s in shapes.items()
         }
         for movie, rows in clips.groupby("movie", sort=False):
@@ -963,9 +964,7 @@ def import_tree(
                 if name == "videos"
                 else (len(paths), len(some), keep)
             )
-            arrays[name] = np.lib.format.open_memmap(
-                folder / f"{name}.npy", mode="w+", dtype=np.float32, shape=shape
-            )
+            arrays[name] = new_array(folder / f"{name}.npy", np.float32, shape)
             for i, path in enumerate([p for _, p in first_seen.values()] if name == "videos" else paths):
                 arrays[name][i] = load_video(path)[:keep] if name == "videos" else np.load(path)[:, :keep]
         samples = pd.DataFrame(

@@ -30,6 +30,7 @@ from cortexlit.core import (
     digest,
     generated,
     locked,
+    new_array,
     provenance,
     read_json,
     rng,
@@ -1219,7 +1220,7 @@ def build_things(
     shape = (len(stimuli), int(keep.sum()))
     with atomic_folder(out, overwrite) as tmp:
         path = tmp / "responses.npy"
-        np.lib.format.open_memmap(path, "w+", np.float32, shape)
+        new_array(path, np.float32, shape)
         for place, (rows, columns, block) in enumerate(things.blocks(keep)):
             if bad := int((~np.isfinite(block)).sum()):
                 runs = things.layout.runs  # a block is a run
