@@ -29,6 +29,7 @@ from cortexlit.core import (
     atomic_folder,
     digest,
     generated,
+    h5_file,
     locked,
     new_array,
     provenance,
@@ -386,7 +387,7 @@ def _voxel_table(made: dict[str, Any], subject: str, repeats: int) -> pd.DataFra
 def _write_responses(path: Path, values: np.ndarray) -> None:
     "Voxels x trials in the group and datasets that pandas uses."
     path.parent.mkdir(parents=True, exist_ok=True)
-    with h5py.File(path, "w") as file:
+    with h5_file(path) as file:
         group = file.create_group("ResponseData")
         group.create_dataset("axis1", data=np.arange(values.shape[1]))
         group.create_dataset("block0_values", data=np.ascontiguousarray(values.T), track_times=False)
