@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from . import core
@@ -46,11 +47,13 @@ Embedded = Annotated[
 
 # %% ../neuro_nbs/19_cli.ipynb #8246f871
 def _show(title: str, frame: pd.DataFrame) -> None:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
     for name in frame.columns:
-        table.add_column(str(name), justify="right" if pd.api.types.is_numeric_dtype(frame[name]) else "left")
+        table.add_column(escape(str(name)), justify="right" if pd.api.types.is_numeric_dtype(frame[name]) else "left")
     for row in frame.itertuples(index=False):
-        table.add_row(*("" if pd.isna(v) else f"{v:.4f}" if isinstance(v, float) else str(v) for v in row))
+        table.add_row(
+            *("" if pd.isna(v) else f"{v:.4f}" if isinstance(v, float) else escape(str(v)) for v in row)
+        )
     _out.print(table)
 
 
@@ -92,9 +95,13 @@ def _tell_sheet(sheet: Any, out: Path | None, as_json: bool, show: Callable[[pd.
         show(sheet.table())
 
 
+def _is_number(session: str) -> bool:
+    return session.isascii() and session.isdigit()
+
+
 def _open(session: str, cache: Path | None, embedded: str | None) -> Any:
     "A recording by Allen id, or by the name of an open recording."
-    if not session.isdigit():
+    if not _is_number(session):
         from cortexlit.data.opendata import open_recording
 
         return open_recording(session)
@@ -211,6 +218,7 @@ def score(
     """
     from cortexlit.evaluation.baselines import score_dataset
 
+    core.check_out(out)
     sheet = score_dataset(dataset, last=last)
     _tell_sheet(sheet, out, as_json, _show_scores)
 
@@ -307,7 +315,7 @@ def fit(
     from cortexlit.data.clips import MouseDataset
     from cortexlit.training.heads import train_head
     from cortexlit.training.lora import FULL, STUDY, at_scale
-    from cortexlit.training.trainer import ADAPT
+    from cortexlit.training.trainer import ADAPT, check_options
     from cortexlit.training.trainer import fit as train
 
     if adapt not in ADAPT:
@@ -316,13 +324,17 @@ def fit(
         raise core.DataError(f"--rank or --targets with --adapt {adapt}", expected="--adapt lora")
     head_options, options = _options(scale, core_folder)
     common = {"last": last, "resume": resume, "progress": not as_json}
-    head_out = out if adapt == "head" else None
-    done = train_head(dataset, core_folder, seed=seed, out=head_out, **head_options | common)
-    if adapt != "head":
+    core.check_out(out)
+    if adapt != "head":  # looked at before the head is trained
         rank, targets = rank or 8, targets or "all"
         (chosen,) = at_scale([FULL], scale) if adapt == "full" else _chosen(STUDY, [rank], [targets], scale)
         tiers = tuple(MouseDataset(dataset, tier) for tier in ("train", "validation"))
-        done = train(done.model, tiers, out=out, seed=seed, **options | chosen.options | common)
+        options = options | chosen.options | common
+        check_options(seed=seed, **options)
+    head_out = out if adapt == "head" else None
+    done = train_head(dataset, core_folder, seed=seed, out=head_out, **head_options | common)
+    if adapt != "head":
+        done = train(done.model, tiers, out=out, seed=seed, **options)
     _tell_run(f"adapt={adapt}", done, as_json)
 
 
@@ -423,7 +435,7 @@ def scenes_build(
     from cortexlit.data.allen import open_session
     from cortexlit.data.scenes import build_scenes
 
-    if not session.isdigit():
+    if not _is_number(session):
         raise core.DataError(
             f"session {session!r}", expected="an Allen session id: open recordings have no scenes"
         )
@@ -458,6 +470,7 @@ def scenes_fit(
 
     if not 1 <= session <= len(STUDY):
         raise core.DataError(f"--session {session}", expected=f"1 to {len(STUDY)}")
+    core.check_out(out)
     (chosen,) = at_scale([STUDY[session - 1]], scale)
     done = train_scenes(dataset, chosen, seed=seed, out=out, progress=not as_json)
     _tell_run(chosen.name, done, as_json)
@@ -480,17 +493,14 @@ def scenes_score(
     from cortexlit.data.scenes import ScenesDataset
     from cortexlit.evaluation.scenes import score_scenes
     from cortexlit.models.v1t import V1T
-    from cortexlit.training.trainer import predict
+    from cortexlit.training.trainer import best_of, check_trained_on, predict
 
+    core.check_out(out)
     test, found = ScenesDataset(dataset, "test"), {}
     for folder in run or ():
-        if not (folder / "best" / "config.json").is_file():
-            raise core.MissingError(
-                "no finished run", path=folder, expected="a run folder of `cortexlit scenes fit`"
-            )
-        found[f"V1T {folder.name}"] = predict(
-            V1T.from_pretrained(folder / "best").eval(), test, batch_size=32
-        )
+        best = best_of(folder)
+        check_trained_on(folder, test)
+        found[f"V1T {folder.name}"] = predict(V1T.from_pretrained(best).eval(), test, batch_size=32)
     _tell_sheet(score_scenes(dataset, found), out, as_json, _show_scenes)
 
 
@@ -671,7 +681,10 @@ def things_fit(
     """
     from cortexlit.data.things import split_by_concept
     from cortexlit.training.decoders import fit_folds
+    from cortexlit.training.trainer import check_options
 
+    core.check_out(out)
+    check_options(adapt="full", seed=seed, lr=lr, epochs=epochs, patience=patience, batch_size=batch_size)
     data = _subject(cache, ratings, rois, properties, "volume" if model == "study" else "voxels")
     split = split_by_concept(data.trials, folds, seed)
     recipe = {
@@ -719,6 +732,9 @@ def things_score(
     from cortexlit.data.things import split_by_concept
     from cortexlit.evaluation.decoding import score_subject
 
+    core.check_out(out)
+    if permutations < 0:
+        raise core.DataError(f"--permutations {permutations}", expected="a whole number from 0 up")
     data = _subject(cache, ratings, rois, properties)
     split = split_by_concept(data.trials, folds, seed)
     split.audit()
@@ -746,24 +762,14 @@ def _bands(responses: np.ndarray, data: Any, first: str) -> dict[str, np.ndarray
 
 
 def _predictions(folder: Path, data: Any, split: Any) -> np.ndarray:
-    "What `things fit` predicted, if it was for this split and these ratings."
+    "What `things fit` predicted, if it was for this subject, split and these ratings."
     from cortexlit.training.decoders import FoldFits
-    from cortexlit.training.features import fingerprint
 
     if not (folder / "folds.json").is_file():
         raise core.MissingError(
             "no finished run", path=folder, expected="a folder made by `cortexlit things fit`"
         )
-    found = FoldFits.load(folder, split).predictions
-    labels = fingerprint([{"labels": row} for row in data.labels])["labels"]
-    if core.read_json(folder / "folds.json")["plan"]["data.train.labels"] != labels:
-        raise core.DataError(
-            "trained with other ratings",
-            path=folder,
-            expected=f"those of {', '.join(data.properties)}",
-            fix="the same --properties and --ratings as in `cortexlit things fit`",
-        )
-    return found
+    return FoldFits.load(folder, split, data).predictions
 
 
 def _show_decoding(table: pd.DataFrame) -> None:
@@ -976,16 +982,18 @@ def pretrain(
     """
     from cortexlit.training import pretraining
 
-    _out.print(f"The core is in {pretraining.pretrain(out, seed=seed)}")
+    _out.print(f"The core is in {pretraining.pretrain(out, seed=seed)}", markup=False, soft_wrap=True)
 
 # %% ../neuro_nbs/19_cli.ipynb #0e90262c
 def main() -> None:
     "Entry point of the `cortexlit` command."
     try:
-        app()
+        with core.named_errors():
+            app()
     except core.CortexlitError as error:
         if "--json" in sys.argv:
             _print_json({"error": str(error)})
         else:
-            _err.print(f"[red]{type(error).__name__}[/]: {error}", highlight=False)
+            told = f"[red]{type(error).__name__}[/]: {escape(str(error))}"
+            _err.print(told, highlight=False, soft_wrap=True)
         sys.exit(1)

@@ -29,8 +29,8 @@ from filelock import FileLock, Timeout
 # %% auto #0
 __all__ = ['rng', 'seed_everything', 'CortexlitError', 'DataError', 'MissingError', 'StorageError', 'SplitLeak', 'named_errors',
            'project_dir', 'data_home', 'generated', 'runs', 'scale', 'clear_leftovers', 'atomic_file', 'kind_of',
-           'atomic_folder', 'locked', 'need_space', 'new_array', 'check_out', 'write_json', 'read_json', 'digest',
-           'sha256', 'claim', 'save_array', 'load_array', 'kept', 'provenance']
+           'atomic_folder', 'locked', 'need_space', 'new_array', 'h5_file', 'check_out', 'write_json', 'read_json',
+           'digest', 'sha256', 'claim', 'save_array', 'load_array', 'kept', 'provenance']
 
 # %% ../nbs/00_core.ipynb #4bf9be33
 def rng(
@@ -504,6 +504,21 @@ def new_array(
                     if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # the disk knows no such request
                         raise
         return array
+
+# %% ../nbs/00_core.ipynb #fb2d8e63
+@contextmanager
+def h5_file(
+    path: str | Path,  # an HDF5 file, made or replaced
+) -> Iterator[Any]:  # `h5py.File`, open for writing
+    "Make an HDF5 file in memory and write it in one go: HDF5 itself ends the process where a disk is full."
+    import h5py
+
+    with named_errors(path, content=False):
+        with h5py.File(str(path), "w", driver="core", backing_store=False) as file:
+            yield file
+            file.flush()
+            image = file.id.get_file_image()
+        Path(path).write_bytes(image)
 
 # %% ../nbs/00_core.ipynb #ea1c7d52
 def check_out(

@@ -24,6 +24,7 @@ from cortexlit.core import (
     SplitLeak,
     atomic_folder,
     digest,
+    new_array,
     provenance,
     read_json,
     rng,
@@ -696,7 +697,7 @@ def build_dataset(
     _need_space(out, sum(4 * int(np.prod(s)) for s in shapes.values()))
     with atomic_folder(out, overwrite) as folder:
         arrays = {
-            k: np.lib.format.open_memmap(folder / f"{k}.npy", mode="w+", dtype=np.float32, shape=s)
+            k: new_array(folder / f"{k}.npy", np.float32, s)
             for k, s in shapes.items()
         }
         for movie, rows in clips.groupby("movie", sort=False):
@@ -1332,9 +1333,7 @@ def import_tree(
     with atomic_folder(out, overwrite) as folder:
         arrays = {}
         for name, paths in files.items():
-            arrays[name] = np.lib.format.open_memmap(
-                folder / f"{name}.npy", mode="w+", dtype=np.float32, shape=shapes[name]
-            )
+            arrays[name] = new_array(folder / f"{name}.npy", np.float32, shapes[name])
             for i, path in enumerate([p for _, p in first_seen.values()] if name == "videos" else paths):
                 x = _read_trial(name, path, layout)
                 x = x[:keep] if name == "videos" else x[:, :keep]

@@ -30,7 +30,9 @@ from cortexlit.core import (
     atomic_folder,
     digest,
     generated,
+    h5_file,
     locked,
+    new_array,
     provenance,
     read_json,
     rng,
@@ -393,7 +395,7 @@ def _voxel_table(made: dict[str, Any], subject: str, repeats: int) -> pd.DataFra
 def _write_responses(path: Path, values: np.ndarray) -> None:
     "Voxels x trials in the group and datasets that pandas uses."
     path.parent.mkdir(parents=True, exist_ok=True)
-    with h5py.File(path, "w") as file:
+    with h5_file(path) as file:
         group = file.create_group("ResponseData")
         group.create_dataset("axis1", data=np.arange(values.shape[1]))
         group.create_dataset("block0_values", data=np.ascontiguousarray(values.T), track_times=False)
@@ -1431,7 +1433,7 @@ def build_things(
     _need_space(Path(out), 4 * shape[0] * shape[1])
     with atomic_folder(out, overwrite) as tmp:
         path = tmp / "responses.npy"
-        np.lib.format.open_memmap(path, "w+", np.float32, shape)
+        new_array(path, np.float32, shape)
         for rows, columns, block in things.blocks(keep):
             if zscore != "none" and things.layout.kind != "volumes":
                 block = _standardised(block, groups)
