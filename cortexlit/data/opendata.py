@@ -121,7 +121,11 @@ def fetch(
 
         try:
             pooch.retrieve(
-                entry.url, f"sha256:{entry.sha256}", fname=path.name, path=path.parent, progressbar=True
+                entry.url,
+                f"sha256:{entry.sha256}",
+                fname=path.name,
+                path=path.parent,
+                downloader=pooch.HTTPDownloader(progressbar=True, timeout=10),  # s without an answer
             )
         except OSError as error:  # no network, no such page, no room, no permission
             raise MissingError(
