@@ -179,6 +179,8 @@ def run(
         context.set_forkserver_preload(list(preload))
     progress, running, done = Progress(waiting, workers, say), [], []
     progress.start(waiting)
+    if preload and sys.platform == "linux":
+        progress.line("importing the libraries once for all of them")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no job outlives this process
     with tempfile.TemporaryDirectory(prefix="cortexlit-jobs-") as logs:
         try:
