@@ -5,6 +5,7 @@
 # %% ../../neuro_nbs/00a_checks.ipynb #9fead82d
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -308,7 +309,8 @@ def inside(
 ) -> Path:  # folder / name
     "`DataError` for a name that leads out of the folder."
     found = Path(folder) / name
-    if not found.resolve().is_relative_to(Path(folder).resolve()):
+    here = os.path.abspath(folder)  # links that a user has made inside it may lead anywhere
+    if not Path(os.path.abspath(found)).is_relative_to(here):
         wish = f"a file below {folder}"
         fix = "the manifest was edited or is not ours: do not use it"
         raise DataError(
