@@ -54,7 +54,7 @@ from cortexlit.training.trainer import best_folder, fit  # noqa: E402
 CLIPS = {"clip_frames": FRAMES, "size": (10, 14), "split": "stimuli", "gap": 5}
 FIT = {"last": LAST, "epochs": 3, "batch_size": 4, "progress": False}
 GRID = (lora.Configuration("r2", Adapters(2, "fused"), 0.01, "linear", (2,)),)
-HUNG = 120  # s
+HUNG = 300  # s
 
 
 def digest(*arrays: Any) -> str:
