@@ -110,6 +110,10 @@ bench: setup ## Time the library against its references, one JSON per benchmark
 	done
 	@$(BIN)/python tools/bench_table.py benchmarks/results/*.json
 
+.PHONY: torture
+torture: setup ## Kill and damage what the library does, for a quarter of an hour, and count what is lost (Linux)
+	@OMP_NUM_THREADS=1 $(BIN)/python tools/torture.py --minutes 15 --out neuro_nbs/results/torture.json
+
 # Resolved for all platforms at once. No index is named: the same file serves CPU and CUDA builds of torch.
 lock: setup ## Renew constraints.txt after a change of the requirements in settings.ini
 	@echo 'torch==$(TORCH)' | $(BIN)/uv pip compile setup.py - --refresh-package cortexlit --extra dev --python-version 3.11 --universal \

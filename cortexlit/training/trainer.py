@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['ADAPT', 'SCHEDULES', 'Diverged', 'best_of', 'Fit', 'check_options', 'origin', 'model_content', 'check_trained_on',
+__all__ = ['ADAPT', 'SCHEDULES', 'Diverged', 'best_folder', 'Fit', 'check_options', 'origin', 'model_content', 'check_trained_on',
            'fit', 'predict']
 
 # %% ../../neuro_nbs/06b_trainer.ipynb #3d3af665
@@ -395,13 +395,15 @@ def _opened(checkpoint: Path, fix: str) -> None:
         raise DataError("rng_state.pth of this checkpoint is missing", path=checkpoint, fix=fix)
 
 
-def best_of(
+def best_folder(
     folder: str | Path,  # of a run
 ) -> Path:  # for `from_pretrained`
     "The best model of a finished run, checked; `MissingError` if there is none, `DataError` if it is damaged."
     folder = Path(folder)
     if not (folder / "best" / "model.safetensors").is_file():
-        raise MissingError("no finished run", path=folder, expected="the folder of a run, with a best model in best/")
+        raise MissingError(
+            "no finished run", path=folder, expected="the folder of a run, with a best model in best/"
+        )
     card = read_json(folder / "best" / "card.json") if (folder / "best" / "card.json").is_file() else {}
     fix = f"delete {folder.name}/best and the checkpoints beside it, and train again"
     _verify(folder / "best", card.get("files", {}), fix)
@@ -476,7 +478,11 @@ _PLATEAU = {
 
 
 def _number(name: str, value: Any, low: float, high: float = math.inf, open_low: bool = True) -> None:
-    fits = isinstance(value, Real) and not isinstance(value, bool) and (low < value if open_low else low <= value)
+    fits = (
+        isinstance(value, Real)
+        and not isinstance(value, bool)
+        and (low < value if open_low else low <= value)
+    )
     if not (fits and value < high):
         raise DataError(
             f"{name}={value!r}",
@@ -537,7 +543,8 @@ def _check(options: Mapping[str, Any]) -> None:
         _number("betas", beta, 0, 1, open_low=False)
     if options["schedule"] == "plateau" and len(options["epochs"]) > 1:
         raise DataError(
-            f"schedule='plateau' in {len(options['epochs'])} phases", expected="one phase, or another schedule"
+            f"schedule='plateau' in {len(options['epochs'])} phases",
+            expected="one phase, or another schedule",
         )
     if options["adapt"] == "head" and options["core_lr"] is not None:
         raise DataError("core_lr with adapt='head'", expected="None: the core does not learn")
@@ -733,7 +740,9 @@ def _fits(model: PreTrainedModel, train: Mapping[str, Any], options: Mapping[str
         raise DataError(f"{type(model).__name__} has no core to freeze", expected='adapt="full"')
     samples = sum(map(len, train.values()))
     if options["batch_size"] > max(samples, 1024):
-        raise DataError(f"batch_size={options['batch_size']}", expected=f"at most {samples}, the training samples")
+        raise DataError(
+            f"batch_size={options['batch_size']}", expected=f"at most {samples}, the training samples"
+        )
     for mouse, data in train.items():
         labels = data[0]["labels"]
         if labels.ndim == 2 and options["last"] > labels.shape[-1]:
@@ -821,7 +830,9 @@ def fit(
     lock = locked(folder, timeout=1e7) if args.process_index == 0 else nullcontext()
     with lock:  # who asks for the same meanwhile waits
         if args.process_index == 0:
-            _claim(folder, everything, resume, {str(mouse): source(data) for mouse, data in validation.items()})
+            _claim(
+                folder, everything, resume, {str(mouse): source(data) for mouse, data in validation.items()}
+            )
         inputs = {mouse: core_inputs(model, data) for mouse, data in train.items()} if by_video else None
         if options["cache"]:
             model.to(args.device)
@@ -845,7 +856,7 @@ def fit(
                 path=folder / "history.csv",
                 expected="predictions and labels that change",
             )
-        load_model(best, best_of(folder) / "model.safetensors")
+        load_model(best, best_folder(folder) / "model.safetensors")
         done = Fit(best.to(args.device).eval(), _history(state), folder)
         if args.process_index == 0:
             with atomic_file(folder / "history.csv") as tmp:
