@@ -315,6 +315,9 @@ def open_cache(
             "not a manifest", path=manifest, expected="a JSON object", fix="move it away: it is made anew"
         )
     root, marker = manifest.parent, synthetic_sessions(manifest.parent)
+    if (root / "card.json").exists():
+        fix = "name the folder of the sessions; one that does not exist is made"
+        raise DataError("this is a dataset folder, not a cache of allensdk", "a cache folder", fix, root)
 
     class Api(sdk.queries.BrainObservatoryApi):
         def retrieve_parsed_json_over_http(self, url: str, post: bool = False) -> dict[str, Any]:

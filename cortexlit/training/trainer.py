@@ -585,6 +585,15 @@ def _mice(model: PreTrainedModel, dataset: Any) -> tuple[dict[str, Any], dict[st
             raise DataError(
                 f"mouse {mouse}: labels of {found} neurons", expected=f"{wanted}, as in the model"
             )
+    named = {m: data.channels for m, data in train.items() if isinstance(data, MouseDataset)}
+    for mouse, channels in named.items():  # one core reads them all
+        first = next(iter(named))
+        if channels != named[first]:
+            raise DataError(
+                f"mouse {mouse} has the behaviour channels {channels}, mouse {first} {named[first]}",
+                expected="the same channels, by name, in every mouse",
+                fix="leave out what was not measured in all, or name the channels alike",
+            )
     return train, validation
 
 # %% ../../neuro_nbs/06b_trainer.ipynb #18d21a84
