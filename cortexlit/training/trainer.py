@@ -300,6 +300,8 @@ def _verify(folder: Path, known: Mapping[str, str], fix: str) -> None:
 
 
 def _save_best(folder: Path, step: int, save: Callable[[Path], None]) -> None:
+    if (folder / "best/config.json").is_file() and not (folder / "best/card.json").is_file():
+        write_json(folder / "best/card.json", {"kind": "model"})  # made by an earlier version
     with atomic_folder(folder / "best", overwrite=True) as tmp:
         save(tmp)
         write_json(tmp / "card.json", {"kind": "model", "step": step, "files": _hashes(tmp)})
@@ -661,6 +663,8 @@ def _repair_best(
 ) -> None:
     "Save the best model if the run was killed after the checkpoint that holds it, and before it was saved."
     card = folder / "best" / "card.json"
+    if (folder / "best").is_dir() and not card.is_file():
+        return  # by an earlier version, which saved it before the checkpoint
     if card.is_file() and read_json(card).get("step") == state.best_global_step:
         return
     if state.best_global_step == state.global_step:
