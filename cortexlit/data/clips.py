@@ -1161,12 +1161,12 @@ def _tree_neurons(root: Path, n: int) -> pd.DataFrame:
         return neurons
     ids, where = root / "meta/neurons/unit_ids.npy", root / "meta/neurons/cell_motor_coordinates.npy"
     neurons = pd.DataFrame({"cell_id": np.arange(n)})
-    if ids.is_file():
+    if ids.exists():
         found = load_array(ids, kinds="iuf")
         same_length("neurons", {"unit_ids": found.size, "responses": n}, ids)
         neurons["cell_id"] = whole("unit_ids", found, low=None, path=ids)
     xyz = np.full((n, 3), np.nan)
-    if where.is_file():
+    if where.exists():
         xyz = load_array(where)
         same_length("neurons", {"cell_motor_coordinates": len(np.atleast_1d(xyz)), "responses": n}, where)
         shaped("cell_motor_coordinates", xyz, {"neurons": n, "x, y, depth": 3}, where)
