@@ -65,7 +65,7 @@ $(READY): settings.ini setup.py constraints.txt
 	@# torch by pip, which knows about local wheels and TORCH_INDEX; uv, far faster, does the rest.
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	    $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt torch uv
-	@$(BIN)/uv pip install --quiet --refresh-package cortexlit -e '.[dev]' -c constraints.txt
+	@$(BIN)/uv pip install --quiet --compile-bytecode --refresh-package cortexlit -e '.[dev]' -c constraints.txt
 	@touch $@
 
 # The targets below run notebooks and tests two at a time, with one thread each.
@@ -109,6 +109,10 @@ bench: setup ## Time the library against its references, one JSON per benchmark
 	    $(BIN)/python "$$script" --out "benchmarks/results/$$name.json"; \
 	done
 	@$(BIN)/python tools/bench_table.py benchmarks/results/*.json
+
+.PHONY: torture
+torture: setup ## Kill and damage what the library does, for a quarter of an hour, and count what is lost (Linux)
+	@OMP_NUM_THREADS=1 $(BIN)/python tools/torture.py --minutes 15 --out neuro_nbs/results/torture.json
 
 # Resolved for all platforms at once. No index is named: the same file serves CPU and CUDA builds of torch.
 lock: setup ## Renew constraints.txt after a change of the requirements in settings.ini

@@ -49,7 +49,9 @@ Embedded = Annotated[
 def _show(title: str, frame: pd.DataFrame) -> None:
     table = Table(title=escape(title), title_justify="left")
     for name in frame.columns:
-        table.add_column(escape(str(name)), justify="right" if pd.api.types.is_numeric_dtype(frame[name]) else "left")
+        table.add_column(
+            escape(str(name)), justify="right" if pd.api.types.is_numeric_dtype(frame[name]) else "left"
+        )
     for row in frame.itertuples(index=False):
         table.add_row(
             *("" if pd.isna(v) else f"{v:.4f}" if isinstance(v, float) else escape(str(v)) for v in row)
@@ -493,12 +495,12 @@ def scenes_score(
     from cortexlit.data.scenes import ScenesDataset
     from cortexlit.evaluation.scenes import score_scenes
     from cortexlit.models.v1t import V1T
-    from cortexlit.training.trainer import best_of, check_trained_on, predict
+    from cortexlit.training.trainer import best_folder, check_trained_on, predict
 
     core.check_out(out)
     test, found = ScenesDataset(dataset, "test"), {}
     for folder in run or ():
-        best = best_of(folder)
+        best = best_folder(folder)
         check_trained_on(folder, test)
         found[f"V1T {folder.name}"] = predict(V1T.from_pretrained(best).eval(), test, batch_size=32)
     _tell_sheet(score_scenes(dataset, found), out, as_json, _show_scenes)

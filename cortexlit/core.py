@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 __all__ = ['rng', 'seed_everything', 'CortexlitError', 'DataError', 'MissingError', 'StorageError', 'SplitLeak', 'named_errors',
            'project_dir', 'data_home', 'generated', 'runs', 'scale', 'clear_leftovers', 'atomic_file', 'kind_of',
            'atomic_folder', 'locked', 'need_space', 'new_array', 'h5_file', 'check_out', 'write_json', 'read_json',
-           'digest', 'sha256', 'claim', 'save_array', 'load_array', 'kept', 'provenance']
+           'digest', 'sha256', 'claim', 'save_array', 'load_array', 'made_once', 'provenance']
 
 # %% ../nbs/00_core.ipynb #4bf9be33
 def rng(
@@ -530,8 +530,10 @@ def check_out(
     folder = Path(os.path.abspath(folder))
     with named_errors(folder):
         for here in (folder, *folder.parents):
-            if not os.path.lexists(here):
-                continue
+            try:
+                os.lstat(here)
+            except (FileNotFoundError, NotADirectoryError):
+                continue  # a name that is too long is another error
             if not here.is_dir():
                 raise OSError(errno.EEXIST if here == folder else errno.ENOTDIR, "", str(here))
             if not os.access(here, os.W_OK | os.X_OK):
@@ -665,7 +667,7 @@ def load_array(
             ) from None
 
 
-def kept(
+def made_once(
     path: str | Path,  # an .npy file; what it was made from lies beside it as .json
     made_from: Mapping[str, Any],  # hashes and options
     make: Callable[[], np.ndarray],

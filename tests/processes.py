@@ -24,9 +24,10 @@ def _child(
     os.environ.update(environment)
     os.chdir(folder)
     with (
-        told.open("w", buffering=1) as file,
-        contextlib.redirect_stdout(file),
-        contextlib.redirect_stderr(file),
+        told.open("w", buffering=1) as out,
+        told.with_suffix(".err").open("w", buffering=1) as err,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
     ):
         try:
             target(*args)
@@ -41,18 +42,19 @@ class Process:
     def __init__(
         self, folder: Path, target: Callable, *args: object, environment: Mapping[str, str] | None = None
     ):
-        told = folder / f"told-{len(list(folder.glob('told-*.txt')))}.txt"
-        told.touch()
-        self._told = told
+        self._told = told = folder / f"told-{len(list(folder.glob('told-*.out')))}.out"
+        for end in (".out", ".err"):
+            told.with_suffix(end).touch()
         surroundings = {**os.environ, **(environment or {})}
         job = (told, str(folder), sys.path, surroundings, target, args)
         self._process = _CONTEXT.Process(target=_child, args=job)
         self._process.start()
 
     def ended(self, timeout: float = 240) -> tuple[int | None, str]:
-        "Exit code (minus the signal that killed it, None if it still runs) and all it has printed."
+        "Exit code (minus the signal that killed it, None if it still runs) and what it has printed; after a failure, errors too."
         self._process.join(timeout)
-        return self._process.exitcode, self._told.read_text()
+        code, out = self._process.exitcode, self._told.read_text()
+        return code, out + self._told.with_suffix(".err").read_text() if code is None or code > 0 else out
 
 
 def barrier(parties: int):

@@ -7,7 +7,6 @@ import resource
 import shutil
 import signal
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ from cortexlit.core import DataError, MissingError, StorageError
 from cortexlit.data.clips import build_dataset
 from cortexlit.models.adapters import Adapters, add_adapters, load_adapters, save_adapters
 from cortexlit.training import lora, trainer, tuning
-from cortexlit.training.trainer import best_of, check_options, check_trained_on, fit
+from cortexlit.training.trainer import best_folder, check_options, check_trained_on, fit
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="forks and limits as Linux has them")
 
@@ -240,7 +239,12 @@ def stop_after(epochs: int):
 
 
 def run(out: Path, **options):
-    return fit(tiny_model(), tiers(), out=out, **{"last": LAST, "epochs": 3, "batch_size": 4, "progress": False} | options)
+    return fit(
+        tiny_model(),
+        tiers(),
+        out=out,
+        **{"last": LAST, "epochs": 3, "batch_size": 4, "progress": False} | options,
+    )
 
 
 def same(one: Path, other: Path) -> bool:
@@ -267,14 +271,16 @@ def test_killed_in_the_first_seconds_and_before_the_best_is_saved(tmp_path, name
     run(out, epochs=1)
     run(tmp_path / "whole", epochs=1)
     assert same(tmp_path / "whole", out) and not hidden(out)
-    assert best_of(out) == out / "best" and (out / "provenance.json").is_file()
+    assert best_folder(out) == out / "best" and (out / "provenance.json").is_file()
 
 
 def test_a_damaged_checkpoint_is_named_and_what_to_delete(tmp_path):
     with pytest.raises(Stop):
         run(tmp_path / "cut", on_epoch=stop_after(2))
     checkpoint = trainer._last_checkpoint(tmp_path / "cut").name
-    for k, name in enumerate(("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "model.safetensors")):
+    for k, name in enumerate(
+        ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "model.safetensors")
+    ):
         for how in ("missing", "differs"):
             out = tmp_path / f"{k}-{how}"
             shutil.copytree(tmp_path / "cut", out)
@@ -292,7 +298,7 @@ def test_a_damaged_checkpoint_is_named_and_what_to_delete(tmp_path):
     path = control.folder / "best/model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
     with pytest.raises(DataError, match="model.safetensors of this best differs"):
-        best_of(control.folder)
+        best_folder(control.folder)
 
 
 def test_a_trial_without_a_sign_of_life_is_given_up(tmp_path, monkeypatch):
@@ -321,7 +327,9 @@ def test_wrong_options_are_named(option, tmp_path):
     (name,) = option
     with pytest.raises(DataError, match=name):
         check_options(**{"adapt": "full"} | option)
-    check_options(epochs=np.int64(3), last=np.int64(2), seed=np.int32(1), lr=np.float32(0.1), betas=[0.9, 0.99])
+    check_options(
+        epochs=np.int64(3), last=np.int64(2), seed=np.int32(1), lr=np.float32(0.1), betas=[0.9, 0.99]
+    )
 
 
 def test_every_way_to_train_looks_first(tmp_path, monkeypatch):
@@ -329,7 +337,9 @@ def test_every_way_to_train_looks_first(tmp_path, monkeypatch):
 
     for module in (lora, trainer, tuning, decoders):
         monkeypatch.setattr(module, "fit" if module is not trainer else "_train", None)
-    folder = build_dataset(toys.toy_recording(), tmp_path / "ds", clip_frames=20, size=(10, 14), split="stimuli", gap=5)
+    folder = build_dataset(
+        toys.toy_recording(), tmp_path / "ds", clip_frames=20, size=(10, 14), split="stimuli", gap=5
+    )
     tiny_model(core_state=False).save_core(tmp_path / "core")
     bad = lora.Configuration("bad", Adapters(2, "fused"), 0.1, "cosin", (1,))
     layer = lora.Configuration("layer", Adapters(2, ("nowhere",)), 0.1, "cosine", (1,))
@@ -343,7 +353,9 @@ def test_every_way_to_train_looks_first(tmp_path, monkeypatch):
         with pytest.raises(DataError):
             lora.Grid(folder, [good], core=tmp_path / "core", last=LAST, **options)
     with pytest.raises(DataError, match="lr="):
-        tuning.tune(lambda p: tiny_model(), tiers(), tuning.Space({"lr": tuning.Range(-1.0, 1.0)}), out=tmp_path / "t")
+        tuning.tune(
+            lambda p: tiny_model(), tiers(), tuning.Space({"lr": tuning.Range(-1.0, 1.0)}), out=tmp_path / "t"
+        )
     with pytest.raises(DataError, match="batch_size="):
         run(tmp_path / "r", batch_size=10**9)
     with pytest.raises(DataError, match="last="):
@@ -352,7 +364,9 @@ def test_every_way_to_train_looks_first(tmp_path, monkeypatch):
 
 
 def test_numbers_of_numpy_are_numbers():
-    space = tuning.Space({"depth": tuning.Range(np.int64(3), np.int64(8)), "wide": tuning.Choice((np.int64(2), 4))})
+    space = tuning.Space(
+        {"depth": tuning.Range(np.int64(3), np.int64(8)), "wide": tuning.Choice((np.int64(2), 4))}
+    )
     assert space.parameters["depth"].whole and space.parameters["wide"].values == (2, 4)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(0))
     found = [space.suggest(study.ask())["depth"] for _ in range(5)]
@@ -371,7 +385,12 @@ def test_two_mice_with_one_split_are_two_grids(tmp_path):
     names = []
     for k, seed in enumerate((0, 1, 0)):
         folder = build_dataset(
-            toys.toy_recording(seed=seed), tmp_path / f"d{k}", clip_frames=20, size=(10, 14), split="stimuli", gap=5
+            toys.toy_recording(seed=seed),
+            tmp_path / f"d{k}",
+            clip_frames=20,
+            size=(10, 14),
+            split="stimuli",
+            gap=5,
         )
         names.append(lora.Grid(folder, [good], [0], core=tmp_path / "core", last=LAST).name)
     assert names[0] == names[2] != names[1]
@@ -384,17 +403,17 @@ def test_two_mice_with_one_split_are_two_grids(tmp_path):
 
 def test_kept_arrays_belong_to_what_made_them(tmp_path):
     path = tmp_path / "a.npy"
-    assert core.kept(path, {"data": "x"}, lambda: np.ones(2)).sum() == 2
-    assert core.kept(path, {"data": "x"}, None).sum() == 2
+    assert core.made_once(path, {"data": "x"}, lambda: np.ones(2)).sum() == 2
+    assert core.made_once(path, {"data": "x"}, None).sum() == 2
     with pytest.raises(DataError, match="other data"):
-        core.kept(path, {"data": "y"}, None)
+        core.made_once(path, {"data": "y"}, None)
     good = path.read_bytes()
     for damage in (good[:-4], good[:-1] + b"\x07", b"", b"<html>"):
         path.write_bytes(damage)
         with pytest.raises(DataError, match="differs"):
-            core.kept(path, {"data": "x"}, None)
+            core.made_once(path, {"data": "x"}, None)
     path.with_suffix(".json").unlink()  # killed before the record was written: made again
-    assert core.kept(path, {"data": "x"}, lambda: np.zeros(2)).sum() == 0
+    assert core.made_once(path, {"data": "x"}, lambda: np.zeros(2)).sum() == 0
 
 
 def test_a_run_is_scored_on_its_own_dataset_only(tmp_path):
@@ -402,7 +421,15 @@ def test_a_run_is_scored_on_its_own_dataset_only(tmp_path):
         card = {"name": "m", "files": {"a.npy": "1"}, "split_hash": "s"}
 
     train, validation = (Carded(tier.items) for tier in tiers())
-    done = fit(tiny_model(), (train, validation), out=tmp_path / "run", last=LAST, epochs=1, batch_size=4, progress=False)
+    done = fit(
+        tiny_model(),
+        (train, validation),
+        out=tmp_path / "run",
+        last=LAST,
+        epochs=1,
+        batch_size=4,
+        progress=False,
+    )
     check_trained_on(done.folder, validation)
     other = Carded(validation)
     other.card = Carded.card | {"split_hash": "t"}
@@ -460,7 +487,9 @@ def test_a_database_lies_in_its_folder_whatever_that_is_called(tmp_path, name):
 # What is printed --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ['pip install "cortexlit[allen]"', "runs/[a]/[/b]/x", "[/]", "[red]", "a" * 200 + "/b"])
+@pytest.mark.parametrize(
+    "text", ['pip install "cortexlit[allen]"', "runs/[a]/[/b]/x", "[/]", "[red]", "a" * 200 + "/b"]
+)
 def test_messages_keep_their_brackets(monkeypatch, capsys, text):
     def app() -> None:
         raise MissingError("gone", path=text)

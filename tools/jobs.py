@@ -179,7 +179,9 @@ def run(
         context.set_forkserver_preload(list(preload))
     progress, running, done = Progress(waiting, workers, say), [], []
     progress.start(waiting)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no job outlives this process
+    if preload and sys.platform == "linux":
+        progress.line("importing the libraries once for all of them")
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an interruption like any other
     with tempfile.TemporaryDirectory(prefix="cortexlit-jobs-") as logs:
         try:
             while waiting or running:
@@ -196,6 +198,7 @@ def run(
                     progress.finished(r.job, done[-1], len(done), running, waiting)
                 progress.alive(running, waiting)
         finally:  # interrupted: leave nothing behind
+            signal.signal(signal.SIGTERM, before)
             for r in running:
                 r.process.terminate()
                 r.process.join()

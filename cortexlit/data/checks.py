@@ -5,11 +5,13 @@
 # %% ../../neuro_nbs/00a_checks.ipynb #9fead82d
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 from zipfile import ZipFile
 
 import numpy as np
@@ -28,7 +30,7 @@ from cortexlit.core import (
 
 # %% auto #0
 __all__ = ['KINDS', 'finite', 'whole', 'unique', 'same_length', 'shaped', 'increasing', 'jumps', 'by_name', 'reading',
-           'load_array', 'load_arrays', 'load_table', 'described', 'inside', 'seal', 'read_card', 'verify']
+           'load_array', 'load_arrays', 'load_table', 'described', 'inside', 'encrypted', 'seal', 'read_card', 'verify']
 
 # %% ../../neuro_nbs/00a_checks.ipynb #34bef54f
 def finite(
@@ -308,13 +310,27 @@ def inside(
 ) -> Path:  # folder / name
     "`DataError` for a name that leads out of the folder."
     found = Path(folder) / name
-    if not found.resolve().is_relative_to(Path(folder).resolve()):
+    here = os.path.abspath(folder)  # links that a user has made inside it may lead anywhere
+    if not Path(os.path.abspath(found)).is_relative_to(here):
         wish = f"a file below {folder}"
         fix = "the manifest was edited or is not ours: do not use it"
         raise DataError(
             f"the file {str(name)!r} would lie outside the folder", expected=wish, path=path, fix=fix
         )
     return found
+
+
+def encrypted(
+    url: str,  # of a download
+) -> str:  # the same
+    "`DataError` for an address through which others could send their own bytes."
+    parts = urlsplit(url)
+    if parts.scheme != "https" and not (
+        parts.scheme == "http" and parts.hostname in ("127.0.0.1", "localhost", "::1")
+    ):
+        fix = "write https://; or fetch the file by hand, check it, and put it there"
+        raise DataError("the address is not encrypted", "https (http on this machine only)", fix, url)
+    return url
 
 # %% ../../neuro_nbs/00a_checks.ipynb #f5118b88
 KINDS = {

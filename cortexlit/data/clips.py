@@ -104,7 +104,7 @@ def _as_shown(movie: str, index: np.ndarray) -> None:
     for r, row in enumerate(index):
         still = int(np.unique(row, return_counts=True)[1].max())
         if still > 2 * usual + 2 or (index.shape[1] > 1 and not long[r]):
-            wish = f"about {usual} in one two-photon frame"
+            wish = "later movie frames in later two-photon frames"
             raise DataError(
                 f"{movie}: repeat {r} stands still, {still} frames start at the same time", wish, fix
             )
@@ -257,7 +257,7 @@ def _split_table(table: pd.DataFrame, clip_frames: int) -> pd.DataFrame:
     twice = table.duplicated(["movie", "start", "repeat"])
     if twice.any():
         row = table[twice].iloc[0]
-        where = f"{row.movie}, frame {row.start}, repeat {row.repeat}"
+        where = f"{row.movie}, frame {row.start}, repeat {row['repeat']}"
         raise SplitLeak(
             f"the split table lists a trial twice: {where}",
             expected="each trial once",
@@ -1161,12 +1161,12 @@ def _tree_neurons(root: Path, n: int) -> pd.DataFrame:
         return neurons
     ids, where = root / "meta/neurons/unit_ids.npy", root / "meta/neurons/cell_motor_coordinates.npy"
     neurons = pd.DataFrame({"cell_id": np.arange(n)})
-    if ids.is_file():
+    if ids.exists():
         found = load_array(ids, kinds="iuf")
         same_length("neurons", {"unit_ids": found.size, "responses": n}, ids)
         neurons["cell_id"] = whole("unit_ids", found, low=None, path=ids)
     xyz = np.full((n, 3), np.nan)
-    if where.is_file():
+    if where.exists():
         xyz = load_array(where)
         same_length("neurons", {"cell_motor_coordinates": len(np.atleast_1d(xyz)), "responses": n}, where)
         shaped("cell_motor_coordinates", xyz, {"neurons": n, "x, y, depth": 3}, where)

@@ -24,7 +24,6 @@ from cortexlit.core import (
     clear_leftovers,
     digest,
     generated,
-    load_array,
     locked,
     named_errors,
     need_space,
@@ -129,7 +128,7 @@ def source(
 ) -> dict[str, Any] | None:  # name, content (16 hex digits) and hash of the split; None without a card
     "The dataset folder behind a dataset, by content: all tiers, whatever part of them is used."
     for name in ("dataset", "data"):
-        if not hasattr(dataset, "card") and hasattr(dataset, name):
+        if hasattr(dataset, name) and not isinstance(dataset, torch.Tensor):
             return source(getattr(dataset, name))
     if not hasattr(dataset, "card"):
         parts = getattr(dataset, "datasets", None)
@@ -153,7 +152,10 @@ class CachedFeatures:
     ):
         self.dataset, self.folder = dataset, Path(folder)
         self.card = read_json(self.folder / "card.json")
-        if not isinstance(self.card, dict) or not {"sha256", "samples", "row", "dtype", "stage"} <= self.card.keys():
+        if (
+            not isinstance(self.card, dict)
+            or not {"sha256", "samples", "row", "dtype", "stage"} <= self.card.keys()
+        ):
             raise DataError("not the card of kept features", path=self.folder / "card.json",
                             fix="delete the folder; it is made again")  # fmt: skip
         path = self.folder / "features.npy"

@@ -30,12 +30,12 @@ from sqlalchemy import URL, text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from torch.utils.data import ConcatDataset, Subset
 
-from ..core import DataError, claim, digest, kept, rng, runs, scale, sha256
+from ..core import DataError, claim, digest, made_once, rng, runs, scale, sha256
 from ..data.clips import MouseDataset
 from ..models.adapters import Adapters, check_targets
 from .features import cached_features, fingerprint, source
 from .heads import RECIPE, fresh_head, reverse_correlate, train_head
-from .trainer import Fit, best_of, check_options, fit, model_content, predict
+from .trainer import Fit, best_folder, check_options, fit, model_content, predict
 
 # %% ../../neuro_nbs/09_lora_grid.ipynb #56ad48fe
 @dataclass(frozen=True)
@@ -340,7 +340,7 @@ class Grid:
         content = fingerprint(test)
         for name, seed in self.table()[["configuration", "seed"]].itertuples(index=False):
             path = self.folder / f"{name}-seed{seed}" / "test.npy"
-            best = best_of(path.parent) / "model.safetensors"
+            best = best_folder(path.parent) / "model.safetensors"
 
             def make(seed: int = seed, path: Path = path, best: Path = best) -> np.ndarray:
                 model = copy.deepcopy(self.start(seed).model)
@@ -350,7 +350,7 @@ class Grid:
                 return predict(model.eval(), data, self.last, batch_size=8)
 
             made_from = {"data": content, "model": sha256(best), "last": self.last}
-            found[name, int(seed)] = kept(path, made_from, make)
+            found[name, int(seed)] = made_once(path, made_from, make)
             shutil.rmtree(path.parent / "features", ignore_errors=True)
         return found
 
@@ -389,7 +389,9 @@ def cross_validate(
     pd.DataFrame
 ):  # one row per fold: samples, correlation on the held-out clips of the head and of the adapted model
     "Train a head and adapt the core on all clips but those of one fold, fold by fold."
-    head_options = {"adapt": "head", "last": last, "seed": seed, "progress": False} | RECIPE | dict(head or {})
+    head_options = (
+        {"adapt": "head", "last": last, "seed": seed, "progress": False} | RECIPE | dict(head or {})
+    )
     check_options(**head_options)
     check_options(**{"last": last, "seed": seed, **configuration.options, **options})
     if configuration.adapters is not None:

@@ -244,7 +244,9 @@ def _simulated(folder: Path, made_from: dict[str, Any]) -> Simulated:
     "What has been simulated, if it was from this and has not changed."
     card = read_json(folder / "card.json")
     if not isinstance(card, dict) or any(card.get(k) != v for k, v in made_from.items()):
-        raise DataError("not a simulation of this recipe", path=folder, fix="choose another folder, or move this one")
+        raise DataError(
+            "not a simulation of this recipe", path=folder, fix="choose another folder, or move this one"
+        )
     arrays = []
     for name in ("videos", "responses"):
         path = folder / f"{name}.npy"

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['ADAPT', 'SCHEDULES', 'Diverged', 'best_of', 'Fit', 'check_options', 'origin', 'model_content', 'check_trained_on',
+__all__ = ['ADAPT', 'SCHEDULES', 'Diverged', 'best_folder', 'Fit', 'check_options', 'origin', 'model_content', 'check_trained_on',
            'fit', 'predict']
 
 # %% ../../neuro_nbs/06b_trainer.ipynb #3d3af665
@@ -304,6 +304,8 @@ def _verify(folder: Path, known: Mapping[str, str], fix: str) -> None:
 
 
 def _save_best(folder: Path, step: int, save: Callable[[Path], None]) -> None:
+    if (folder / "best/config.json").is_file() and not (folder / "best/card.json").is_file():
+        write_json(folder / "best/card.json", {"kind": "model"})  # made by an earlier version
     with atomic_folder(folder / "best", overwrite=True) as tmp:
         save(tmp)
         write_json(tmp / "card.json", {"kind": "model", "step": step, "files": _hashes(tmp)})
@@ -399,13 +401,15 @@ def _opened(checkpoint: Path, fix: str) -> None:
         raise DataError("rng_state.pth of this checkpoint is missing", path=checkpoint, fix=fix)
 
 
-def best_of(
+def best_folder(
     folder: str | Path,  # of a run
 ) -> Path:  # for `from_pretrained`
     "The best model of a finished run, checked; `MissingError` if there is none, `DataError` if it is damaged."
     folder = Path(folder)
     if not (folder / "best" / "model.safetensors").is_file():
-        raise MissingError("no finished run", path=folder, expected="the folder of a run, with a best model in best/")
+        raise MissingError(
+            "no finished run", path=folder, expected="the folder of a run, with a best model in best/"
+        )
     card = read_json(folder / "best" / "card.json") if (folder / "best" / "card.json").is_file() else {}
     fix = f"delete {folder.name}/best and the checkpoints beside it, and train again"
     _verify(folder / "best", card.get("files", {}), fix)
@@ -480,7 +484,11 @@ _PLATEAU = {
 
 
 def _number(name: str, value: Any, low: float, high: float = math.inf, open_low: bool = True) -> None:
-    fits = isinstance(value, Real) and not isinstance(value, bool) and (low < value if open_low else low <= value)
+    fits = (
+        isinstance(value, Real)
+        and not isinstance(value, bool)
+        and (low < value if open_low else low <= value)
+    )
     if not (fits and value < high):
         raise DataError(
             f"{name}={value!r}",
@@ -541,7 +549,8 @@ def _check(options: Mapping[str, Any]) -> None:
         _number("betas", beta, 0, 1, open_low=False)
     if options["schedule"] == "plateau" and len(options["epochs"]) > 1:
         raise DataError(
-            f"schedule='plateau' in {len(options['epochs'])} phases", expected="one phase, or another schedule"
+            f"schedule='plateau' in {len(options['epochs'])} phases",
+            expected="one phase, or another schedule",
         )
     if options["adapt"] == "head" and options["core_lr"] is not None:
         raise DataError("core_lr with adapt='head'", expected="None: the core does not learn")
@@ -581,6 +590,15 @@ def _mice(model: PreTrainedModel, dataset: Any) -> tuple[dict[str, Any], dict[st
         if found != wanted:
             raise DataError(
                 f"mouse {mouse}: labels of {found} neurons", expected=f"{wanted}, as in the model"
+            )
+    named = {m: data.channels for m, data in train.items() if isinstance(data, MouseDataset)}
+    for mouse, channels in named.items():  # one core reads them all
+        first = next(iter(named))
+        if channels != named[first]:
+            raise DataError(
+                f"mouse {mouse} has the behaviour channels {channels}, mouse {first} {named[first]}",
+                expected="the same channels, by name, in every mouse",
+                fix="leave out what was not measured in all, or name the channels alike",
             )
     return train, validation
 
@@ -649,6 +667,8 @@ def _repair_best(
 ) -> None:
     "Save the best model if the run was killed after the checkpoint that holds it, and before it was saved."
     card = folder / "best" / "card.json"
+    if (folder / "best").is_dir() and not card.is_file():
+        return  # by an earlier version, which saved it before the checkpoint
     if card.is_file() and read_json(card).get("step") == state.best_global_step:
         return
     if state.best_global_step == state.global_step:
@@ -737,7 +757,9 @@ def _fits(model: PreTrainedModel, train: Mapping[str, Any], options: Mapping[str
         raise DataError(f"{type(model).__name__} has no core to freeze", expected='adapt="full"')
     samples = sum(map(len, train.values()))
     if options["batch_size"] > max(samples, 1024):
-        raise DataError(f"batch_size={options['batch_size']}", expected=f"at most {samples}, the training samples")
+        raise DataError(
+            f"batch_size={options['batch_size']}", expected=f"at most {samples}, the training samples"
+        )
     for mouse, data in train.items():
         labels = data[0]["labels"]
         if labels.ndim == 2 and options["last"] > labels.shape[-1]:
@@ -825,7 +847,9 @@ def fit(
     lock = locked(folder, timeout=1e7) if args.process_index == 0 else nullcontext()
     with lock:  # who asks for the same meanwhile waits
         if args.process_index == 0:
-            _claim(folder, everything, resume, {str(mouse): source(data) for mouse, data in validation.items()})
+            _claim(
+                folder, everything, resume, {str(mouse): source(data) for mouse, data in validation.items()}
+            )
         inputs = {mouse: core_inputs(model, data) for mouse, data in train.items()} if by_video else None
         if options["cache"]:
             model.to(args.device)
@@ -849,7 +873,7 @@ def fit(
                 path=folder / "history.csv",
                 expected="predictions and labels that change",
             )
-        load_model(best, best_of(folder) / "model.safetensors")
+        load_model(best, best_folder(folder) / "model.safetensors")
         done = Fit(best.to(args.device).eval(), _history(state), folder)
         if args.process_index == 0:
             with atomic_file(folder / "history.csv") as tmp:

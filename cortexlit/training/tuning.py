@@ -52,7 +52,7 @@ from cortexlit.core import (
 from ..models.adapters import Adapters
 from .features import fingerprint
 from .lora import database, fail_lost, open_storage
-from .trainer import Diverged, best_of, check_options, fit, origin, predict
+from .trainer import Diverged, best_folder, check_options, fit, origin, predict
 
 # %% ../../neuro_nbs/15a_cnn_vit_optuna.ipynb #21f74743
 @dataclass(frozen=True)
@@ -435,7 +435,7 @@ class Tuning:
                 "the runs of the best trial are not here", path=folder, expected="fold-0 and so on",
                 fix="copy them from the machine that has run the trial; see the trial's attribute `folder`",
             )  # fmt: skip
-        return [best_of(fold) for fold in folds]
+        return [best_folder(fold) for fold in folds]
 
     def open_test(
         self,
@@ -451,7 +451,9 @@ class Tuning:
             if path.is_file() and record.is_file():
                 before = read_json(record)
                 known = before.pop("sha256", None)
-                if digest(before) != digest({k: v for k, v in wanted.items() if k != "models" or k in before}):
+                if digest(before) != digest(
+                    {k: v for k, v in wanted.items() if k != "models" or k in before}
+                ):
                     raise DataError("the test has been opened with other data, options or another trial", path=self.folder,
                                     fix="a search has one test: make another search in another folder")  # fmt: skip
             else:
