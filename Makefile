@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint docs bench lock clean
+.PHONY: help setup demo test testdata results data lint docs bench lock clean
 
 # The Python that makes the environment: 3.11, because allensdk's pins (numpy 1.23, pandas 1.5) end there.
 # PYTHON=/path/to/python3.11 names one; otherwise the first of these that is 3.11 is taken.
@@ -17,7 +17,11 @@ TORCH := 2.13.0
 # Extra options for `make lock`: LOCK_OPTIONS=--upgrade takes the newest versions.
 LOCK_OPTIONS ?=
 
+# Notebooks for `make results`; default: all that hold slow cells.
+ONLY ?=
+
 BIN := .venv/bin
+PYTEST = $(BIN)/pytest -q -n 2 --dist worksteal
 READY := .venv/.ready
 export VIRTUAL_ENV := $(CURDIR)/.venv
 
@@ -61,20 +65,32 @@ $(READY): settings.ini setup.py constraints.txt
 	@# torch by pip, which knows about local wheels and TORCH_INDEX; uv, far faster, does the rest.
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	    $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt torch uv
-	@$(BIN)/uv pip install --quiet --refresh-package cortexlit -e '.[dev]' -c constraints.txt
+	@$(BIN)/uv pip install --quiet --compile-bytecode --refresh-package cortexlit -e '.[dev]' -c constraints.txt
 	@touch $@
 
-demo: setup ## Run the studies on an embedded session; pages and scores go to _demo/
-	@$(BIN)/cortexlit demo
+# The targets below run notebooks and tests two at a time, with one thread each.
+demo test testdata results: export OMP_NUM_THREADS := 1
+test testdata: export CORTEXLIT_SCALE := demo
 
-# Fast checks first, so that a slip is reported after seconds. One thread for each of the two workers.
-test: export OMP_NUM_THREADS := 1
-test: export CORTEXLIT_SCALE := demo
+demo: setup ## Run the studies on the embedded session; pages and scores go to _demo/
+	@$(BIN)/python tools/demo.py --out _demo
+
+# Fast checks first, so that a slip is reported after seconds.
 test: setup ## Check everything: sync, pages and links, tests, all notebooks
-	$(call step,library and notebooks agree; notebooks are clean,$(BIN)/python tools/check_sync.py)
-	$(call step,pages and links of the site,$(BIN)/python tools/check_docs.py)
-	$(call step,tests,$(BIN)/pytest -q)
-	$(call step,notebooks run from top to bottom,$(BIN)/nbdev_test --n_workers 2 --timing)
+	$(call step,1 of 4: library and notebooks agree; notebooks are clean,$(BIN)/python tools/check_sync.py)
+	$(call step,2 of 4: pages and links of the site,$(BIN)/python tools/check_docs.py)
+	$(call step,3 of 4: tests,$(PYTEST))
+	$(call step,4 of 4: notebooks run from top to bottom,$(BIN)/python tools/run_notebooks.py)
+
+testdata: setup ## Check what reads real files (see data): these tests, and the notebooks with such cells
+	$(call step,1 of 2: tests that read real files,$(PYTEST) -m data)
+	$(call step,2 of 2: notebooks with cells that read real files,$(BIN)/python tools/run_notebooks.py --holding data)
+
+results: setup ## Make the stored results of notebooks with slow cells anew (hours; ONLY='path ...' for some)
+	@$(BIN)/python tools/run_notebooks.py --holding slow --flags slow $(ONLY)
+
+data: setup ## Fetch the real files that some notebook cells and tests read (6 MB)
+	@$(BIN)/cortexlit data --fetch
 
 lint: setup ## Check style: ruff over notebooks, tests, tools and benchmarks
 	@$(BIN)/ruff check .
@@ -93,6 +109,10 @@ bench: setup ## Time the library against its references, one JSON per benchmark
 	    $(BIN)/python "$$script" --out "benchmarks/results/$$name.json"; \
 	done
 	@$(BIN)/python tools/bench_table.py benchmarks/results/*.json
+
+.PHONY: torture
+torture: setup ## Kill and damage what the library does, for a quarter of an hour, and count what is lost (Linux)
+	@OMP_NUM_THREADS=1 $(BIN)/python tools/torture.py --minutes 15 --out neuro_nbs/results/torture.json
 
 # Resolved for all platforms at once. No index is named: the same file serves CPU and CUDA builds of torch.
 lock: setup ## Renew constraints.txt after a change of the requirements in settings.ini

@@ -6,12 +6,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +18,7 @@ import numpy as np
 import pandas as pd
 import typer
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.markup import escape
 from rich.table import Table
 
 from . import core
@@ -28,8 +26,8 @@ from . import core
 # %% auto #0
 __all__ = ['app', 'Json', 'Cache', 'Embedded', 'METRICS', 'Scale', 'Core', 'Last', 'scenes', 'things', 'Rois', 'Ratings',
            'Properties', 'Folds', 'Cached', 'DECODERS', 'PARK', 'sessions', 'build', 'score', 'fit', 'grid',
-           'scenes_build', 'scenes_fit', 'scenes_score', 'things_build', 'things_fit', 'things_score', 'demo',
-           'pretrain', 'main']
+           'scenes_build', 'scenes_fit', 'scenes_score', 'things_build', 'things_fit', 'things_score', 'real_files',
+           'data', 'run_demo', 'show_demo', 'demo', 'pretrain', 'main']
 
 # %% ../neuro_nbs/19_cli.ipynb #797b884d
 app = typer.Typer(
@@ -49,11 +47,15 @@ Embedded = Annotated[
 
 # %% ../neuro_nbs/19_cli.ipynb #8246f871
 def _show(title: str, frame: pd.DataFrame) -> None:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
     for name in frame.columns:
-        table.add_column(str(name), justify="right" if pd.api.types.is_numeric_dtype(frame[name]) else "left")
+        table.add_column(
+            escape(str(name)), justify="right" if pd.api.types.is_numeric_dtype(frame[name]) else "left"
+        )
     for row in frame.itertuples(index=False):
-        table.add_row(*("" if pd.isna(v) else f"{v:.4f}" if isinstance(v, float) else str(v) for v in row))
+        table.add_row(
+            *("" if pd.isna(v) else f"{v:.4f}" if isinstance(v, float) else escape(str(v)) for v in row)
+        )
     _out.print(table)
 
 
@@ -95,9 +97,13 @@ def _tell_sheet(sheet: Any, out: Path | None, as_json: bool, show: Callable[[pd.
         show(sheet.table())
 
 
+def _is_number(session: str) -> bool:
+    return session.isascii() and session.isdigit()
+
+
 def _open(session: str, cache: Path | None, embedded: str | None) -> Any:
     "A recording by Allen id, or by the name of an open recording."
-    if not session.isdigit():
+    if not _is_number(session):
         from cortexlit.data.opendata import open_recording
 
         return open_recording(session)
@@ -214,6 +220,7 @@ def score(
     """
     from cortexlit.evaluation.baselines import score_dataset
 
+    core.check_out(out)
     sheet = score_dataset(dataset, last=last)
     _tell_sheet(sheet, out, as_json, _show_scores)
 
@@ -310,7 +317,7 @@ def fit(
     from cortexlit.data.clips import MouseDataset
     from cortexlit.training.heads import train_head
     from cortexlit.training.lora import FULL, STUDY, at_scale
-    from cortexlit.training.trainer import ADAPT
+    from cortexlit.training.trainer import ADAPT, check_options
     from cortexlit.training.trainer import fit as train
 
     if adapt not in ADAPT:
@@ -319,13 +326,17 @@ def fit(
         raise core.DataError(f"--rank or --targets with --adapt {adapt}", expected="--adapt lora")
     head_options, options = _options(scale, core_folder)
     common = {"last": last, "resume": resume, "progress": not as_json}
-    head_out = out if adapt == "head" else None
-    done = train_head(dataset, core_folder, seed=seed, out=head_out, **head_options | common)
-    if adapt != "head":
+    core.check_out(out)
+    if adapt != "head":  # looked at before the head is trained
         rank, targets = rank or 8, targets or "all"
         (chosen,) = at_scale([FULL], scale) if adapt == "full" else _chosen(STUDY, [rank], [targets], scale)
         tiers = tuple(MouseDataset(dataset, tier) for tier in ("train", "validation"))
-        done = train(done.model, tiers, out=out, seed=seed, **options | chosen.options | common)
+        options = options | chosen.options | common
+        check_options(seed=seed, **options)
+    head_out = out if adapt == "head" else None
+    done = train_head(dataset, core_folder, seed=seed, out=head_out, **head_options | common)
+    if adapt != "head":
+        done = train(done.model, tiers, out=out, seed=seed, **options)
     _tell_run(f"adapt={adapt}", done, as_json)
 
 
@@ -426,7 +437,7 @@ def scenes_build(
     from cortexlit.data.allen import open_session
     from cortexlit.data.scenes import build_scenes
 
-    if not session.isdigit():
+    if not _is_number(session):
         raise core.DataError(
             f"session {session!r}", expected="an Allen session id: open recordings have no scenes"
         )
@@ -461,6 +472,7 @@ def scenes_fit(
 
     if not 1 <= session <= len(STUDY):
         raise core.DataError(f"--session {session}", expected=f"1 to {len(STUDY)}")
+    core.check_out(out)
     (chosen,) = at_scale([STUDY[session - 1]], scale)
     done = train_scenes(dataset, chosen, seed=seed, out=out, progress=not as_json)
     _tell_run(chosen.name, done, as_json)
@@ -483,17 +495,14 @@ def scenes_score(
     from cortexlit.data.scenes import ScenesDataset
     from cortexlit.evaluation.scenes import score_scenes
     from cortexlit.models.v1t import V1T
-    from cortexlit.training.trainer import predict
+    from cortexlit.training.trainer import best_folder, check_trained_on, predict
 
+    core.check_out(out)
     test, found = ScenesDataset(dataset, "test"), {}
     for folder in run or ():
-        if not (folder / "best" / "config.json").is_file():
-            raise core.MissingError(
-                "no finished run", path=folder, expected="a run folder of `cortexlit scenes fit`"
-            )
-        found[f"V1T {folder.name}"] = predict(
-            V1T.from_pretrained(folder / "best").eval(), test, batch_size=32
-        )
+        best = best_folder(folder)
+        check_trained_on(folder, test)
+        found[f"V1T {folder.name}"] = predict(V1T.from_pretrained(best).eval(), test, batch_size=32)
     _tell_sheet(score_scenes(dataset, found), out, as_json, _show_scenes)
 
 
@@ -674,7 +683,10 @@ def things_fit(
     """
     from cortexlit.data.things import split_by_concept
     from cortexlit.training.decoders import fit_folds
+    from cortexlit.training.trainer import check_options
 
+    core.check_out(out)
+    check_options(adapt="full", seed=seed, lr=lr, epochs=epochs, patience=patience, batch_size=batch_size)
     data = _subject(cache, ratings, rois, properties, "volume" if model == "study" else "voxels")
     split = split_by_concept(data.trials, folds, seed)
     recipe = {
@@ -722,6 +734,9 @@ def things_score(
     from cortexlit.data.things import split_by_concept
     from cortexlit.evaluation.decoding import score_subject
 
+    core.check_out(out)
+    if permutations < 0:
+        raise core.DataError(f"--permutations {permutations}", expected="a whole number from 0 up")
     data = _subject(cache, ratings, rois, properties)
     split = split_by_concept(data.trials, folds, seed)
     split.audit()
@@ -749,24 +764,14 @@ def _bands(responses: np.ndarray, data: Any, first: str) -> dict[str, np.ndarray
 
 
 def _predictions(folder: Path, data: Any, split: Any) -> np.ndarray:
-    "What `things fit` predicted, if it was for this split and these ratings."
+    "What `things fit` predicted, if it was for this subject, split and these ratings."
     from cortexlit.training.decoders import FoldFits
-    from cortexlit.training.features import fingerprint
 
     if not (folder / "folds.json").is_file():
         raise core.MissingError(
             "no finished run", path=folder, expected="a folder made by `cortexlit things fit`"
         )
-    found = FoldFits.load(folder, split).predictions
-    labels = fingerprint([{"labels": row} for row in data.labels])["labels"]
-    if core.read_json(folder / "folds.json")["plan"]["data.train.labels"] != labels:
-        raise core.DataError(
-            "trained with other ratings",
-            path=folder,
-            expected=f"those of {', '.join(data.properties)}",
-            fix="the same --properties and --ratings as in `cortexlit things fit`",
-        )
-    return found
+    return FoldFits.load(folder, split, data).predictions
 
 
 def _show_decoding(table: pd.DataFrame) -> None:
@@ -780,47 +785,79 @@ def _show_decoding(table: pd.DataFrame) -> None:
         for row in rows[(rows["metric"] == "R2 mean") & (rows["note"] != "")].itertuples():
             _out.print(f"{row.model}: {row.note}", markup=False, highlight=False)
 
+# %% ../neuro_nbs/19_cli.ipynb #b7e2f0d4
+def real_files() -> dict[str, Any]:  # by name: `OpenFile`
+    "The real files that some notebooks read: open recordings and the tables of THINGS."
+    from cortexlit.data.opendata import REGISTRY
+    from cortexlit.data.things import THINGS_TABLES
+
+    return REGISTRY | THINGS_TABLES
+
+
+@app.command()
+def data(
+    fetch: Annotated[bool, typer.Option("--fetch", help="Download those that are missing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List the real files that some notebooks read, and where they belong.
+
+    Examples:
+      cortexlit data
+      cortexlit data --fetch
+    """
+    from cortexlit.data.opendata import fetch as get
+
+    rows = []
+    for name, entry in real_files().items():
+        if fetch:
+            get(entry)
+        there = (core.data_home() / entry.path).is_file()
+        rows.append({"name": name, "file": entry.path, "MB": entry.bytes / 1e6, "here": there})
+    if as_json:
+        _print_json({"folder": core.data_home(), "files": rows})
+    else:
+        _show("real files, below the folder that CORTEXLIT_DATA names", pd.DataFrame(rows))
+
 # %% ../neuro_nbs/19_cli.ipynb #73a21bb4
-PARK = "park_230809"
+PARK = "park_230809"  # the real recording of the demonstration
 
 
-def _demo_scores(out: Path) -> Any:
-    "Score sheet of the embedded session (both splits) and of one real recording."
-    import torch
-
-    from cortexlit.data.allen import open_session
+def _scored(
+    recording: Any, folder: Path, name: str, last: int, seeds: tuple[int, ...], **options: Any
+) -> Any:
+    "Score sheet of a recording: baselines, other repeats, heads and their controls."
     from cortexlit.data.clips import build_dataset
-    from cortexlit.data.opendata import open_recording
-    from cortexlit.data.synthetic import embedded_session
     from cortexlit.evaluation.baselines import score_dataset
-    from cortexlit.evaluation.scores import ScoreSheet
     from cortexlit.training.heads import head_predictions
 
-    torch.set_num_threads(1)  # as the notebooks do, which then find these runs finished
+    build_dataset(recording, folder, overwrite=True, **options)
+    models = head_predictions(folder, last=last, seeds=seeds, progress=False)
+    return score_dataset(folder, last=last, models=models, name=name)
 
-    def scored(folder: Path, name: str, last: int, seeds: tuple[int, ...]) -> Any:
-        models = head_predictions(folder, last=last, seeds=seeds, progress=False)
-        return score_dataset(folder, last=last, models=models, name=name)
 
-    sheets = []
+def _demo_embedded(out: Path, split: str) -> Any:
+    "Score sheet of the embedded session."
+    from cortexlit.data.allen import open_session
+    from cortexlit.data.synthetic import embedded_session
+
     session = open_session(900000001, cache_dir=embedded_session("demo"))
-    for split in ("repeats", "stimuli"):
-        folder = build_dataset(session, out / "datasets" / f"embedded-{split}", split=split, overwrite=True)
-        sheets.append(scored(folder, "embedded", 66, (0, 1)))
-    try:
-        park = open_recording(PARK)
-    except core.MissingError as error:
-        _err.print(f"[yellow]The real recording is left out of the table:[/] {error}")
-    else:
-        for split in ("repeats", "stimuli"):
-            folder = build_dataset(
-                park, out / "datasets" / f"park-{split}", clip_frames=49, split=split, overwrite=True
-            )
-            sheets.append(scored(folder, PARK, 33, (0,)))
+    return _scored(session, out / "datasets" / f"embedded-{split}", "embedded", 66, (0, 1), split=split)
+
+
+def _demo_real(out: Path) -> Any:
+    "Score sheet of a real recording under both splits; `MissingError` if it is neither here nor to be had."
+    from cortexlit.data.opendata import open_recording
+    from cortexlit.evaluation.scores import ScoreSheet
+
+    park = open_recording(PARK)
+    sheets = [
+        _scored(park, out / "datasets" / f"park-{split}", PARK, 33, (0,), split=split, clip_frames=49)
+        for split in ("repeats", "stimuli")
+    ]
     return ScoreSheet(row for sheet in sheets for row in sheet.rows)
 
 # %% ../neuro_nbs/19_cli.ipynb #b981fd17
-def _demo_decoding(out: Path) -> Any:
+def _demo_fmri(out: Path) -> Any:
     "Score sheet of a synthetic fMRI subject: constants, ridge, and a transformer on regions."
     from cortexlit.data.things import build_things, embedded_things, open_things, split_by_concept
     from cortexlit.evaluation.decoding import score_subject
@@ -841,97 +878,98 @@ def _demo_decoding(out: Path) -> Any:
     )  # fmt: skip
 
 # %% ../neuro_nbs/19_cli.ipynb #1aaaf61c
-def _execute(notebook: Path, out: Path) -> str | None:
-    "Run a notebook in a fresh kernel and save it as HTML; the end of the error output if it fails."
-    command = [
-        sys.executable,
-        "-m",
-        "nbconvert",
-        "--to",
-        "html",
-        "--execute",
-        "--log-level=ERROR",
-        "--output-dir",
-        str(out),
-        str(notebook),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
-    return None if done.returncode == 0 else done.stderr[-3000:]
+def _demo_parts(out: Path) -> dict[str, Callable[[], Any]]:
+    "What the demonstration scores, in this order; each part makes a score sheet."
+    return {
+        "embedded session, split by repeats": lambda: _demo_embedded(out, "repeats"),
+        "embedded session, split by stimuli": lambda: _demo_embedded(out, "stimuli"),
+        "synthetic fMRI subject": lambda: _demo_fmri(out),
+        "real recording": lambda: _demo_real(out),
+    }
 
 
-_PAGES = ("0[0-8]*.ipynb", "12_*.ipynb", "12a_*.ipynb")  # the others train for minutes each
-_NEED_HEADS = ("08_head_training",)  # reads the runs that scoring makes
+def _save_demo(sheets: dict[str, Any], out: Path) -> None:
+    "Encoding scores in `out`, those of fMRI in its folder `decoding`."
+    from cortexlit.evaluation.scores import ScoreSheet
+
+    encoding = ScoreSheet(row for name, sheet in sheets.items() if "fMRI" not in name for row in sheet.rows)
+    if len(encoding):
+        encoding.save(out)
+        encoding.plot().savefig(out / "scores.png", dpi=110, bbox_inches="tight")
+    for name, sheet in sheets.items():
+        if "fMRI" in name:
+            sheet.save(out / "decoding")
 
 
-def _score_and_execute(notebooks: list[Path], out: Path) -> tuple[Any, Any]:
-    "Score sheets of the demonstration, encoding and decoding; meanwhile, and afterwards, the pages."
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=_err) as progress, ThreadPoolExecutor(2) as pool:
+def run_demo(out: Path, say: Callable[[str], None]) -> list[str]:
+    "Make the scores of the demonstration and save each as soon as it is made; what failed, one text each."
+    import matplotlib
+    import torch
 
-        def shown(name: str, work: Callable[[], Any]) -> Any:
-            task = progress.add_task(name, total=1)
-            found = work()
-            progress.update(
-                task, completed=1, description=f"{name} {'FAILED' if isinstance(found, str) else 'done'}"
-            )
-            return found
+    matplotlib.use("Agg")  # no window
+    torch.set_num_threads(1)  # as the notebooks do, which then find these runs finished
+    for folder in (out, out / "decoding"):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("scores.json", "scores.csv", "scores.png"):  # of an earlier run
+            (folder / name).unlink(missing_ok=True)
+    parts, sheets, problems = _demo_parts(out), {}, []
+    for number, (name, work) in enumerate(parts.items(), 1):
+        began, told = time.time(), f"scores {number} of {len(parts)}: {name}"
+        try:
+            sheets[name] = work()
+            _save_demo(sheets, out)
+        except Exception as error:
+            if name == "real recording" and isinstance(error, core.MissingError):
+                say(f"{told}: left out, {str(error).splitlines()[0]}")
+            else:
+                say(f"{told}: FAILED")
+                problems.append(f"{name}:\n{traceback.format_exc()}")
+        else:
+            say(f"{told}: {time.time() - began:.0f} s")
+    return problems
 
-        def page(notebook: Path) -> str | None:
-            if notebook.stem in _NEED_HEADS:
-                sheets.result()
-            return shown(notebook.name, lambda: _execute(notebook, out))
 
-        def scored() -> tuple[Any, Any]:  # one after the other: training draws from torch's one stream
-            return shown("scores", lambda: _demo_scores(out)), shown(
-                "fMRI scores", lambda: _demo_decoding(out)
-            )
+def show_demo(out: Path) -> None:
+    "Print the tables that `run_demo` has saved, and what is not among them."
+    from cortexlit.evaluation.scores import ScoreSheet
 
-        sheets = pool.submit(scored)
-        ordered = sorted(notebooks, key=lambda n: n.stem in _NEED_HEADS)
-        failures = {n: e for n, e in zip(ordered, pool.map(page, ordered), strict=True) if e}
-    if failures:
-        raise core.CortexlitError("\n".join(f"{n} failed:\n{e}" for n, e in failures.items()))
-    return sheets.result()
+    names = []
+    for folder, show in ((out, _show_scores), (out / "decoding", _show_decoding)):
+        if (folder / "scores.json").is_file():
+            table = ScoreSheet.load(folder).table()
+            names += table["dataset"].tolist()
+            show(table)
+    if PARK not in names:
+        entry = real_files()[PARK]
+        _out.print(
+            f"{PARK}, a real recording, is left out: {entry.path} is not in {core.data_home()}; "
+            f"cortexlit data --fetch (or make data) downloads it, {entry.bytes / 1e6:.1f} MB from {entry.url}",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
 
 # %% ../neuro_nbs/19_cli.ipynb #673749c7
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where to write; made if needed.")] = Path("_demo"),
-    notebooks: Annotated[
-        bool, typer.Option(help="Also execute the study notebooks to HTML (in a checkout).")
-    ] = True,
     as_json: Json = False,
 ) -> None:
-    """From nothing to scores: embedded session, baselines, ceilings, head training, one real recording, fMRI.
+    """From nothing to scores: embedded session, baselines, ceilings, head training, fMRI; a real recording if at hand.
+
+    In a checkout, `make demo` also makes the pages of the study notebooks.
 
     Examples:
       cortexlit demo
-      cortexlit demo --no-notebooks --json
+      cortexlit demo --out /tmp/demo --json
     """
-    import matplotlib
-
-    matplotlib.use("Agg")  # figures are drawn beside the main thread
-    started = time.time()
-    out.mkdir(parents=True, exist_ok=True)
-    folder = core.project_dir() / "neuro_nbs"
-    pages = sorted((n for pattern in _PAGES for n in folder.glob(pattern)), reverse=True) if notebooks else []
-    _err.print(
-        f"Making the embedded session, datasets, baselines and heads; executing {len(pages)} notebooks ..."
-    )
-    sheet, decoding = _score_and_execute(pages, out)
-    sheet.save(out)
-    decoding.save(out / "decoding")
-    sheet.plot().savefig(out / "scores.png", dpi=110, bbox_inches="tight")
+    problems = run_demo(out, lambda line: _err.print(line, markup=False, highlight=False))
     if as_json:
-        _print_json([asdict(row) for row in (*sheet.rows, *decoding.rows)])
+        saved = (folder / "scores.json" for folder in (out, out / "decoding"))
+        _print_json([row for path in saved if path.is_file() for row in core.read_json(path)["rows"]])
     else:
-        _show_scores(sheet.table())
-        _show_decoding(decoding.table())
-        _out.print(
-            f"{out / 'scores.json'}, {out / 'decoding' / 'scores.json'}, {out / 'scores.png'}"
-            + (f", {len(pages)} pages in {out}/*.html" if pages else "")
-        )
-        _err.print(f"[dim]{time.time() - started:.0f} s[/]")
+        show_demo(out)
+    if problems:
+        _err.print("\n".join(["FAILED", *problems]), markup=False, highlight=False)
+        raise typer.Exit(1)
 
 # %% ../neuro_nbs/19_cli.ipynb #89acf5a4
 @app.command()
@@ -946,16 +984,18 @@ def pretrain(
     """
     from cortexlit.training import pretraining
 
-    _out.print(f"The core is in {pretraining.pretrain(out, seed=seed)}")
+    _out.print(f"The core is in {pretraining.pretrain(out, seed=seed)}", markup=False, soft_wrap=True)
 
 # %% ../neuro_nbs/19_cli.ipynb #0e90262c
 def main() -> None:
     "Entry point of the `cortexlit` command."
     try:
-        app()
+        with core.named_errors():
+            app()
     except core.CortexlitError as error:
         if "--json" in sys.argv:
             _print_json({"error": str(error)})
         else:
-            _err.print(f"[red]{type(error).__name__}[/]: {error}", highlight=False)
+            told = f"[red]{type(error).__name__}[/]: {escape(str(error))}"
+            _err.print(told, highlight=False, soft_wrap=True)
         sys.exit(1)

@@ -5,14 +5,18 @@
 # %% ../nbs/00_core.ipynb #d7bccc2d
 from __future__ import annotations
 
+import ctypes
+import errno
 import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -20,12 +24,13 @@ from typing import Any
 from uuid import uuid4
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 # %% auto #0
-__all__ = ['rng', 'seed_everything', 'CortexlitError', 'DataError', 'MissingError', 'SplitLeak', 'project_dir', 'data_home',
-           'generated', 'runs', 'scale', 'atomic_file', 'atomic_folder', 'locked', 'write_json', 'read_json', 'digest',
-           'sha256', 'provenance']
+__all__ = ['rng', 'seed_everything', 'CortexlitError', 'DataError', 'MissingError', 'StorageError', 'SplitLeak', 'named_errors',
+           'project_dir', 'data_home', 'generated', 'runs', 'scale', 'clear_leftovers', 'atomic_file', 'kind_of',
+           'atomic_folder', 'locked', 'need_space', 'new_array', 'h5_file', 'check_out', 'write_json', 'read_json',
+           'digest', 'sha256', 'claim', 'save_array', 'load_array', 'made_once', 'provenance']
 
 # %% ../nbs/00_core.ipynb #4bf9be33
 def rng(
@@ -74,8 +79,80 @@ class MissingError(CortexlitError, LookupError):
     "A file, stimulus, session, field or optional package is not there."
 
 
+class StorageError(CortexlitError, OSError):
+    "The system would not read or write: disk full, not permitted, a file in the way."
+
+
 class SplitLeak(CortexlitError, ValueError):
     "Two tiers of a split share something they must not share."
+
+# %% ../nbs/00_core.ipynb #b5d2f6e8
+_ROOM, _OTHER = "make room, or write elsewhere", "choose another place"
+_CAUSES = {
+    errno.ENOSPC: ("no space is left on the disk", _ROOM),
+    errno.EDQUOT: ("your quota on this disk is used up", _ROOM),
+    errno.EFBIG: ("the file would be larger than this system lets it be", "raise the limit, see `ulimit -f`"),
+    errno.EACCES: ("the system does not permit it", "change the permissions, or choose another place"),
+    errno.EPERM: ("the system does not permit it", "change the permissions, or choose another place"),
+    errno.EROFS: ("this disk can be read only", _OTHER),
+    errno.EISDIR: ("this is a folder", "name a file"),
+    errno.ENOTDIR: ("a part of this path is a file, not a folder", _OTHER),
+    errno.EEXIST: ("something is in the way", _OTHER),
+    errno.ENAMETOOLONG: ("the name is too long", "choose a shorter one"),
+    errno.ELOOP: ("the links lead in a circle", "repair them"),
+    errno.EAGAIN: ("another program holds this file open", "close it there, or wait for it"),
+    errno.EMFILE: ("too many files are open", "raise the limit, see `ulimit -n`"),
+    errno.EIO: ("the disk does not answer as it should", "check the disk, or the connection to it"),
+    errno.ESTALE: ("the disk is no longer there", "check the connection to it"),
+}
+_LEFT = re.compile(r"\.(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-(?P<start>\d+)-[0-9a-f]{6}\.(tmp|old)(/|$)")
+_SHORT = re.compile(r"requested and \d+ (bytes )?(were )?written|PytorchStreamWriter|inline_container")
+
+
+def _named(error: Exception, path: str | Path | None, content: bool) -> CortexlitError | None:
+    "The same as an error of this library; None: it does not come from the system."
+    text, name = str(error), type(error).__module__.partition(".")[0]
+    number = getattr(error, "errno", None) if isinstance(error, OSError) else None
+    if number is None and (found := re.search(r"os error (\d+)|errno ?= ?(\d+)", text)):
+        number = int(found[1] or found[2])  # of safetensors, of HDF5
+    if isinstance(error, Timeout):
+        return StorageError("another process has been at this for too long", path=path,
+                            fix="wait for it, or end it")  # fmt: skip
+    if not isinstance(error, OSError) and not (number and name.startswith("safetensors")):
+        number = errno.ENOSPC if isinstance(error, RuntimeError) and _SHORT.search(text) else None
+        if number is None:
+            return None
+    said = getattr(error, "filename", None) or next(iter(re.findall(r"\bname = '([^']+)'", text)), None)
+    if isinstance(said, bytes | str) and not _LEFT.search(os.fsdecode(said)):  # not one of our temporaries
+        path = os.fsdecode(said)
+    if number == errno.ENOENT:
+        return MissingError("no such file or folder", path=path)
+    if number is None and not _SHORT.search(text):
+        if not content:
+            return None
+        return DataError(f"it cannot be read: {text.splitlines()[0] if text else type(error).__name__}", path=path,
+                         fix="it is damaged, or of another kind; make or fetch it again")  # fmt: skip
+    problem, fix = _CAUSES.get(errno.ENOSPC if number is None else number, (text, None))
+    named = StorageError(problem, path=path, fix=fix)
+    named.errno = number
+    return named
+
+# %% ../nbs/00_core.ipynb #c7e3a7f9
+@contextmanager
+def named_errors(
+    path: str | Path | None = None,  # what is read or written, where the error itself names no file
+    content: bool = True,  # also what can be opened and not be read, as a `DataError`
+) -> Iterator[None]:
+    "Turn what the system refuses within the block into errors that name the file and the remedy."
+    try:
+        yield
+    except CortexlitError:
+        raise
+    except Exception as error:
+        named = _named(error, path, content)
+        if named is None:
+            raise
+        raise named from error
 
 # %% ../nbs/00_core.ipynb #ced40067
 def project_dir() -> Path:
@@ -121,8 +198,103 @@ def scale() -> str:  # "demo" or "paper"
     return value
 
 # %% ../nbs/00_core.ipynb #437c28c4
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}-{uuid4().hex[:6]}.tmp")
+def _host() -> str:
+    "The system and the space of process numbers in which a number means one process."
+    parts = [platform.node()]
+    for source in ("/proc/sys/kernel/random/boot_id", "/etc/machine-id"):
+        try:
+            parts.append(Path(source).read_text())
+            break
+        except OSError:
+            continue
+    try:
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    except OSError:
+        pass
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
+
+
+def _started(pid: int) -> int | None:
+    "When a process began (0: unknown); None: there is none."
+    try:
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if state in "ZX" else int(rest[18])
+    except (OSError, ValueError, IndexError):
+        if Path("/proc/self/stat").is_file():
+            return None
+    try:  # a system without /proc
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except OSError:
+        pass
+    return 0
+
+
+def _beside(path: Path, end: str = "tmp") -> Path:
+    "A name for what is being written; it says by whom."
+    pid = os.getpid()
+    return path.with_name(f".{path.name}.{_host()}-{pid}-{_started(pid) or 0}-{uuid4().hex[:6]}.{end}")
+
+# %% ../nbs/00_core.ipynb #f2b6d0c4
+_WEEK = 7 * 86400  # s
+
+
+def _dead(path: Path, found: re.Match) -> bool:
+    "Has the process that wrote this ended?"
+    if found["host"] == _host():
+        return _started(int(found["pid"])) not in (int(found["start"]), 0)
+    try:
+        newest = max(p.lstat().st_mtime for p in (path, *path.rglob("*")))
+    except OSError:
+        return False  # somebody is at it
+    return time.time() - newest > _WEEK
+
+
+def _left(folder: Path, name: str | None = None) -> list[Path]:
+    "What dead processes were writing in a folder, for one target or for all."
+    if not folder.is_dir():
+        return []
+    return [
+        path
+        for path in folder.iterdir()
+        if path.name.startswith("." if name is None else f".{name}.")
+        and (found := _LEFT.search(path.name))
+        and (name is None or found.start() == len(name) + 1)
+        and _dead(path, found)
+    ]
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _restore(path: Path) -> None:
+    "Put back what was moved aside by a process that died before it put the new in its place."
+    old = [p for p in _left(path.parent, path.name) if p.name.endswith(".old")]
+    if old and not os.path.lexists(path):
+        os.replace(max(old, key=lambda p: p.stat().st_mtime), path)
+
+
+def _clear(path: Path) -> None:
+    "Remove what dead processes have left of a target."
+    _restore(path)
+    for left in _left(path.parent, path.name):
+        _remove(left)
+
+
+def clear_leftovers(
+    folder: str | Path,  # a folder of ours, such as that of a run
+) -> None:
+    "Remove what killed processes have left anywhere in a folder."
+    for here, folders, _ in os.walk(folder):
+        for left in _left(Path(here)):
+            target = left.name[1 : _LEFT.search(left.name).start()]
+            _clear(left.with_name(target))
+        folders[:] = [name for name in folders if not _LEFT.search(name)]
 
 # %% ../nbs/00_core.ipynb #fba6fe27
 @contextmanager
@@ -131,44 +303,140 @@ def atomic_file(
 ) -> Iterator[Path]:  # where to write; becomes `path` if the block ends well
     "Write a file whole or not at all; an existing one survives any failure."
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = _beside(path)
-    try:
-        yield tmp
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
+    with named_errors(path, content=False):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _clear(path)
+        tmp = _beside(path)
+        try:
+            yield tmp
+            os.replace(tmp, path)
+        finally:
+            tmp.unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #b0f1d488
+def _exchange(one: Path, other: Path) -> bool:
+    "Swap two names in one step; False where the system cannot."
+    libc = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
+    name, start = {"linux": ("renameat2", (-100,)), "darwin": ("renamex_np", ())}.get(sys.platform, ("", ()))
+    call = getattr(libc, name, None) if name else None
+    if call is None:
+        return False
+    sys.audit("os.rename", os.fspath(one), os.fspath(other), -1, -1)
+    return call(*start, os.fsencode(one), *start, os.fsencode(other), ctypes.c_uint(2)) == 0
+
+
+def _put(new: Path, path: Path) -> None:
+    "Put a folder in the place of another one, and remove that."
+    if not path.exists():
+        os.rename(new, path)
+        return
+    old = new
+    if not _exchange(new, path):
+        old = _beside(path, "old")
+        os.replace(path, old)
+        try:
+            os.replace(new, path)
+        except BaseException:
+            os.replace(old, path)
+            raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _card(folder: Path) -> dict[str, Any]:
+    "What the card of a folder says; nothing if there is none."
+    try:
+        card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return card if isinstance(card, dict) else {}
+
+
+def kind_of(
+    folder: str | Path,
+) -> str | None:  # "clips", "scenes", "things", "tree", "model", ...; None: none of ours
+    "Which kind of folder of this library it is, by its card.json."
+    card = _card(Path(folder))
+    if isinstance(card.get("kind"), str):
+        return card["kind"]
+    if card.get("format") == 1 and {"subject", "layout"} <= card.keys():  # written by earlier versions:
+        return "things"
+    if {"options", "signal", "source"} <= card.keys():
+        return "clips" if "files" in card else "tree"
+    return None
+
+
+def _strange(path: Path, new: Path | None) -> list[str]:
+    "What a folder holds beside what its card lists, and what is about to replace it."
+    known = _card(path).get("files")
+    if new is None and not isinstance(known, dict):
+        return []
+    ours = {name.split("/")[0] for name in known or ()} | {"card.json", "card.md"}
+    ours |= {p.name for p in new.iterdir()} if new is not None else set()
+    return sorted(p.name for p in path.iterdir() if p.name not in ours and not p.name.startswith("."))
+
+
+def _replaceable(path: Path, kind: str | None, new: Path | None = None) -> None:
+    "Refuse to replace what we have not made."
+    if not path.is_dir():
+        raise DataError("a file is in the way", path=path, fix="choose another name, or move it")
+    if not any(path.iterdir()):
+        return
+    found = kind_of(path)
+    kind = kind or (found if new is None else kind_of(new))
+    if found is None or found != kind:
+        raise DataError(
+            f"this folder is not replaced: {f'it is of the kind {found!r}' if found else 'this library has not made it'}",
+            path=path,
+            expected=f"a folder of the kind {kind!r}"
+            if kind
+            else "a folder made by this library, with its card.json",
+            fix="choose another name; or look at what it holds, and delete it yourself",
+        )
+    if strange := _strange(path, new):
+        raise DataError(
+            f"this folder is not replaced: it also holds {', '.join(strange[:3])}",
+            path=path,
+            expected="nothing but what its card lists",
+            fix="move that elsewhere, or choose another name",
+        )
+
+# %% ../nbs/00_core.ipynb #a4c8e2f6
 @contextmanager
 def atomic_folder(
     path: str | Path,  # the folder to be made
     overwrite: bool = False,  # replace an existing folder (only after the new one is complete)
+    kind: str
+    | None = None,  # of the new folder, if its card.json does not say so; only the same kind is replaced
 ) -> Iterator[Path]:  # an empty folder to fill; becomes `path` if the block ends well
-    "Write a folder whole or not at all; raises `DataError` if it exists already."
-    path = Path(path)
-    if path.exists() and not overwrite:
-        raise DataError(
-            "the folder exists already", path=path, fix="choose another name, or pass overwrite=True"
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = _beside(path)
-    tmp.mkdir()
-    try:
-        yield tmp
-        if path.exists():
-            old = _beside(path)
-            os.replace(path, old)
-            try:
-                os.replace(tmp, path)
-            except BaseException:
-                os.replace(old, path)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(tmp, path)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
+    "Write a folder whole or not at all; raises `DataError` if it exists already, or is not ours to replace."
+    path = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
+    there = DataError(
+        "the folder exists already", path=path, fix="choose another name, or pass overwrite=True"
+    )
+    with named_errors(path, content=False):
+        _clear(path)
+        if os.path.lexists(path):
+            if not overwrite:
+                raise there
+            _replaceable(path, kind)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tmp = _beside(path)
+        tmp.mkdir()
+        try:
+            yield tmp
+            if overwrite and path.exists():
+                _replaceable(path, kind, tmp)
+                _put(tmp, path)
+            elif os.path.lexists(path):  # another process was faster
+                raise there
+            else:
+                os.rename(tmp, path)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and not overwrite and path.is_dir():
+                raise there from error
+            raise
+        finally:
+            shutil.rmtree(tmp, ignore_errors=True)
 
 # %% ../nbs/00_core.ipynb #7daba0f9
 @contextmanager
@@ -178,9 +446,99 @@ def locked(
 ) -> Iterator[None]:
     "Hold an inter-process lock named after `path`."
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{path.name}.lock"), timeout=timeout):
+    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=timeout)
+    with named_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(lock.lock_file, os.O_RDWR | os.O_CREAT, 0o666))  # says why if it cannot be
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
+
+# %% ../nbs/00_core.ipynb #c8ecf6a0
+def need_space(
+    folder: str | Path,  # where; need not exist yet
+    n_bytes: int,  # of what is to be written there
+) -> None:
+    "Raise `DataError` if a disk has no room for what is to be written, or a limit forbids it."
+    folder = Path(os.path.abspath(folder))
+    with named_errors(folder):
+        folder = next(p for p in (folder, *folder.parents) if p.is_dir())
+        free = shutil.disk_usage(folder).free
+        limit = _size_limit()
+    if free < 1.05 * n_bytes or limit < n_bytes:
+        raise DataError(
+            f"{n_bytes / 1e6:.1f} MB are to be written, and {min(free, limit) / 1e6:.1f} MB are "
+            + ("free" if free <= limit else "the limit of a file here, see `ulimit -f`"),
+            path=folder,
+            fix=_ROOM,
+        )
+
+
+def _size_limit() -> float:
+    "Bytes that a file of this process may have."
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("inf")
+    soft = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    return float("inf") if soft == resource.RLIM_INFINITY else soft
+
+
+def new_array(
+    path: str | Path,  # an .npy file, made or replaced
+    dtype: Any,
+    shape: tuple[int, ...],
+) -> np.memmap:  # writable, zeros
+    "An array on disk whose space has been set aside; `DataError` if there is not enough."
+    need_space(Path(path).parent, int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize)
+    with named_errors(path):
+        array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+        size = os.path.getsize(path)
+        if hasattr(os, "posix_fallocate") and size:
+            with open(path, "r+b") as file:
+                try:
+                    os.posix_fallocate(file.fileno(), 0, size)
+                except OSError as error:
+                    if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # the disk knows no such request
+                        raise
+        return array
+
+# %% ../nbs/00_core.ipynb #fb2d8e63
+@contextmanager
+def h5_file(
+    path: str | Path,  # an HDF5 file, made or replaced
+) -> Iterator[Any]:  # `h5py.File`, open for writing
+    "Make an HDF5 file in memory and write it in one go: HDF5 itself ends the process where a disk is full."
+    import h5py
+
+    with named_errors(path, content=False):
+        with h5py.File(str(path), "w", driver="core", backing_store=False) as file:
+            yield file
+            file.flush()
+            image = file.id.get_file_image()
+        Path(path).write_bytes(image)
+
+# %% ../nbs/00_core.ipynb #ea1c7d52
+def check_out(
+    folder: str | Path | None,  # where results are to be written; None: nowhere
+) -> None:
+    "Raise `StorageError` before any work is done if a folder cannot be made or written into."
+    if folder is None:
+        return
+    folder = Path(os.path.abspath(folder))
+    with named_errors(folder):
+        for here in (folder, *folder.parents):
+            try:
+                os.lstat(here)
+            except (FileNotFoundError, NotADirectoryError):
+                continue  # a name that is too long is another error
+            if not here.is_dir():
+                raise OSError(errno.EEXIST if here == folder else errno.ENOTDIR, "", str(here))
+            if not os.access(here, os.W_OK | os.X_OK):
+                raise OSError(errno.EACCES, "", str(here))
+            return
 
 # %% ../nbs/00_core.ipynb #b254260c
 def _plain(obj: Any) -> Any:
@@ -216,14 +574,17 @@ def read_json(
 ) -> Any:
     "Load JSON; `MissingError` if there is no such file, `DataError` if it does not parse."
     path = Path(path)
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise MissingError("no such file", path=path) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"not valid JSON: {error}", path=path, fix="the file is damaged; make or fetch it again"
-        ) from None
+    with named_errors(path):
+        if not path.parent.exists():
+            _restore(path.parent)  # its folder was being replaced
+        if not path.exists():
+            raise MissingError("no such file", path=path)
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:  # not text, not JSON, a number of 5000 digits
+            raise DataError(
+                f"not valid JSON: {error}", path=path, fix="the file is damaged; make or fetch it again"
+            ) from None
 
 # %% ../nbs/00_core.ipynb #e08c0291
 def digest(
@@ -238,8 +599,96 @@ def sha256(
     path: str | Path,  # a file of any size; read in blocks
 ) -> str:  # 64 hex digits
     "SHA-256 of a file."
-    with open(path, "rb") as file:
+    with named_errors(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+# %% ../nbs/00_core.ipynb #f4c2dcd6
+def claim(
+    folder: str | Path,  # of a run; made if it is not there
+    content: Mapping[str, Any],  # what the run is made of: options, hashes of data and weights
+    name: str = "config.json",  # the file that says so
+    resume: bool = True,  # go on with a run that is there
+) -> None:
+    "Make a folder ours, or compare with what it was made ours for; `DataError` if that is something else."
+    folder, content = Path(folder), _plain(content)
+    path = folder / name
+    with named_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(folder)
+        if not path.is_file():
+            other = [p.name for p in folder.iterdir() if p.name != "provenance.json"]  # killed at the start
+            other = sorted(other for other in other if not re.fullmatch(r"\..*\.lock", other))
+            if other:
+                raise DataError(
+                    f"the folder is not empty and holds no run, but {', '.join(other[:3])}", path=folder,
+                    expected=f"a new or empty folder, or one with a {name}", fix="choose another one",
+                )  # fmt: skip
+            write_json(path, content)
+            return
+    if not resume:
+        raise DataError("there is a run in this folder", path=folder, fix="resume=True, or another folder")
+    before = read_json(path)
+    if not isinstance(before, dict):
+        raise DataError("not what a run is made of", path=path, fix="choose another folder")
+    for key in sorted(before.keys() | content.keys()):
+        if before.get(key) != content.get(key):
+            raise DataError(
+                f"the run in this folder has {key}: {before.get(key)}",
+                path=path,
+                expected=f"{content.get(key)}, as asked for now",
+                fix="choose another folder, or ask for the same as before to resume it",
+            )
+
+# %% ../nbs/00_core.ipynb #a6e4fed8
+def save_array(
+    path: str | Path,  # an .npy file, written atomically
+    array: np.ndarray,
+) -> str:  # its SHA-256
+    "Save an array, whole or not at all."
+    with atomic_file(path) as tmp, tmp.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+    return sha256(path)
+
+
+def load_array(
+    path: str | Path,  # an .npy file
+    known: str | None = None,  # its SHA-256; None: it was not noted
+) -> np.ndarray:
+    "Load an array; `DataError` if it is damaged or not what was written."
+    with named_errors(path):
+        if known is not None and sha256(path) != known:
+            raise DataError("the file differs from what was written", path=path, expected=f"SHA-256 {known[:16]}...",
+                            fix="it is damaged or was edited; delete it, and it is made again")  # fmt: skip
+        try:
+            return np.load(path, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise DataError(
+                f"not an array: {error}", path=path, fix="delete it, and it is made again"
+            ) from None
+
+
+def made_once(
+    path: str | Path,  # an .npy file; what it was made from lies beside it as .json
+    made_from: Mapping[str, Any],  # hashes and options
+    make: Callable[[], np.ndarray],
+) -> np.ndarray:
+    "An array that is made once and read afterwards, if it was made from the same; else `DataError`."
+    path, made_from = Path(path), _plain(made_from)
+    record = path.with_suffix(".json")
+    with locked(path):
+        if path.is_file() and record.is_file():
+            known = read_json(record)
+            before = known.get("made_from") if isinstance(known, dict) else None
+            if before != made_from:
+                before = before if isinstance(before, dict) else {}
+                changed = sorted(k for k in {*made_from, *before} if before.get(k) != made_from.get(k))
+                raise DataError(f"this was made from other {', '.join(changed)}", path=path,
+                                fix="delete it, and it is made again; or choose another folder")  # fmt: skip
+            return load_array(path, known.get("sha256"))
+        record.unlink(missing_ok=True)
+        array = make()
+        write_json(record, {"made_from": made_from, "sha256": save_array(path, array)})
+        return load_array(path)
 
 # %% ../nbs/00_core.ipynb #7203b739
 def _commit() -> str | None:

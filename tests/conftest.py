@@ -1,8 +1,11 @@
 """Fixtures for all tests: private folders, and a tiny session with known ground truth."""
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import progress
 import pytest
 from hypothesis import settings
 
@@ -14,6 +17,33 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the network
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.register_profile("search", deadline=None)
 settings.load_profile("same")
+
+
+LIMIT = 300  # seconds that a test may take on a busy machine; a hanging one ends with all its stacks
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(LIMIT))
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays; so each training run, which sweeps the memory at its end, need not look at it."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def no_curves() -> Iterator[None]:
+    "An empty picture in place of the curves of each run, for tests that train dozens of tiny models."
+    from matplotlib.figure import Figure
+
+    from cortexlit.training.trainer import Fit
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Fit, "curves", lambda run: Figure())
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -41,3 +71,10 @@ def tiny_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from cortexlit.data.synthetic import write_session
 
     return write_session(tmp_path_factory.mktemp("sessions") / "tiny", size="tiny")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "data: reads real files, which `cortexlit data` lists; skipped without them"
+    )
+    progress.pytest_configure(config)

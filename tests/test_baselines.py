@@ -6,7 +6,9 @@ from toys import toy_recording
 
 from cortexlit.core import DataError
 from cortexlit.data.clips import build_dataset, load_tier
-from cortexlit.evaluation.baselines import score_dataset
+from cortexlit.evaluation import baselines
+from cortexlit.evaluation.baselines import ORACLE, TRUTH, clip_baselines, score_dataset
+from cortexlit.evaluation.ceilings import split_half_reliability
 from cortexlit.evaluation.metrics import mean_score, single_trial_correlation
 
 
@@ -37,3 +39,38 @@ def test_too_few_predicted_frames_are_refused(folder):
     test = load_tier(folder, "test")
     with pytest.raises(DataError, match="last=9 with 5 frames"):
         score_dataset(folder, last=9, models={"model": test.labels[..., -5:]})
+
+
+def one(sheet, metric, column="value"):
+    rows = sheet.table()
+    return rows[rows["metric"] == metric].set_index("model")[column]
+
+
+def test_without_the_truth_ceilings_come_from_split_halves_and_other_repeats_are_none(folder):
+    parts = {tier: load_tier(folder, tier) for tier in ("train", "validation", "test")}
+    sheet = score_dataset(folder, last=9)
+    assert ORACLE in set(sheet.table()["model"])
+    assert one(sheet, "single-trial correlation", "ceiling").isna().all()
+    labels, clip = (np.concatenate([getattr(d, k) for d in parts.values()]) for k in ("labels", "clip"))
+    r = split_half_reliability(labels, clip, last=9, repeats=1)
+    expected = mean_score(np.sign(r) * np.sqrt(abs(r)))
+    np.testing.assert_allclose(one(sheet, "flattened correlation", "ceiling"), expected)
+    assert (
+        one(sheet, "correlation to average", "ceiling").isna().all()
+    )  # the test tier has one repeat of each clip
+
+
+def test_the_truth_is_the_ceiling_where_it_is_known(folder):
+    test = load_tier(folder, "test")
+    known = test.labels + np.random.default_rng(0).normal(size=test.labels.shape)
+    sheet = score_dataset(folder, last=9, truth=known)
+    for metric in ("single-trial correlation", "flattened correlation"):
+        np.testing.assert_allclose(one(sheet, metric, "ceiling"), one(sheet, metric)[TRUTH])
+    assert (one(sheet, "FEVE", "ceiling") == 1).all()
+
+
+def test_baselines_at_hand_are_not_fitted_again(folder, monkeypatch):
+    found = clip_baselines(folder)
+    expected = score_dataset(folder, last=9).table()
+    monkeypatch.setattr(baselines, "clip_baselines", lambda root: pytest.fail("fitted again"))
+    assert score_dataset(folder, last=9, baselines=found).table().equals(expected)

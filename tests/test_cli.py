@@ -10,6 +10,8 @@ from toys import toy_recording
 from cortexlit import cli
 from cortexlit.data.clips import build_dataset
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):

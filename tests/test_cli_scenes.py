@@ -9,6 +9,8 @@ import pytest
 from cortexlit import cli
 from cortexlit.data.scenes import import_arrays
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 
 def run(capsys, monkeypatch, *words) -> tuple[int, dict | list]:
     "Exit code and the JSON document of `cortexlit scenes WORDS --json`."

@@ -9,13 +9,28 @@ import pytest
 
 from cortexlit import cli
 from cortexlit.core import DataError
-from cortexlit.data.things import ThingsDataset, load_properties, split_by_concept, write_things
+from cortexlit.data.things import (
+    ThingsDataset,
+    build_things,
+    load_properties,
+    open_things,
+    split_by_concept,
+    write_things,
+)
 from cortexlit.evaluation.decoding import score_subject
+
+pytestmark = pytest.mark.usefixtures("no_curves")
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     return write_things(tmp_path_factory.mktemp("things") / "study", "tiny")
+
+
+@pytest.fixture(scope="module")
+def cache(study, tmp_path_factory):
+    "The subject as `things build` leaves it, made once for all tests: read it, never write."
+    return build_things(open_things(study / "figshare"), tmp_path_factory.mktemp("cache") / "figshare")
 
 
 def run(capsys, monkeypatch, *words: str) -> tuple[int, dict | list]:
@@ -52,10 +67,9 @@ def test_from_a_folder_to_scores(study, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("model", ["parcels", "patches", "study"])
-def test_a_trained_decoder_joins_the_sheet(study, tmp_path, capsys, monkeypatch, model):
-    run(capsys, monkeypatch, "build", study / "figshare", "--out", tmp_path / "cache")
-    common = [tmp_path / "cache", "--ratings", study / "ratings", "--folds", "3"]
-    words = ["fit", *common, "--out", tmp_path / "net", "--model", model, "--epochs", "1"]
+def test_a_trained_decoder_joins_the_sheet(study, cache, tmp_path, capsys, monkeypatch, model):
+    common = [cache, "--ratings", study / "ratings", "--folds", "3"]
+    words = ["fit", *common, "--out", tmp_path / "net", "--model", model, "--epochs", "1", "--layers", "1"]
     code, found = run(capsys, monkeypatch, *words)
     assert code == 0 and [row["fold"] for row in found["folds"]] == [0, 1, 2], found
     assert run(capsys, monkeypatch, *words)[1] == found  # read back
@@ -82,11 +96,10 @@ def test_a_synthetic_subject_says_where_its_ratings_lie(tmp_path, capsys, monkey
     assert code == 0 and found["layout"] == "volumes"
 
 
-def test_banded_ridge_is_early_visual_cortex_against_the_rest(study, tmp_path, capsys, monkeypatch):
-    run(capsys, monkeypatch, "build", study / "figshare", "--out", tmp_path / "cache")
-    words = ["score", tmp_path / "cache", "--ratings", study / "ratings", "--permutations", "0"]
+def test_banded_ridge_is_early_visual_cortex_against_the_rest(study, cache, tmp_path, capsys, monkeypatch):
+    words = ["score", cache, "--ratings", study / "ratings", "--permutations", "0"]
     code, rows = run(capsys, monkeypatch, *words, "--bands", "early")
-    data = ThingsDataset(tmp_path / "cache", load_properties(study / "ratings"), "visual")
+    data = ThingsDataset(cache, load_properties(study / "ratings"), "visual")
     early = data.rois[["V1", "V2", "V3"]].any(axis=1).to_numpy()
     x, split = data.responses.astype(float), split_by_concept(data.trials)
     sheet = score_subject(
@@ -98,9 +111,8 @@ def test_banded_ridge_is_early_visual_cortex_against_the_rest(study, tmp_path, c
     assert code == 0 and len(found) == 30 and np.allclose(found, expected)
 
 
-def test_ratings_of_ones_choice(study, tmp_path, capsys, monkeypatch):
-    run(capsys, monkeypatch, "build", study / "figshare", "--out", tmp_path / "cache")
-    common = [tmp_path / "cache", "--ratings", study / "ratings", "--folds", "3"]
+def test_ratings_of_ones_choice(study, cache, tmp_path, capsys, monkeypatch):
+    common = [cache, "--ratings", study / "ratings", "--folds", "3"]
     two, turned = (
         [w for p in ps for w in ("--properties", p)] for ps in (("lives", "size"), ("size", "lives"))
     )
@@ -117,9 +129,8 @@ def test_ratings_of_ones_choice(study, tmp_path, capsys, monkeypatch):
     )
 
 
-def test_one_rating_is_enough(study, tmp_path, capsys, monkeypatch):
-    run(capsys, monkeypatch, "build", study / "figshare", "--out", tmp_path / "cache")
-    words = ["score", tmp_path / "cache", "--ratings", study / "ratings", "--properties", "heavy"]
+def test_one_rating_is_enough(study, cache, tmp_path, capsys, monkeypatch):
+    words = ["score", cache, "--ratings", study / "ratings", "--properties", "heavy"]
     code, rows = run(capsys, monkeypatch, *words, "--permutations", "2")
     assert code == 0
     assert {r["metric"] for r in rows} == {"R2 mean", "r mean", "R2 heavy", "R2 component 1"}
@@ -134,7 +145,7 @@ def test_one_rating_is_enough(study, tmp_path, capsys, monkeypatch):
         ("parcels", ["--layers", "2"], 2, 5),
     ],
 )
-def test_layers_and_patience(study, tmp_path, capsys, monkeypatch, model, words, depth, patience):
+def test_layers_and_patience(study, cache, tmp_path, capsys, monkeypatch, model, words, depth, patience):
     seen = {}
 
     def fit_folds(build, data, split, out, **options):
@@ -142,8 +153,7 @@ def test_layers_and_patience(study, tmp_path, capsys, monkeypatch, model, words,
         raise DataError("enough seen")
 
     monkeypatch.setattr("cortexlit.training.decoders.fit_folds", fit_folds)
-    run(capsys, monkeypatch, "build", study / "figshare", "--out", tmp_path / "cache")
-    common = [tmp_path / "cache", "--ratings", study / "ratings", "--out", tmp_path / "net", "--model", model]
+    common = [cache, "--ratings", study / "ratings", "--out", tmp_path / "net", "--model", model]
     _, found = run(capsys, monkeypatch, "fit", *common, *words)
     assert found["error"] == "enough seen" and (seen["depth"], seen["patience"]) == (depth, patience)
 
@@ -158,15 +168,14 @@ def test_the_demonstration_trains_as_fit_does_by_default(study, tmp_path, capsys
     monkeypatch.setattr("cortexlit.training.decoders.fit_folds", fit_folds)
     monkeypatch.setattr("cortexlit.data.things.embedded_things", lambda size: study)
     with pytest.raises(DataError, match="enough seen"):
-        cli._demo_decoding(tmp_path)
+        cli._demo_fmri(tmp_path)
     words = [tmp_path / "datasets" / "things", "--ratings", study / "ratings", "--out", tmp_path / "net"]
     assert run(capsys, monkeypatch, "fit", *words)[1] == {"error": "enough seen"}
     assert seen[0] == seen[1]
 
 
-def test_the_printed_sheet_has_notes(study, tmp_path, capsys, monkeypatch):
-    run(capsys, monkeypatch, "build", study / "figshare", "--out", tmp_path / "cache")
-    words = ["score", tmp_path / "cache", "--ratings", study / "ratings", "--permutations", "3"]
+def test_the_printed_sheet_has_notes(study, cache, tmp_path, capsys, monkeypatch):
+    words = ["score", cache, "--ratings", study / "ratings", "--permutations", "3"]
     monkeypatch.setattr(sys, "argv", ["cortexlit", "things", *map(str, words)])
     with pytest.raises(SystemExit):
         cli.main()
@@ -226,8 +235,9 @@ def test_the_printed_sheet_has_notes(study, tmp_path, capsys, monkeypatch):
         ),
     ],
 )
-def test_what_cannot_be_is_refused(study, tmp_path, capsys, monkeypatch, words, told):
-    run(capsys, monkeypatch, "build", study / "figshare", "--out", tmp_path / "figshare")
-    words = [w.replace("STUDY", str(study)).replace("OUT", str(tmp_path)) for w in words]
+def test_what_cannot_be_is_refused(study, cache, tmp_path, capsys, monkeypatch, words, told):
+    places = {"OUT/figshare": cache, "STUDY": study, "OUT": tmp_path}
+    for name, place in places.items():
+        words = [word.replace(name, str(place)) for word in words]
     code, found = run(capsys, monkeypatch, *words)
     assert code == 1 and told in found["error"]

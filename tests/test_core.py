@@ -54,10 +54,12 @@ def test_nan_becomes_null(tmp_path):
 
 
 def test_folder_moved_aside_comes_back(tmp_path, monkeypatch):
-    "The second rename fails: the old folder must be where it was."
+    "Where names cannot be exchanged, and the second rename fails: the old folder must be where it was."
+    monkeypatch.setattr(core, "_exchange", lambda *_: False)
     target = tmp_path / "data"
     with core.atomic_folder(target) as tmp:
         (tmp / "old").touch()
+        core.write_json(tmp / "card.json", {"kind": "toy", "files": {"old": ""}})
     real, calls = os.replace, []
 
     def replace(a, b):
@@ -67,9 +69,9 @@ def test_folder_moved_aside_comes_back(tmp_path, monkeypatch):
         real(a, b)
 
     monkeypatch.setattr(core.os, "replace", replace)
-    with pytest.raises(OSError, match="no"), core.atomic_folder(target, overwrite=True) as tmp:
+    with pytest.raises(OSError, match="no"), core.atomic_folder(target, overwrite=True, kind="toy") as tmp:
         (tmp / "new").touch()
-    assert [p.name for p in target.iterdir()] == ["old"]
+    assert sorted(p.name for p in target.iterdir()) == ["card.json", "old"]
     assert [p.name for p in tmp_path.iterdir()] == ["data"]
 
 

@@ -14,6 +14,8 @@ from cortexlit.core import DataError
 from cortexlit.data.things import split_by_concept, split_by_session
 from cortexlit.training.decoders import FoldFits, fit_folds
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 
 class LinearConfig(PretrainedConfig):
     model_type = "toy-linear"

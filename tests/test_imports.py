@@ -85,11 +85,18 @@ def test_no_module_imports_itself_by_a_detour():
         pytest.fail("modules import each other in a circle: " + " <- ".join(error.args[1]))
 
 
-def test_everything_imports_without_allensdk():
-    """allensdk's pins are old: a dataset folder must be usable, and data.allen importable, without it."""
-    script = """
+WITHOUT = """
 import importlib, sys, traceback
+from cortexlit.data import allen
+assert not any(m.split(".")[0] == "allensdk" for m in sys.modules), "allensdk was imported"
 sys.modules["allensdk"] = None  # from here on, importing it raises ImportError
+for call in (allen.list_sessions, lambda c: allen.open_session(1, c), allen.open_cache):
+    try:
+        call("c")
+    except allen.MissingError as error:
+        assert 'pip install "cortexlit[allen]"' in str(error) and "Python 3.11" in str(error), error
+    else:
+        raise AssertionError("no error")
 failed = []
 for name in sys.argv[1:]:
     try:
@@ -99,7 +106,11 @@ for name in sys.argv[1:]:
         traceback.print_exc()
 sys.exit(f"cannot be imported without allensdk: {failed}" if failed else 0)
 """
+
+
+def test_everything_imports_without_allensdk_and_calls_say_what_to_install():
+    """allensdk's pins are old: a dataset folder must be usable, and data.allen importable, without it."""
     names = sorted(modules())
     assert "data.allen" in names
-    done = subprocess.run([sys.executable, "-c", script, *names], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", WITHOUT, *names], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -2,8 +2,6 @@
 
 import copy
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from threading import Thread, get_ident
@@ -12,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import Process
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -161,22 +160,22 @@ def test_called_from_several_threads_at_once(two_threads):
     assert len(results) == 4 and all(torch.equal(result, expected) for result in results)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_survives_a_fork():
-    "A forked process (a DataLoader worker) inherits the pool, but none of its threads."
-    script = """
-import os, torch
-torch.set_num_threads(2)
-from cortexlit.models.attention import attend
-x = torch.ones(4, 1, 3, 8, dtype=torch.bfloat16)
-attend(x, x, x)
-child = os.fork()
-if child == 0:
+def forks() -> None:
     torch.set_num_threads(2)
-    os._exit(0 if torch.equal(attend(x, x, x), x) else 1)
-raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-    assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0
+    x = torch.ones(4, 1, 3, 8, dtype=torch.bfloat16)
+    attend(x, x, x)
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(2)
+        os._exit(0 if torch.equal(attend(x, x, x), x) else 1)
+    raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_survives_a_fork(tmp_path):
+    "A forked process (a DataLoader worker) inherits the pool, but none of its threads."
+    code, told = Process(tmp_path, forks).ended()
+    assert code == 0, told
 
 
 # blocks

@@ -2,14 +2,15 @@
 
 import copy
 import json
-import subprocess
-import sys
+import os
+import signal
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 from optuna.trial import TrialState
+from processes import Process, barrier
 from toy_training import FRAMES, tiny_model
 from toys import toy_recording
 
@@ -21,7 +22,8 @@ from cortexlit.training import lora
 from cortexlit.training.lora import FULL, STUDY, Configuration, Grid, at_scale, clip_folds
 from cortexlit.training.trainer import predict
 
-TESTS = Path(__file__).parent
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 LAST = 8
 CONFIGURATIONS = (
     Configuration("small", Adapters(2, "fused"), 0.01, "cosine", (1,)),
@@ -121,65 +123,47 @@ def test_the_test_tier_is_predicted_once(inputs, tmp_path, monkeypatch):
     assert all((again[k] == first[k]).all() for k in first)
 
 
-WORKER = """
-from test_lora import grid
-from pathlib import Path
-import test_lora
-from cortexlit.training import lora
-lora._HEARTBEAT = 1
-root, core, out, deadly = sys.argv[1:]
-if deadly == "yes":
-    import os, signal
+def work(inputs, out: Path, deadly: bool) -> None:
+    "One worker on the grid; a deadly one is killed at the end of its first large run."
     fit = lora.fit
+
     def dies(*args, **options):
         done = fit(*args, **options)
         if "large" in str(options["out"]):
             os.kill(os.getpid(), signal.SIGKILL)
         return done
-    lora.fit = dies
-grid((Path(root), Path(core)), Path(out)).run()
-"""
 
-
-def worker(inputs, out: Path, folder: Path, deadly: str = "no") -> subprocess.Popen:
-    script = folder / f"worker-{deadly}.py"
-    script.write_text(f"import sys; sys.path.insert(0, {str(TESTS)!r})\n" + WORKER)
-    command = [sys.executable, str(script), *map(str, inputs), str(out), deadly]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder)
+    if deadly:  # the others keep the usual heartbeat: a busy machine must not take them for dead
+        lora._HEARTBEAT, lora.fit = 1, dies
+    grid(inputs, out).run()
 
 
 def test_two_workers_share_a_study_and_nothing_is_run_twice(inputs, tmp_path):
-    workers = [worker(inputs, tmp_path / "grid", tmp_path) for _ in range(2)]
-    told = [w.communicate(timeout=240) for w in workers]
-    assert [w.returncode for w in workers] == [0, 0], told
-    lines = Counter(line.split(":")[0] for out, _ in told for line in out.splitlines())
+    workers = [Process(tmp_path, work, inputs, tmp_path / "grid", False) for _ in range(2)]
+    codes, told = zip(*(worker.ended() for worker in workers), strict=True)
+    assert codes == (0, 0), told
+    lines = Counter(line.split(":")[0] for out in told for line in out.splitlines())
     assert lines == {f"{name}, seed {seed}": 1 for name in ("small", "large") for seed in (0, 1)}
     table = grid(inputs, tmp_path / "grid").table()
     assert len(table) == 4
 
 
-OPENS = """
-import sys, time
-from cortexlit.training.lora import open_storage
-start = 5 * (int(time.time()) // 5 + 2)  # the same moment for both
-for k in range(6):
-    time.sleep(max(0, start + k - time.time()))
-    open_storage(f"sqlite:///{k}.db")
-"""
+def opens(moment) -> None:
+    for k in range(6):
+        moment.wait(200)
+        lora.open_storage(f"sqlite:///{k}.db")
 
 
 def test_workers_may_open_a_new_storage_in_the_same_moment(tmp_path):
-    (tmp_path / "opens.py").write_text(OPENS)
-    command = [sys.executable, "opens.py"]
-    openers = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path) for _ in range(2)]
-    told = [opener.communicate(timeout=120)[1] for opener in openers]
-    assert [opener.returncode for opener in openers] == [0, 0], told
+    moment = barrier(2)
+    openers = [Process(tmp_path, opens, moment) for _ in range(2)]
+    codes, told = zip(*(opener.ended() for opener in openers), strict=True)
+    assert codes == (0, 0), told
 
 
 def test_a_killed_workers_trial_is_taken_over(inputs, tmp_path, monkeypatch):
-    died = worker(inputs, tmp_path / "grid", tmp_path, "yes")
-    died.communicate(timeout=240)
-    assert died.returncode == -9
+    code, told = Process(tmp_path, work, inputs, tmp_path / "grid", True).ended()
+    assert code == -signal.SIGKILL, told
     monkeypatch.setattr(lora, "_HEARTBEAT", 1)
     again = grid(inputs, tmp_path / "grid")
     assert [t.state for t in again.study().trials].count(TrialState.RUNNING) == 1

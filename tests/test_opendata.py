@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,10 +22,15 @@ from cortexlit.data import opendata
 from cortexlit.data.opendata import REGISTRY, drifting_grating, fetch, open_recording
 
 HOME = data_home()
-needs_files = pytest.mark.skipif(
-    not all((HOME / entry.path).is_file() for entry in REGISTRY.values()),
-    reason="no park_gratings folder in the data home",
-)
+
+
+def needs_files(test: Callable) -> Callable:
+    "Marks a test that reads the real recordings, and skips it where they are not."
+    absent = [entry.path for entry in REGISTRY.values() if not (HOME / entry.path).is_file()]
+    skip = pytest.mark.skipif(bool(absent), reason=f"no {', '.join(absent)} in {HOME} (make data)")
+    return pytest.mark.data(skip(test))
+
+
 CONTENT = bytes(range(256)) * 400
 NAME = "park_230809"
 

@@ -305,7 +305,7 @@ def test_rows_of_the_sheet(folder):
     else:
         assert row["value"] > 0.5 and row["baseline"] == row["value"]
     assert table.loc[("train mean", CORRELATIONS[0]), "undefined"] == 1
-    assert "would be compared with" in table.loc[("oracle: other repeats", "FEVE"), "note"]
+    assert "would be compared with" in table.loc[("other repeats", "FEVE"), "note"]
     scored = table.loc[("energy + behaviour", CORRELATIONS[0])]
     assert scored["low"] < scored["value"] < scored["high"]
     test = load_scenes(folder, "test")
@@ -321,9 +321,7 @@ def test_rows_of_the_sheet(folder):
         (labels[image == i].sum(0) - y) / ((image == i).sum() - 1) for i, y in zip(test.image, test.labels, strict=True)
     ])  # fmt: skip
     oracle = np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(others.T, test.labels.T, strict=True)])
-    np.testing.assert_allclose(
-        table.loc[("oracle: other repeats", CORRELATIONS[0]), "value"], oracle, rtol=1e-4
-    )
+    np.testing.assert_allclose(table.loc[("other repeats", CORRELATIONS[0]), "value"], oracle, rtol=1e-4)
     joint, alone = (
         table.loc[(m, CORRELATIONS[0]), "value"] for m in ("energy + behaviour", "behaviour ridge")
     )
@@ -350,7 +348,7 @@ def test_a_perfect_model_reaches_the_ceiling(tmp_path):
     for metric, repeats in zip(CORRELATIONS, (1, shown), strict=True):
         expected = np.sqrt(1 / (1 + 1.5**2 / repeats))
         assert abs(table.loc[("truth", metric), "ceiling"] - expected) < 0.05
-    oracle = table.loc[("oracle: other repeats", CORRELATIONS[0]), "value"]
+    oracle = table.loc[("other repeats", CORRELATIONS[0]), "value"]
     assert oracle < table.loc[("truth", CORRELATIONS[0]), "value"]
 
 
@@ -406,7 +404,7 @@ def test_without_behaviour_and_without_repeats(tmp_path):
     table = score_scenes(out, name="bare").table().set_index(["model", "metric"])
     assert "was measured" in table.loc[("behaviour ridge", CORRELATIONS[0]), "note"]
     assert "needs repeats" in table.loc[("pixel ridge", "FEVE"), "note"]
-    assert "shown once" in table.loc[("oracle: other repeats", CORRELATIONS[0]), "note"]
+    assert "shown once" in table.loc[("other repeats", CORRELATIONS[0]), "note"]
     assert np.isfinite(table.loc[("pixel ridge", CORRELATIONS[0]), "value"])
     assert (
         np.isnan(table.loc[("pixel ridge", CORRELATIONS[0]), "ceiling"])
@@ -443,7 +441,7 @@ def test_wrong_predictions_are_refused(folder, wrong, words):
 
 def test_a_model_cannot_take_the_name_of_a_baseline(folder):
     labels = load_scenes(folder, "test").labels
-    for name in ("pixel ridge", "oracle: other repeats", "ceiling: split halves"):
+    for name in ("pixel ridge", "other repeats", "ceiling: split halves"):
         with pytest.raises(DataError, match="another name"):
             score_scenes(folder, {name: labels})
     assert len(score_scenes(folder, {("pixel ridge", 0): labels})) == 26  # a seed of its own is another row

@@ -378,7 +378,7 @@ def test_gap_in_a_trace_is_named(tmp_path):
     traces = toy.traces.copy()
     start = toy.table("natural_scenes")["start"].to_numpy()
     traces[1, start[4] : start[4] + 15] = np.nan
-    with pytest.raises(DataError, match=r"not finite, the first at index \(4, 1\)"):
+    with pytest.raises(DataError, match=r"not finite.*at index \(4, 1\)"):
         build_scenes(replace(toy, traces=traces), tmp_path / "data", **SMALL)
     assert not list(tmp_path.iterdir())
 
@@ -394,7 +394,7 @@ def test_damage_is_noticed_and_kinds_are_told_apart(folder, tmp_path):
     from toys import toy_recording
 
     clips = build_dataset(toy_recording(), tmp_path / "clips", clip_frames=20, size=(6, 10), gap=5)
-    with pytest.raises(DataError, match="no folder of still pictures"):
+    with pytest.raises(DataError, match="wrong kind of folder"):
         ScenesDataset(clips, "train")
 
 

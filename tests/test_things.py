@@ -12,12 +12,13 @@ import pandas as pd
 import pytest
 import torch
 
-from cortexlit.core import DataError, MissingError, SplitLeak, rng
+from cortexlit.core import DataError, MissingError, SplitLeak, data_home, rng
 from cortexlit.data import things as module
 from cortexlit.data.things import (
     LAYOUTS,
     PROPERTIES,
     SIZES,
+    THINGS_TABLES,
     Split,
     ThingsDataset,
     TrialIndex,
@@ -369,7 +370,7 @@ def test_values_that_are_not_finite_stop_the_cache(copy, tmp_path):
     folder = copy("figshare")
     with h5py.File(folder / "betas_csv/sub-01_ResponseData.h5", "r+") as file:
         file["ResponseData/block0_values"][7, 3] = np.nan
-    with pytest.raises(DataError, match="1 responses are not finite") as error:
+    with pytest.raises(DataError, match="1 of 99072 values are not finite") as error:
         build_things(open_things(folder), tmp_path / "cache")
     assert complete(error, "sub-01_ResponseData.h5") and not (tmp_path / "cache").exists()
 
@@ -381,7 +382,7 @@ def test_the_volume_file_that_is_not_finite_is_named(copy, tmp_path):
     values = values.copy()
     values[open_things(folder).mask] = np.nan
     write_nifti(path, values, affine)
-    with pytest.raises(DataError, match="16512 responses are not finite") as error:
+    with pytest.raises(DataError, match="16512 of 16512 values are not finite") as error:
         build_things(open_things(folder), tmp_path / "cache")
     assert complete(error, path.name)
 
@@ -467,7 +468,7 @@ def test_damaged_volumes_are_named(tmp_path, damage):
     else:
         raw = gzip.compress(b"\0" * 5000)
     path.write_bytes(raw)
-    with pytest.raises(DataError, match="damaged or incomplete") as error:
+    with pytest.raises(DataError, match="cut off or damaged|no NIfTI file") as error:
         read_nifti(path)
     assert "sub-01_betas.nii.gz" in str(error.value)
 
@@ -727,7 +728,7 @@ def test_damaged_hdf5(copy):
     folder = copy("figshare")
     path = folder / "betas_csv/sub-01_ResponseData.h5"
     path.write_bytes(path.read_bytes()[:3000])
-    with pytest.raises(DataError, match="damaged or incomplete") as error:
+    with pytest.raises(DataError, match="cut off or damaged|no NIfTI file") as error:
         open_things(folder).read()
     assert complete(error, path.name)
 
@@ -779,12 +780,13 @@ def test_real_tables_are_checked(tmp_path, monkeypatch):
         things_table("animacy.csv")
 
 
+@pytest.mark.data
 def test_the_real_trial_table():
-    try:
-        path = things_table("sub-01_StimulusMetadata.csv")
-        ratings = load_properties(things_table("animacy.csv"), [*PROPERTIES, "arousal", "size"])
-    except MissingError:
-        pytest.skip("the real tables are not on this machine")
+    entries = [THINGS_TABLES[name] for name in ("sub-01_StimulusMetadata.csv", "animacy.csv")]
+    if absent := [e.path for e in entries if not (data_home() / e.path).is_file()]:
+        pytest.skip(f"no {', '.join(absent)} in CORTEXLIT_DATA (make data)")
+    path = things_table("sub-01_StimulusMetadata.csv")
+    ratings = load_properties(things_table("animacy.csv"), [*PROPERTIES, "arousal", "size"])
     stimuli = module._index_from_table(path).stimuli
     assert len(stimuli) == 9840 and stimuli["role"].value_counts().to_dict() == {"train": 8640, "test": 1200}
     assert stimuli["concept"].nunique() == 720 and stimuli["image"].nunique() == 8740

@@ -1,15 +1,19 @@
 """Training survives kill -9, spreads over processes, and scores as `evaluation.metrics` does."""
 
 import json
+import os
+import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+from processes import Process
 from toy_training import LAST, Toy, tiers, tiny_model, weights, without_sampling
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
@@ -20,18 +24,12 @@ from cortexlit.evaluation.metrics import single_trial_correlation
 from cortexlit.models.adapters import Adapters, load_adapters
 from cortexlit.models.losses import LOSSES
 from cortexlit.models.viv1t import ViV1T, ViViT
-from cortexlit.training.trainer import _Batches, _correlation, _last_checkpoint, fit, predict
+from cortexlit.training.trainer import Fit, _Batches, _correlation, _last_checkpoint, fit, predict
 
-TESTS = Path(__file__).parent
+pytestmark = pytest.mark.usefixtures("no_curves")
+CURVES = Fit.curves
+
 FAST = {"epochs": 2, "last": LAST, "lr": 0.01, "progress": False}
-
-
-def start(script: str, *args: object, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-    "Run a script in a process of its own."
-    path = Path("script.py")
-    path.write_text(f"import sys; sys.path.insert(0, {str(TESTS)!r})\n" + script)
-    command = [sys.executable, *launcher, str(path), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -103,7 +101,8 @@ def test_batches_hold_one_mouse_and_every_sample_and_do_not_depend_on_processes(
 # --- run folder
 
 
-def test_run_folder_and_resuming_a_finished_run(tmp_path, capsys):
+def test_run_folder_and_resuming_a_finished_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Fit, "curves", CURVES)
     model, data, out = tiny_model(), tiers(), tmp_path / "run"
     before = {k: v.clone() for k, v in model.state_dict().items()}
     run = fit(model, data, out=out, **FAST)
@@ -460,6 +459,10 @@ def test_several_mice_take_turns(tmp_path):
         m for m in "ABC" if not same(start.readouts[m].state_dict(), run.model.readouts[m].state_dict())
     ]
     assert changed == ["A", "B"]
+    assert [len(axis.lines) for axis in CURVES(run).axes] == [
+        2,
+        4,
+    ]  # two losses; two mice, their mean, the best
     assert predict(run.model, mice["B"][1], LAST, mouse_id="B").shape == (4, 3, LAST)
 
 
@@ -469,33 +472,35 @@ LONG = {
     "full": {"adapt": "full", "schedule": "plateau", "patience": 4, "accumulate": 2, "epochs": 5},
     "lora": {"adapt": "lora", "adapters": Adapters(rank=2, head=True), "accumulate": 2, "epochs": (3, 2)},
 }
-KILLED = f"""
-import os, signal
-from pathlib import Path
-from toy_training import LAST, Toy, tiers, tiny_model
-from cortexlit.models.adapters import Adapters
-from cortexlit.training.trainer import fit
+
 
 class Deadly(Toy):
     "Kills its process in the middle of the third epoch."
+
     left = 5
+
+    def __init__(self, out: Path, *args, **options):
+        self.third = out / "checkpoint-8" / "complete"
+        super().__init__(*args, **options)
+
     def __getitem__(self, i):
-        if Path(sys.argv[1], "checkpoint-8", "complete").exists():
+        if self.third.exists():
             self.left -= 1
             if not self.left:
                 os.kill(os.getpid(), signal.SIGKILL)
         return super().__getitem__(i)
 
-fit(tiny_model(dropout=0.2), (Deadly(8, seed=1), tiers()[1]), out=sys.argv[1], **{{**{FAST!r}, **{LONG!r}[sys.argv[2]]}})
-"""
+
+def is_killed(out: Path, adapt: str) -> None:
+    fit(tiny_model(dropout=0.2), (Deadly(out, 8, seed=1), tiers()[1]), out=out, **FAST | LONG[adapt])
 
 
 @pytest.mark.parametrize("adapt", LONG)
 def test_resume_after_kill_9_gives_the_same_bits(tmp_path, adapt):
     options = FAST | LONG[adapt]
     whole = fit(tiny_model(dropout=0.2), tiers(), out=tmp_path / "whole", **options)
-    done = start(KILLED, tmp_path / "cut", adapt)
-    assert done.returncode == -9, done.stderr
+    code, told = Process(tmp_path, is_killed, tmp_path / "cut", adapt).ended()
+    assert code == -signal.SIGKILL, told
     assert _last_checkpoint(tmp_path / "cut").name == "checkpoint-8"
     assert not (tmp_path / "cut" / "curves.png").exists()
     half = tmp_path / "cut" / "checkpoint-12"  # as if the next checkpoint had been cut short, too
@@ -515,31 +520,42 @@ def test_resume_after_kill_9_gives_the_same_bits(tmp_path, adapt):
     assert state[0]["best_global_step"] == state[1]["best_global_step"]
 
 
-SHARED = f"""
-from accelerate import PartialState
-from toy_training import tiers, tiny_model, without_sampling
-from cortexlit.training.trainer import fit
+SHARED = {"head": {}, "full": {"adapt": "full", "accumulate": 2}}
 
-model = without_sampling(tiny_model({{"A": 5, "B": 3}}))
-mice = {{"A": tiers(), "B": tiers(neurons=3)}}
-for name, options in (("head", {{}}), ("full", {{"adapt": "full", "accumulate": 2}})):
-    fit(model, mice, out=f"{{sys.argv[1]}}/{{name}}", batch_size=2, **{{**{FAST!r}, **options}})
-print("processes", PartialState().num_processes)
-"""
+
+def two_mice() -> tuple[ViV1T, dict]:
+    return without_sampling(tiny_model({"A": 5, "B": 3})), {"A": tiers(), "B": tiers(neurons=3)}
+
+
+def shared(out: Path) -> None:
+    "What `accelerate launch` starts twice."
+    for name, options in SHARED.items():
+        fit(*two_mice(), out=out / name, batch_size=2, **FAST | options)
+    print("processes", PartialState().num_processes)
 
 
 def test_two_processes_give_the_losses_of_one(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-                "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port)  # fmt: skip
-    done = start(SHARED, tmp_path / "two", launcher=launcher)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("processes 2") == 2, done.stdout + done.stderr
-    model = without_sampling(tiny_model({"A": 5, "B": 3}))
-    mice = {"A": tiers(), "B": tiers(neurons=3)}
-    for name, options in (("head", {}), ("full", {"adapt": "full", "accumulate": 2})):
+        port = free.getsockname()[1]
+    words = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend",
+             "no", "--main_process_port", str(port), "shared.py"]  # fmt: skip
+    launched = prepare_multi_gpu_env(_validate_launch_command(launch_command_parser().parse_args(words))[0])
+    group = launched | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+    }
+    both = [
+        Process(tmp_path, shared, tmp_path / "two", environment=group | {"RANK": k, "LOCAL_RANK": k})
+        for k in "01"
+    ]
+    codes, told = zip(*(process.ended() for process in both), strict=True)
+    assert codes == (0, 0), told
+    assert all("processes 2" in out for out in told), told
+    model, mice = two_mice()
+    for name, options in SHARED.items():
         one = fit(model, mice, out=tmp_path / "one" / name, batch_size=2, **FAST | options)
         two = fit(
             model, mice, out=tmp_path / "two" / name, batch_size=2, **FAST | options

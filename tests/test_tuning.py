@@ -2,10 +2,9 @@
 
 import gc
 import json
+import os
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from optuna.trial import TrialState
+from processes import Process
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -23,8 +23,6 @@ from cortexlit.core import DataError, rng
 from cortexlit.training import lora, tuning
 from cortexlit.training.trainer import Fit, fit, predict
 from cortexlit.training.tuning import SPACES, Choice, Range, Space, load_best, tune
-
-TESTS = Path(__file__).parent
 
 
 class LineConfig(PretrainedConfig):
@@ -81,10 +79,9 @@ def drawn(found: tuning.Tuning) -> list[dict]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick():
-    "No picture of the curves and no sweep of the memory after each of some hundred tiny runs."
+def quick(no_curves):
+    "No sweep of the memory after each of some hundred tiny runs."
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Fit, "curves", lambda run: Figure())
         patch.setattr(gc, "collect", lambda *_: 0)
         yield
 
@@ -215,45 +212,34 @@ def test_what_failed_is_run_again_though_others_have_gone_on(whole, tmp_path):
     assert sorted(map(str, drawn(again))) == sorted(map(str, drawn(whole)))
 
 
-WORKER = """
-import os, signal, sys
-sys.path.insert(0, {tests!r})
-import gc
-import test_tuning
-gc.collect, test_tuning.Fit.curves = (lambda *_: 0), (lambda run: test_tuning.Figure())
-from pathlib import Path
-from cortexlit.training import lora, tuning
-lora._HEARTBEAT = 1
-real, runs = tuning.fit, []
-def counted(*args, **options):
-    print("run", Path(options["out"]).parent.name, flush=True)
-    runs.append(1)
-    if {deadly} and len(runs) == {deadly}:
+def work(out: Path, trials: int = 7, deadly: int = 0) -> None:
+    "One worker on a search, which tells its runs; a deadly one is killed after the first epoch of that run."
+    gc.collect, Fit.curves = (lambda *_: 0), (lambda run: Figure())
+    if deadly:  # the others keep the usual heartbeat: a busy machine must not take them for dead
+        lora._HEARTBEAT = 1
+    real, runs = tuning.fit, []
+
+    def counted(*args, **options):
+        print("run", Path(options["out"]).parent.name)
+        runs.append(1)
         watch = options["on_epoch"]
+
         def dies(history):
             watch(history)
             os.kill(os.getpid(), signal.SIGKILL)
-        options["on_epoch"] = dies
-    return real(*args, **options)
-tuning.fit = counted
-if __name__ == "__main__":
-    found = test_tuning.search(Path({out!r}), trials={trials})
-    print("done", len(found.table()))
-"""
 
+        return real(*args, **options | ({"on_epoch": dies} if len(runs) == deadly else {}))
 
-def worker(out: Path, deadly: int = 0, trials: int = 7) -> subprocess.Popen:
-    code = WORKER.format(tests=str(TESTS), out=str(out), deadly=deadly, trials=trials)
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            cwd=out.parent)  # fmt: skip
+    tuning.fit = counted
+    print("done", len(search(out, trials=trials).table()))
 
 
 def test_two_workers_share_a_search_and_nothing_is_run_twice(tmp_path):
-    workers = [worker(tmp_path / "search", trials=6) for _ in range(2)]
-    told = [w.communicate(timeout=240) for w in workers]
-    assert [w.returncode for w in workers] == [0, 0], told
-    assert all("done 6" in out for out, _ in told), told
-    runs = [[line.split()[1] for line in out.splitlines() if line.startswith("run")] for out, _ in told]
+    workers = [Process(tmp_path, work, tmp_path / "search", 6) for _ in range(2)]
+    codes, told = zip(*(worker.ended() for worker in workers), strict=True)
+    assert codes == (0, 0), told
+    assert all("done 6" in out for out in told), told
+    runs = [[line.split()[1] for line in out.splitlines() if line.startswith("run")] for out in told]
     assert len(runs[0]) + len(runs[1]) == len({*runs[0], *runs[1]}) == 6, runs
     found = search(tmp_path / "search", trials=6)
     states = Counter(t.state for t in found.study.trials)
@@ -261,9 +247,8 @@ def test_two_workers_share_a_search_and_nothing_is_run_twice(tmp_path):
 
 
 def test_killed_in_the_middle_of_a_trial(whole, tmp_path, monkeypatch):
-    killed = worker(tmp_path / "search", deadly=3)
-    out, _ = killed.communicate(timeout=240)
-    assert killed.returncode == -signal.SIGKILL and out.count("run") == 3
+    code, out = Process(tmp_path, work, tmp_path / "search", 7, 3).ended()
+    assert code == -signal.SIGKILL and out.count("run") == 3, out
     monkeypatch.setattr(lora, "_HEARTBEAT", 1)
     time.sleep(5)  # until it is known to be dead
     runs, real = [], tuning.fit

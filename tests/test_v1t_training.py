@@ -28,6 +28,8 @@ from cortexlit.training.scenes import (
 from cortexlit.training.trainer import fit, predict
 from cortexlit.training.tuning import Choice, Range, Space, load_best, tune
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 BLIND = {"behavior": "none", "behavior_channels": 0, "pupil_channels": 0, "shift": "none"}
 SMALL = {"patch": 8, "stride": 7, "emb_dim": 8, "heads": 1, "mlp_dim": 16, "depth": 1, "patch_dropout": 0.0, "dropout": 0.0}  # fmt: skip
 TINY = Configuration("tiny", 0.01, batch_size=16, epochs=4, schedule="cosine", core=SMALL)

@@ -15,7 +15,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from zipfile import is_zipfile
 
 import h5py
 import numpy as np
@@ -24,6 +23,16 @@ import requests
 from tqdm.std import tqdm
 
 from ..core import DataError, MissingError, data_home, locked, read_json, sha256, write_json
+from cortexlit.data.checks import (
+    encrypted,
+    finite,
+    increasing,
+    inside,
+    load_arrays,
+    reading,
+    same_length,
+    shaped,
+)
 from .recordings import Recording
 
 # %% auto #0
@@ -75,19 +84,15 @@ def check_content(
     path = Path(path)
     suffix = suffix or path.suffix
     fix = "move the file away and call again: it is then fetched anew"
-    with open(path, "rb") as file:
+    with reading(path, fix=fix), open(path, "rb") as file:
         head = file.read(64)
     if not head.startswith(MAGIC[suffix]):
         raise DataError(f"this is no {suffix} file, it begins with {head[:24]!r}", path=path, fix=fix)
     if suffix == ".npz":
-        if not is_zipfile(path):
-            raise DataError("the .npz file is cut off or damaged", path=path, fix=fix)
+        load_arrays(path)
         return
-    try:
-        with h5py.File(path, "r") as file:
-            groups = set(file)
-    except OSError as error:
-        raise DataError(f"the HDF5 file is cut off or damaged: {error}", path=path, fix=fix) from None
+    with reading(path, "a complete HDF5 file", fix), h5py.File(path, "r") as file:
+        groups = set(file)
     if suffix == ".nwb" and not {"processing", "stimulus"} <= groups:
         raise DataError(f"HDF5, but not an Allen session: it holds {sorted(groups)}", path=path, fix=fix)
 
@@ -107,19 +112,25 @@ def verify_file(
     path, note = Path(path), checksum_file(path)
     if not note.exists():
         check_content(path)
-        found = sha256(path)
+        with reading(path):
+            found = sha256(path)
         try:
             write_json(note, {"sha256": found, "size": path.stat().st_size, "url": None, "noted": _now()})
         except OSError:
             pass  # a read-only folder: nothing can be noted there
         return found
     want, size = read_json(note), path.stat().st_size
+    if not isinstance(want, dict) or not {"size", "sha256"} <= set(want):
+        raise DataError(
+            "the note of size and SHA-256 is damaged", path=note, fix="delete it, and check the file itself"
+        )
     fix = f"move the file away and call again to fetch it anew; if the change is intended, delete {note.name}"
     if size != want["size"]:
         raise DataError(
             f"the file has {size:,} bytes", expected=f"{want['size']:,} bytes", path=path, fix=fix
         )
-    found = sha256(path)
+    with reading(path):
+        found = sha256(path)
     if found != want["sha256"]:
         raise DataError(f"the file has changed: SHA-256 {found}", expected=want["sha256"], path=path, fix=fix)
     return found
@@ -139,6 +150,8 @@ def _receive(url: str, path: Path, part: Path, timeout: float, progress: bool) -
     have, note, headers = 0, {}, {"Accept-Encoding": "identity"}
     if part.exists() and notes.exists():
         note = read_json(notes)
+        if not isinstance(note, dict) or not {"url", "size", "version"} <= set(note):
+            note = {"url": None, "size": None, "version": None}  # damaged: start anew
         if note["url"] == url and note["size"] and part.stat().st_size <= note["size"]:
             have = part.stat().st_size
     if have and have == note["size"]:
@@ -148,6 +161,7 @@ def _receive(url: str, path: Path, part: Path, timeout: float, progress: bool) -
         if note["version"]:
             headers["If-Range"] = note["version"]
     with requests.get(url, headers=headers, stream=True, timeout=(10, timeout)) as answer:
+        encrypted(answer.url)  # where redirections led
         if have and answer.status_code in (206, 416):
             sent = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("Content-Range", ""))
             if not sent or (int(sent[1]), int(sent[2])) != (have, note["size"]):
@@ -156,7 +170,8 @@ def _receive(url: str, path: Path, part: Path, timeout: float, progress: bool) -
             size = note["size"]
         else:
             answer.raise_for_status()
-            have, size = 0, int(answer.headers.get("Content-Length", 0)) or None
+            length = answer.headers.get("Content-Length", "0").strip()
+            have, size = 0, int(length) or None if length.isascii() and length.isdigit() else None
         blocks = answer.iter_content(1 << 14)
         first = next(blocks, b"")
         magic = MAGIC.get(path.suffix, b"")
@@ -194,6 +209,7 @@ def download(
     "Fetch a file whole or not at all: resumes, checks size and content, notes its SHA-256."
     path = Path(path)
     part = path.with_name(path.name + ".part")
+    encrypted(url)
     with locked(path):
         if path.exists():
             return path
@@ -290,7 +306,15 @@ def open_cache(
     "allensdk's cache object with timeouts and checked downloads; offline on an embedded folder."
     sdk = _sdk()
     manifest = _manifest(cache_dir)
+    base_uri = encrypted(base_uri or "https://api.brain-map.org")
+    if manifest.exists() and not isinstance(read_json(manifest), dict):
+        raise DataError(
+            "not a manifest", path=manifest, expected="a JSON object", fix="move it away: it is made anew"
+        )
     root, marker = manifest.parent, synthetic_sessions(manifest.parent)
+    if (root / "card.json").exists():
+        fix = "name the folder of the sessions; one that does not exist is made"
+        raise DataError("this is a dataset folder, not a cache of allensdk", "a cache folder", fix, root)
 
     class Api(sdk.queries.BrainObservatoryApi):
         def retrieve_parsed_json_over_http(self, url: str, post: bool = False) -> dict[str, Any]:
@@ -303,7 +327,7 @@ def open_cache(
             return _ask(requests.utils.quote(url, ";/?:@&=+$,"), timeout)
 
         def retrieve_file_over_http(self, url: str, file_path: str, zipped: bool = False) -> None:
-            download(url, file_path)
+            download(url, inside(root, file_path, manifest))
 
         def template_query(self, template: str, entry: str, **kwargs: Any) -> Any:
             if entry != "all_eye_mapping_files":
@@ -318,8 +342,16 @@ def open_cache(
 
     for session, about in (marker or {}).items():  # allensdk knows eye tracking by a table of session ids
         sdk.cache.ophys_experiment_session_id_map.setdefault(session, about["ophys_session_id"])
-    manifest.parent.mkdir(parents=True, exist_ok=True)
-    return sdk.cache.BrainObservatoryCache(manifest_file=str(manifest), api=Api(base_uri=base_uri))
+    with reading(manifest, "a manifest of allensdk", "move it away: it is made anew"):
+        manifest.parent.mkdir(parents=True, exist_ok=True)
+        return sdk.cache.BrainObservatoryCache(manifest_file=str(manifest), api=Api(base_uri=base_uri))
+
+
+def _cached(cache: Any, key: str, *ids: int) -> Path:
+    "Where the manifest puts a file; `DataError` if that is outside its folder."
+    manifest = Path(cache.manifest_path)
+    with reading(manifest, f"an entry {key}", "move the manifest away: it is made anew"):
+        return inside(manifest.parent, cache.get_cache_path(None, key, *ids), manifest)
 
 
 def _manifest(cache_dir: str | Path | None) -> Path:
@@ -338,7 +370,10 @@ def synthetic_sessions(
 ) -> dict[int, dict[str, Any]] | None:  # session -> what its marker says; None if the folder holds real data
     "The sessions of a folder written by `cortexlit.data.synthetic`, known by its marker file."
     marker = Path(cache_dir) / "cortexlit.json"
-    return {int(k): v for k, v in read_json(marker)["sessions"].items()} if marker.exists() else None
+    if not marker.exists():
+        return None
+    with reading(marker, "the sessions of an embedded folder", "write the folder again"):
+        return {int(k): v for k, v in read_json(marker)["sessions"].items()}
 
 # %% ../../neuro_nbs/01_allen.ipynb #9ceab287
 def _eye_sessions(cache: Any) -> set[int] | None:
@@ -362,7 +397,7 @@ def _cells_in_file(path: Path) -> int | None:
 
 def _row(sdk: SimpleNamespace, cache: Any, e: Mapping[str, Any]) -> dict[str, Any]:
     "One line of the table, from one record of the database."
-    path = Path(cache.get_cache_path(None, cache.EXPERIMENT_DATA_KEY, e["id"]))
+    path = _cached(cache, cache.EXPERIMENT_DATA_KEY, e["id"])
     line, acronym = sdk.queries.find_specimen_cre_line(e["specimen"]), e["targeted_structure"]["acronym"]
     return {
         "session_id": e["id"],
@@ -412,24 +447,26 @@ def list_sessions(
 ) -> pd.DataFrame:  # one row per session, index session_id
     "Sessions of Visual Coding 2P that match all filters; `MissingError` names the allowed values."
     sdk, cache = _sdk(), open_cache(cache_dir, base_uri)
+    listed = _cached(cache, cache.EXPERIMENTS_KEY)
     records = cache.api.get_ophys_experiments(
-        path=cache.get_cache_path(None, cache.EXPERIMENTS_KEY),
-        strategy="lazy",
-        writer=write_json,
-        reader=read_json,
+        path=str(listed), strategy="lazy", writer=write_json, reader=read_json
     )
     eye, ids = _eye_sessions(cache), sdk.cache.ophys_experiment_session_id_map
-    cells = Path(cache.get_cache_path(None, cache.CELL_SPECIMENS_KEY))
-    per_container = Counter(c["experiment_container_id"] for c in read_json(cells)) if cells.exists() else {}
-    rows = [
-        _row(sdk, cache, e)
-        | {
-            "eye_tracking": None if eye is None else ids.get(e["id"]) in eye,
-            "container_cells": per_container.get(e["experiment_container_id"]),
-        }
-        for e in records
-        if e.get("stimulus_name") in sdk.stimulus_info.SESSION_STIMULUS_MAP
-    ]
+    cells, again = _cached(cache, cache.CELL_SPECIMENS_KEY), "delete it: it is fetched again"
+    with reading(cells, "a list of cells", again):
+        per_container = (
+            Counter(c["experiment_container_id"] for c in read_json(cells)) if cells.exists() else {}
+        )
+    with reading(listed, "records of ophys experiments, complete", again):
+        rows = [
+            _row(sdk, cache, e)
+            | {
+                "eye_tracking": None if eye is None else ids.get(e["id"]) in eye,
+                "container_cells": per_container.get(e["experiment_container_id"]),
+            }
+            for e in records
+            if e.get("stimulus_name") in sdk.stimulus_info.SESSION_STIMULUS_MAP
+        ]
     if not rows:
         raise MissingError("the list holds no Visual Coding session", path=cache.manifest_path)
     table = pd.DataFrame(rows).set_index("session_id").sort_index()
@@ -463,7 +500,7 @@ class StimulusTemplates(Mapping):
         nwb_file: str | Path,  # an Allen NWB file
     ):
         self.nwb_file = str(nwb_file)
-        with h5py.File(self.nwb_file, "r") as file:
+        with reading(nwb_file), h5py.File(self.nwb_file, "r") as file:
             stacks = file.get("stimulus/templates", {})
             self.shapes = {name.removesuffix("_image_stack"): stacks[name]["data"].shape for name in stacks}
 
@@ -471,7 +508,8 @@ class StimulusTemplates(Mapping):
         if name not in self.shapes:
             raise KeyError(f"{name!r} has no template, only {sorted(self.shapes)} have")
         dataset = _sdk().DataSet(self.nwb_file)
-        return type(dataset).get_stimulus_template.__wrapped__(dataset, name)  # past allensdk's store
+        with reading(self.nwb_file, f"the template of {name}"):
+            return type(dataset).get_stimulus_template.__wrapped__(dataset, name)  # past allensdk's store
 
     def __contains__(self, name: object) -> bool:
         return name in self.shapes
@@ -493,7 +531,11 @@ def to_clock(
     max_gap: float = 0.1,  # s between two samples beyond which nothing is interpolated
 ) -> np.ndarray:  # (T, ...) NaN where there is no pair of valid neighbours
     "Bring samples to another clock, linearly, without bridging gaps."
-    values = np.asarray(values, dtype=float)
+    times, values, clock = np.asarray(times), np.asarray(values, dtype=float), np.asarray(clock)
+    same_length("samples", {"times": len(times), "values": len(values)})
+    increasing("times", times, strict=False)
+    if not len(times):
+        return np.full((len(clock), *values.shape[1:]), np.nan)
     right = np.searchsorted(times, clock).clip(0, len(times) - 1)
     left = (right - 1).clip(0)
     span = times[right] - times[left]
@@ -548,7 +590,7 @@ def _session_file(cache: Any, session_id: int, events: bool, progress: bool) -> 
         if events
         else (cache.EXPERIMENT_DATA_KEY, "ophys_experiment_data")
     )
-    path = Path(cache.get_cache_path(None, key, session_id))
+    path = _cached(cache, key, session_id)
     if not path.exists():
         found = cache.api.template_query("brain_observatory_queries", query, ophys_experiment_id=session_id)
         if not found:
@@ -557,7 +599,12 @@ def _session_file(cache: Any, session_id: int, events: bool, progress: bool) -> 
                 expected="the id of an ophys experiment of Visual Coding 2P, such as 501729039",
                 fix="list_sessions() shows the ids (a container or a Visual Behavior id is another number)",
             )
-        download(cache.api.api_url + found[0]["download_link"], path, progress=progress)
+        link = str(found[0].get("download_link")) if isinstance(found[0], dict) else ""
+        if not link.startswith("/"):
+            raise DataError(
+                f"the Allen API gave no address of the file but {link[:60]!r}", path=cache.api.api_url
+            )
+        download(cache.api.api_url + link, path, progress=progress)
     return path
 
 
@@ -569,8 +616,7 @@ def _traces(
     if signal == "events":
         path = _session_file(cache, session_id, True, progress)
         verify_file(path)
-        with np.load(path, allow_pickle=False) as file:
-            times, traces = clock, file["ev"]
+        times, traces = clock, load_arrays(path, ["ev"], kinds="fiub")["ev"]
     else:
         path = dataset.nwb_file
         try:
@@ -587,11 +633,12 @@ def _traces(
             expected=f"{cells} cells x {len(clock)} two-photon frames",
             path=path,
         )
+    finite(f"{signal} traces", traces, gaps=True, path=path, fix="the file is damaged: fetch it again")
     return traces.astype(np.float32)
 
 # %% ../../neuro_nbs/01_allen.ipynb #bafb5f56
 def _stimulus_tables(
-    sdk: SimpleNamespace, dataset: Any, frames: int
+    sdk: SimpleNamespace, dataset: Any, frames: int, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[dict[str, pd.DataFrame], dict[str, str]]:
     "Tables that can be trusted, and the reason for each that cannot."
     tables, skipped = {}, {}
@@ -608,6 +655,15 @@ def _stimulus_tables(
                     raise ValueError("the repeats do not each show every frame once")
             if ((table["start"] < 0) | (table["end"] >= frames) | (table["end"] < table["start"])).any():
                 raise ValueError(f"rows outside the {frames} two-photon frames")
+            if (
+                movie
+                and name in shapes
+                and len(shapes[name]) == 3
+                and table["frame"].max() >= shapes[name][0]
+            ):
+                raise ValueError(
+                    f"the table names {table['frame'].max() + 1} frames, the template has {shapes[name][0]}"
+                )
             tables[name] = table
         except (sdk.errors.MissingStimulusException, LookupError, ValueError, TypeError, OSError) as error:
             skipped[name] = f"{type(error).__name__}: {error}"
@@ -627,11 +683,19 @@ def _epochs(dataset: Any, skipped: Mapping[str, str]) -> tuple[pd.DataFrame | No
 def _running(dataset: Any, clock: np.ndarray) -> tuple[np.ndarray | None, str]:
     "(T,) cm/s, and what was found."
     try:
-        speed, _ = dataset.get_running_speed()
+        speed, times = dataset.get_running_speed()
     except KeyError:
         return None, "none: the NWB file holds no running speed"
     except IndexError:
         return None, "none: the running speed in the NWB file is not on the two-photon clock"
+    speed = np.asarray(speed)
+    if speed.ndim != 1 or len(speed) != len(times):
+        return None, f"none: {speed.shape} values of running speed and {len(times)} times"
+    if len(times) == len(clock) and not np.allclose(times, clock, rtol=0, atol=1e-3):
+        late = int((~np.isclose(times, clock, rtol=0, atol=1e-3)).argmax())
+        return None, f"none: the times of the running speed leave the two-photon clock at frame {late}"
+    if np.isinf(speed).any():
+        return None, "none: the running speed is infinite in places"
     if len(speed) != len(clock) or not np.isfinite(speed).any():
         valid = np.isfinite(speed).sum()
         return None, f"none: {len(speed)} values for {len(clock)} two-photon frames, {valid} of them valid"
@@ -653,13 +717,20 @@ def _pupil(
         except sdk.errors.NoEyeTrackingException:
             found.append(None)
             continue
-        values = np.asarray(values, float).reshape(shape)
-        if np.array_equal(times, clock):
-            how = "on the two-photon clock"
-        else:
-            usable = np.isfinite(times)
-            values = to_clock(times[usable], values[usable], clock)
-            how = "interpolated from its own clock, holes above 0.1 s left NaN"
+        try:
+            times, values = np.asarray(times, float), np.asarray(values, float).reshape(shape)
+            same_length("samples", {"times": len(times), "values": len(values)})
+            finite(what, values, gaps=True)
+            if np.array_equal(times, clock):
+                how = "on the two-photon clock"
+            else:
+                usable = np.isfinite(times)
+                values = to_clock(times[usable], values[usable], clock)
+                how = "interpolated from its own clock, holes above 0.1 s left NaN"
+        except ValueError as error:  # ours is one, too
+            notes.append(f"{what} left out: {str(error).splitlines()[0]}")
+            found.append(None)
+            continue
         if np.isfinite(values).any():
             notes.append(f"{what} {how}, {np.isfinite(values).mean():.1%} valid")
             found.append(values)
@@ -677,8 +748,8 @@ def _open(sdk: SimpleNamespace, path: Path, session_id: int) -> tuple[Any, dict[
     except (AttributeError, LookupError, ValueError, OSError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise DataError(f"allensdk cannot read the file: {reason}", path=path) from error
-    if about["ophys_experiment_id"] != session_id:
-        found = f"the file holds session {about['ophys_experiment_id']}"
+    if about.get("ophys_experiment_id") != session_id:
+        found = f"the file holds session {about.get('ophys_experiment_id')}"
         raise DataError(found, expected=str(session_id), path=path)
     return dataset, about
 
@@ -706,18 +777,34 @@ def _description(about: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _neurons(dataset: Any, about: Mapping[str, Any], centres: np.ndarray) -> pd.DataFrame:
-    "One row per trace."
+def _neurons(dataset: Any, about: Mapping[str, Any], centres: np.ndarray, path: Path) -> pd.DataFrame:
+    "One row per trace; cell_id is <NA> for a cell that was not matched."
+    ids = np.asarray(dataset.get_cell_specimen_ids())
+    rois = [r.decode() if isinstance(r, bytes) else str(r) for r in dataset.get_roi_ids()]
+    same_length("cells", {"masks": len(centres), "cell_specimen_ids": len(ids), "roi_ids": len(rois)}, path)
+    known = np.isfinite(ids.astype(float)) & (ids.astype(float) >= 0)
     return pd.DataFrame(
         {
-            "cell_id": dataset.get_cell_specimen_ids().astype(np.int64),
-            "roi_id": [r.decode() if isinstance(r, bytes) else str(r) for r in dataset.get_roi_ids()],
+            "cell_id": pd.array(np.where(known, ids, 0).astype(np.int64), dtype="Int64").copy(),
+            "roi_id": rois,
             "x_um": centres[:, 0],
             "y_um": centres[:, 1],
             "area": about.get("targeted_structure"),
             "depth_um": about.get("imaging_depth_um"),
         }
-    )
+    ).assign(cell_id=lambda t: t["cell_id"].where(known))
+
+
+def _placed(
+    dataset: Any, about: Mapping[str, Any], coordinates: str, path: Path
+) -> tuple[np.ndarray, pd.DataFrame, float]:
+    "Masks (N, H, W), the table of cells, micrometres in a pixel."
+    masks = np.asarray(dataset.get_roi_mask_array()).astype(bool)
+    shaped("the masks", masks, {"cells": None, "height": None, "width": None}, path)
+    width = re.match(r"\s*([\d.]+)", about.get("fov") or "")
+    um_per_pixel = float(width[1] if width else 400) / masks.shape[2]
+    neurons = _neurons(dataset, about, place(mask_centres(masks), coordinates, um_per_pixel), path)
+    return masks, neurons, um_per_pixel
 
 # %% ../../neuro_nbs/01_allen.ipynb #4dc68df6
 def open_session(
@@ -736,25 +823,35 @@ def open_session(
     path = _session_file(cache, session_id, False, progress)
     checksum = verify_file(path)
     dataset, about = _open(sdk, path, session_id)
-    clock = dataset.get_fluorescence_timestamps()
-    traces = _traces(cache, dataset, session_id, signal, clock, progress)
-    masks = dataset.get_roi_mask_array().astype(bool)
-    width = re.match(r"\s*([\d.]+)", about.get("fov") or "")
-    um_per_pixel = float(width[1] if width else 400) / masks.shape[2]
-    neurons = _neurons(dataset, about, place(mask_centres(masks), coordinates, um_per_pixel))
-    alive = np.isfinite(traces).any(axis=1)
-    left_out = neurons["cell_id"][~alive].tolist()
-    tables, skipped = _stimulus_tables(sdk, dataset, len(clock))
-    epochs, epochs_source = _epochs(dataset, skipped)
-    running, running_source = _running(dataset, clock)
-    pupil_area, pupil_center, pupil_source = _pupil(sdk, dataset, clock)
+    with reading(
+        path,
+        "a complete session of the Allen Brain Observatory",
+        "move the file away and call again: it is then fetched anew",
+    ):
+        clock = dataset.get_fluorescence_timestamps()
+        increasing("timestamps", clock, path=path)
+        traces = _traces(cache, dataset, session_id, signal, clock, progress)
+        masks, neurons, um_per_pixel = _placed(dataset, about, coordinates, path)
+        same_length("cells", {"traces": len(traces), "masks": len(masks)}, path)
+        templates = StimulusTemplates(path)
+        tables, skipped = _stimulus_tables(sdk, dataset, len(clock), templates.shapes)
+        epochs, epochs_source = _epochs(dataset, skipped)
+        running, running_source = _running(dataset, clock)
+        pupil_area, pupil_center, pupil_source = _pupil(sdk, dataset, clock)
+        projection = dataset.get_max_projection()
+    matched, alive = neurons["cell_id"].notna().to_numpy(), np.isfinite(traces).any(axis=1)
+    left_out, keep = neurons["cell_id"][matched & ~alive].tolist(), matched & alive
+    neurons = neurons[keep].astype({"cell_id": np.int64}).reset_index(drop=True)
     synthetic = synthetic_sessions(Path(cache.manifest_path).parent) is not None
-    for name, reason in skipped.items():
-        warnings.warn(f"session {session_id}: stimulus {name} is left out ({reason})", stacklevel=2)
+    notes = [f"stimulus {name} is left out ({reason})" for name, reason in skipped.items()]
     if left_out:
-        warnings.warn(
-            f"session {session_id}: left out {len(left_out)} cells without finite values", stacklevel=2
+        notes.append(f"left out {len(left_out)} cells without finite values")
+    if not matched.all():
+        notes.append(
+            f"left out {int((~matched).sum())} cells that were not matched: they have no cell_specimen_id"
         )
+    for note in notes:
+        warnings.warn(f"session {session_id}: {note}", stacklevel=2)
     metadata = {
         "session_id": session_id,
         **_description(about),
@@ -767,6 +864,7 @@ def open_session(
         "epochs_source": epochs_source,
         "skipped_stimuli": skipped,
         "left_out_cells": left_out,
+        "warnings": notes,
         "nwb_file": path.name,
         "nwb_sha256": checksum,
         "synthetic": synthetic,
@@ -774,17 +872,17 @@ def open_session(
     return Recording(
         name=str(session_id),
         source="synthetic" if synthetic else "allen",
-        traces=traces[alive],
+        traces=traces[keep],
         timestamps=clock,
-        neurons=neurons[alive].reset_index(drop=True),
+        neurons=neurons,
         stimulus_tables=tables,
-        templates=StimulusTemplates(path),
+        templates=templates,
         running=running,
         pupil_area=pupil_area,
         pupil_center=pupil_center,
         epochs=epochs,
-        roi_masks=masks[alive],
-        max_projection=dataset.get_max_projection(),
+        roi_masks=masks[keep],
+        max_projection=projection,
         signal=signal,
         metadata=metadata,
     )

@@ -24,11 +24,28 @@ from cortexlit.core import (
     SplitLeak,
     atomic_folder,
     digest,
+    new_array,
     provenance,
     read_json,
     rng,
     sha256,
     write_json,
+)
+from cortexlit.data.checks import (
+    _kind,
+    by_name,
+    described,
+    finite,
+    jumps,
+    load_array,
+    load_table,
+    read_card,
+    same_length,
+    seal,
+    shaped,
+    unique,
+    verify,
+    whole,
 )
 from .recordings import Recording
 
@@ -57,12 +74,53 @@ def _hand_index(movie: str, table: pd.DataFrame, epochs: pd.DataFrame | None) ->
             "hand-counted alignment needs the epochs of the session", fix='use alignment="stimulus-table"'
         )
     frames, rows = table["frame"].nunique(), []
+    if movie not in set(epochs["stimulus"]):
+        raise MissingError(f"{movie} is in no epoch", expected=f"one of {sorted(set(epochs['stimulus']))}")
     first = table.loc[table["frame"] == 0, "start"].to_numpy()
     for block in epochs[epochs["stimulus"] == movie].itertuples():
         n = int(((first >= block.start) & (first <= block.end)).sum())
+        if not n:
+            raise DataError(
+                f"{movie}: no repeat begins in the epoch {block.start}-{block.end}", expected="one or more"
+            )
         step = round((block.end - block.start) / n)
         rows += [block.start + k * step + np.arange(frames) for k in range(n)]
     return np.stack(rows)
+
+
+def _as_shown(movie: str, index: np.ndarray) -> None:
+    "A movie runs forward, does not stand still, and each repeat has a time of its own; rows are repeats."
+    fix = "check columns and order of the stimulus table against its source"
+    steps = np.diff(index, axis=1)
+    if (steps < 0).any():
+        r, k = np.argwhere(steps < 0)[0]
+        raise DataError(
+            f"{movie}: repeat {r} runs backwards in time at frame {k + 1}",
+            expected="later frames start later",
+            fix=fix,
+        )
+    long = index[:, -1] - index[:, 0]
+    usual = -(-(index.shape[1] - 1) // max(1, int(np.median(long))))  # movie frames in one two-photon frame
+    for r, row in enumerate(index):
+        still = int(np.unique(row, return_counts=True)[1].max())
+        if still > 2 * usual + 2 or (index.shape[1] > 1 and not long[r]):
+            wish = "later movie frames in later two-photon frames"
+            raise DataError(
+                f"{movie}: repeat {r} stands still, {still} frames start at the same time", wish, fix
+            )
+    _apart([(int(row[0]), int(row[-1]), f"{movie}, repeat {r}") for r, row in enumerate(index)])
+
+
+def _apart(shown: list[tuple[int, int, str]]) -> None:
+    "No two stretches (first, last, name) at the same time; they may meet in one two-photon frame."
+    shown = sorted(shown)
+    for a, b in zip(shown, shown[1:], strict=False):
+        if b[0] < a[1]:
+            raise DataError(
+                f"{a[2]} and {b[2]} are read from the same two-photon frames, {b[0]}-{min(a[1], b[1])}",
+                expected="one stimulus at a time",
+                fix="check the column start of the stimulus tables against their source",
+            )
 
 # %% ../../neuro_nbs/03_dataset.ipynb #ca004ecb
 def frame_index(
@@ -74,6 +132,7 @@ def frame_index(
     table = recording.table(movie)
     if alignment == "stimulus-table":
         index = _table_index(movie, table)
+        _as_shown(movie, index)
     elif alignment == "hand-counted":
         index = _hand_index(movie, table, recording.epochs)
     else:
@@ -87,6 +146,14 @@ def frame_index(
 
 # %% ../../neuro_nbs/03_dataset.ipynb #cc886498
 TIERS = ("train", "validation", "test")
+
+
+def _check_fractions(fractions: Sequence[float]) -> None:
+    if len(fractions) != 3 or not all(f > 0 for f in fractions) or not abs(sum(fractions) - 1) < 1e-6:
+        raise DataError(
+            f"fractions {tuple(fractions)}",
+            expected="three positive shares (train, validation, test) that sum to 1",
+        )
 
 
 def _shares(n: int, fractions: Sequence[float]) -> list[str]:
@@ -152,6 +219,9 @@ def split_clips(
     seed: int = 0,  # chooses which short movies are held out
 ) -> pd.DataFrame:  # one row per sample: clip, movie, start, repeat, tier
     "Cut movies into clips and assign every (clip, repeat) to a tier."
+    whole("clip_frames", [clip_frames], low=1)
+    whole("gap", [gap])
+    _check_fractions(fractions)
     if split == "repeats":
         rows = _repeat_split(lengths, clip_frames, fractions)
     elif split == "stimuli":
@@ -167,6 +237,43 @@ def split_clips(
             fix="shorten clip_frames",
         )
     return _number_clips(pd.DataFrame(rows, columns=["movie", "start", "repeat", "tier"]))
+
+
+def _split_table(table: pd.DataFrame, clip_frames: int) -> pd.DataFrame:
+    "A user's split, each trial once: the same moments of a recording may not be in two tiers, whatever is allowed."
+    columns = ["movie", "start", "repeat", "tier"]
+    if missing := [c for c in columns if c not in table]:
+        raise DataError(
+            f"the split table lacks {', '.join(missing)}", expected=f"columns {', '.join(columns)}"
+        )
+    table = table[columns].reset_index(drop=True)
+    for column in ("start", "repeat"):
+        table[column] = whole(f"split table, {column}", table[column])
+    named = table["tier"].map(lambda t: isinstance(t, str) and t.strip() != "")
+    if not named.all():
+        raise DataError(
+            f"split table, row {int((~named).argmax())} has no tier", expected=f"a name such as {TIERS}"
+        )
+    twice = table.duplicated(["movie", "start", "repeat"])
+    if twice.any():
+        row = table[twice].iloc[0]
+        where = f"{row.movie}, frame {row.start}, repeat {row['repeat']}"
+        raise SplitLeak(
+            f"the split table lists a trial twice: {where}",
+            expected="each trial once",
+            fix="drop the second row",
+        )
+    for (movie, repeat), part in table.sort_values("start").groupby(["movie", "repeat"], sort=False):
+        near = np.diff(part["start"]) < clip_frames
+        other = part["tier"].to_numpy()[1:] != part["tier"].to_numpy()[:-1]
+        if (near & other).any():
+            at = part.iloc[int((near & other).argmax())]
+            raise SplitLeak(
+                f"{movie}, repeat {repeat}: the clip at frame {at.start} overlaps the next one, which is in another tier",
+                expected="the same moment of the recording in one tier only",
+                fix=f"starts at least {clip_frames} frames apart where the tier changes",
+            )
+    return table
 
 
 def _number_clips(samples: pd.DataFrame) -> pd.DataFrame:
@@ -351,6 +458,8 @@ def _complete(
     shared_ok: bool,
 ) -> None:
     "Add tables, statistics, audit and card to a folder that already holds the arrays."
+    described(neurons, arrays["responses"].shape[1])
+    _check_arrays(arrays, samples)
     channels = dict(card["channels"], responses=neurons["cell_id"].tolist())
     stats = _statistics(arrays, samples)
     _check_spread(stats, channels)
@@ -366,6 +475,7 @@ def _complete(
     }
     counts |= {f"samples in {t}": int(n) for t, n in samples["tier"].value_counts().items()}
     card |= {
+        "kind": "clips",
         "counts": counts,
         "audit": audit.to_dict("records"),
         "split_hash": digest(samples[["movie", "start", "repeat", "tier"]].to_dict("list")),
@@ -377,7 +487,41 @@ def _complete(
         card["warnings"] = [*card["warnings"], note]
     (folder / "card.md").write_text(_card_text(card), encoding="utf-8")
     card["files"]["card.md"] = sha256(folder / "card.md")
-    write_json(folder / "card.json", card)
+    write_json(folder / "card.json", seal(card))
+
+
+def _check_arrays(arrays: Mapping[str, np.ndarray], samples: pd.DataFrame) -> None:
+    "Numbers only; responses that somebody measured; no recorded trial in two tiers."
+    fix = "leave out that neuron or that repeat; in a recording with a damaged stretch, drop its rows from the stimulus table"
+    for i, video in enumerate(arrays["videos"]):
+        finite(f"videos, clip {i}", video, fix="read the movie again from its source")
+    seen: dict[tuple[int, str], str] = {}
+    for i, s in enumerate(samples.itertuples()):
+        for name in arrays.keys() - {"videos"}:
+            about = f"{name} of sample {i} ({s.movie} from frame {s.start}, repeat {s.repeat})"
+            finite(about, arrays[name][i], gaps=name != "responses", fix=fix)
+        response = np.asarray(arrays["responses"][i])
+        if len(np.unique(response)) > 8:  # fewer: counts, which two trials may share by chance
+            tier = seen.setdefault((s.clip, _content(response)), s.tier)
+            if tier != s.tier:
+                what = (
+                    f"the same responses to the same clip are in {tier} and {s.tier} (sample {i}, {s.movie})"
+                )
+                raise SplitLeak(
+                    what, expected="each recorded trial in one tier", fix="remove the copy of the trial"
+                )
+    _measured_tiers(arrays["responses"], samples["tier"].to_numpy())
+
+
+def _measured_tiers(responses: np.ndarray, tiers: np.ndarray) -> None:
+    "A tier of zeros was withheld by whoever published it: it is no measurement."
+    for tier in np.unique(tiers):
+        if not any(responses[i].any() for i in np.flatnonzero(tiers == tier)):
+            raise DataError(
+                f"tier {tier!r}: every response is 0",
+                expected="measured responses",
+                fix="leave out a tier whose responses are withheld",
+            )
 
 
 def _refuse_leak(audit: pd.DataFrame, gap: int, shared_ok: bool) -> None:
@@ -462,11 +606,16 @@ def _plan(
     alignment: str,
     gap: int,
     seed: int,
-) -> tuple[pd.DataFrame, np.ndarray]:
-    "The samples, and the two-photon frames of each: (samples, clip_frames)."
+) -> tuple[pd.DataFrame, np.ndarray, list[str]]:
+    "The samples, the two-photon frames of each (samples, clip_frames), and what a reader must know of them."
+    whole("clip_frames", [clip_frames], low=1)
     index = {m: frame_index(recording, m, alignment) for m in movies}
+    if alignment == "stimulus-table":
+        _apart(
+            [(int(r[0]), int(r[-1]), f"{m}, repeat {k}") for m, i in index.items() for k, r in enumerate(i)]
+        )
     if isinstance(split, pd.DataFrame):
-        samples = _number_clips(split[["movie", "start", "repeat", "tier"]])
+        samples = _number_clips(_split_table(split, clip_frames))
     else:
         samples = split_clips(
             {m: i.shape[::-1] for m, i in index.items()}, clip_frames, split, gap, seed=seed
@@ -483,7 +632,40 @@ def _plan(
     frames = np.stack(
         [index[s.movie][s.repeat, s.start : s.start + clip_frames] for s in samples.itertuples()]
     )
-    return samples.assign(first_frame=frames[:, 0], last_frame=frames[:, -1]), frames
+    usual = np.array([_frame_step(recording, index[movie]) for movie in samples["movie"]])
+    broken = np.array(
+        [jumps(recording.timestamps[f][None], u)[0] for f, u in zip(frames, usual, strict=True)]
+    )
+    samples, frames, notes = _without(broken, samples, frames)
+    return samples.assign(first_frame=frames[:, 0], last_frame=frames[:, -1]), frames, notes
+
+
+def _frame_step(recording: Recording, index: np.ndarray) -> float:
+    "Usual time between two movie frames, s: never below that between two two-photon frames."
+    times = recording.timestamps[index]
+    shown = float(np.median(times[:, -1] - times[:, 0])) / max(1, index.shape[1] - 1)
+    return max(shown, 1 / recording.rate)
+
+
+def _without(
+    broken: np.ndarray, samples: pd.DataFrame, frames: np.ndarray
+) -> tuple[pd.DataFrame, np.ndarray, list[str]]:
+    "The samples without a jump in time, and a note on the others."
+    if not broken.any():
+        return samples, frames, []
+    rows = samples[broken]
+    what = "; ".join(f"{r.movie} from frame {r.start}, repeat {r.repeat}" for r in rows.head(5).itertuples())
+    kept = samples[~broken]
+    if lost := sorted(set(samples["tier"]) - set(kept["tier"])):
+        raise DataError(
+            f"time jumps within every sample of tier {lost[0]!r} ({what})",
+            expected="clips without a pause of the movie and without missing two-photon frames",
+            fix="shorten clip_frames, or drop the interrupted repeats from the stimulus table",
+        )
+    note = f"{len(rows)} of {len(samples)} samples are left out, because a gap in time (a pause, or missing two-photon frames) lies within them: {what}{' ...' if len(rows) > 5 else ''}."
+    if len(set(kept["clip"])) < len(set(samples["clip"])):
+        kept = _number_clips(kept)
+    return kept.reset_index(drop=True), frames[~broken], [note]
 
 # %% ../../neuro_nbs/03_dataset.ipynb #f239194f
 def build_dataset(
@@ -505,7 +687,8 @@ def build_dataset(
 ) -> Path:  # `out`
     "Write the dataset folder of one recording: clips, responses, behaviour, split, statistics, card."
     out, movies = Path(out), _choose_movies(recording, movies)
-    samples, frames = _plan(recording, movies, clip_frames, split, alignment, gap, seed)
+    whole("size", size, low=1)
+    samples, frames, notes = _plan(recording, movies, clip_frames, split, alignment, gap, seed)
     keep = _keep_neurons(recording, frames[(samples["tier"] == "train").to_numpy()], constant_neurons)
     measured = _behaviour(recording, pupil)
     clips = samples.drop_duplicates("clip")
@@ -514,11 +697,16 @@ def build_dataset(
     _need_space(out, sum(4 * int(np.prod(s)) for s in shapes.values()))
     with atomic_folder(out, overwrite) as folder:
         arrays = {
-            k: np.lib.format.open_memmap(folder / f"{k}.npy", mode="w+", dtype=np.float32, shape=s)
+            k: new_array(folder / f"{k}.npy", np.float32, s)
             for k, s in shapes.items()
         }
         for movie, rows in clips.groupby("movie", sort=False):
             template = recording.templates[movie]
+            shaped(f"the template of {movie}", template, {"frames": None, "height": None, "width": None})
+            if len(template) < (last := int(recording.table(movie)["frame"].max()) + 1):
+                wish = f"{last}, as many as the stimulus table names"
+                fix = "the template is cut off or of another movie: read it again from its source"
+                raise DataError(f"the template of {movie} has {len(template)} frames", wish, fix)
             for row in tqdm(
                 rows.itertuples(), f"resizing {movie}", len(rows), unit="clip", disable=None, leave=False
             ):
@@ -544,6 +732,7 @@ def build_dataset(
             "seed": seed,
         }
         card = _origin(recording, options, measured)
+        card["warnings"] += notes
         shared_ok = allow_shared_stimuli or (isinstance(split, str) and split == "repeats")
         _complete(folder, arrays, samples, recording.neurons.iloc[keep], card, shared_ok)
     return out
@@ -564,32 +753,21 @@ def _keep_neurons(recording: Recording, train: np.ndarray, constant: str) -> np.
 # %% ../../neuro_nbs/03_dataset.ipynb #48385deb
 def check_folder(
     root: str | Path,  # a dataset folder
+    kind: str | None = None,  # "clips", "scenes" or "things"; None: any
 ) -> dict[str, Any]:  # the card
-    "Read the card and verify every file against it; raises `MissingError` or `DataError`."
-    root = Path(root)
-    if not (root / "card.json").is_file():
-        raise MissingError(
-            "not a dataset folder, or one that was never finished",
-            path=root,
-            expected="card.json",
-            fix="make it with build_dataset",
-        )
-    card = read_json(root / "card.json")
-    for name, known in card["files"].items():
-        if not (root / name).is_file():
-            raise MissingError(
-                "a file of the dataset is missing",
-                path=root / name,
-                fix="build the dataset again (overwrite=True)",
-            )
-        if sha256(root / name) != known:
-            raise DataError(
-                "the file differs from what the card recorded",
-                path=root / name,
-                expected=f"SHA-256 {known[:16]}...",
-                fix="it is damaged or was edited; build the dataset again (overwrite=True)",
-            )
+    "Read the card and verify it and every file against its hash; raises `MissingError` or `DataError`."
+    card = read_card(root, kind)
+    if "files" not in card:  # a cached fMRI subject of an older version
+        return card
+    verify(root, card["files"], _FILES[_kind(card)])
     return card
+
+
+_FILES = {
+    "clips": ("videos.npy", "responses.npy", "samples.csv", "neurons.csv", "statistics.json"),
+    "scenes": ("images.npy", "responses.npy", "samples.csv", "neurons.csv", "statistics.json"),
+    "things": ("responses.npy", "metadata.npz"),
+}
 
 # %% ../../neuro_nbs/03_dataset.ipynb #a633b653
 def audit_split(
@@ -597,7 +775,7 @@ def audit_split(
     allow_shared_stimuli: bool = False,  # report instead of refusing
 ) -> pd.DataFrame:  # as `audit_samples`
     "Count what the tiers of a dataset folder share; raises `SplitLeak` if they share stimuli."
-    card, samples = check_folder(root), pd.read_csv(Path(root) / "samples.csv")
+    card, samples = check_folder(root, "clips"), load_table(Path(root) / "samples.csv")
     videos = np.load(Path(root) / "videos.npy", mmap_mode="r")
     audit = audit_samples(samples, videos.shape[1], _identical_clips(videos))
     gap = card["options"].get("gap", 0) if card["options"]["split"] != "repeats" else 0
@@ -650,24 +828,54 @@ def _frame_terms(name: str, x: np.ndarray, weight: np.ndarray, scheme: str) -> t
 class _Tier:
     "One tier of a dataset folder: its tables, its memory-mapped arrays, its items as tensors."
 
-    _seen, _unit = (
+    _seen, _unit, _key = (
         ("video", "videos"),
         "sample",
-    )  # field of an item and file of what was shown; a row of samples.csv
+        "clip",
+    )  # field of an item and file of what was shown; a row of samples.csv; its column of what was shown
 
     def _open(self, tier: str) -> pd.DataFrame:  # samples of all tiers
+        path = self.root / "samples.csv"
+        samples = load_table(path, ["sample", self._key, "tier", "repeat"])
         self.statistics = read_json(self.root / "statistics.json")
-        self.neurons = pd.read_csv(self.root / "neurons.csv")
-        samples = pd.read_csv(self.root / "samples.csv")
+        self.neurons = load_table(self.root / "neurons.csv", ["cell_id"])
         self.samples = samples[samples["tier"] == tier].reset_index(drop=True)
         if self.samples.empty:
             raise MissingError(
                 f"tier {tier!r} has no {self._unit}",
                 path=self.root,
-                expected=f"one of {sorted(samples['tier'].unique())}",
+                expected=f"one of {sorted(samples['tier'].astype(str).unique())}",
             )
-        self._arrays = {k: np.load(self.root / f"{k}.npy", mmap_mode="r") for k in self.statistics}
+        known = (self._seen[1], "responses", "behavior", "pupil_center")
+        if not set(known[:2]) <= set(self.statistics) <= set(known):
+            found = sorted(self.statistics)
+            raise DataError(f"statistics of {found}", f"of {known}", "build the dataset again", self.root)
+        self._arrays = {k: load_array(self.root / f"{k}.npy", mmap=True) for k in self.statistics}
+        whole("sample", samples["sample"], high=len(self._arrays["responses"]) - 1, path=path)
+        whole(self._key, samples[self._key], high=len(self._arrays[self._seen[1]]) - 1, path=path)
+        self._in_order = {k: self._order(k) for k in ("behavior", "pupil_center") if k in self._arrays}
         return samples
+
+    def _order(self, name: str) -> list[int]:
+        "Rows of the channels in the order of `_wanted`, by their names; as they lie if they have names of their own."
+        path, have = self.root / "card.json", list(self.card["channels"].get(name, []))
+        same_length(f"channels of {name}", {"card": len(have), "array": self._arrays[name].shape[1]}, path)
+        want = ("x", "y") if name == "pupil_center" else self._wanted()
+        if not self._strict() and not set(have) <= set(want):
+            unique(f"{name}: channel", have, path)
+            return list(range(len(have)))
+        return by_name(have, want, name, path)
+
+    def _wanted(self) -> Sequence[str]:
+        return ("running", "pupil_area")
+
+    def _strict(self) -> bool:
+        return False
+
+    @property
+    def channels(self) -> dict[str, list[str]]:
+        "Names of the behaviour channels of an item, in its order; a field that was not measured is absent."
+        return {k: [self.card["channels"][k][i] for i in rows] for k, rows in self._in_order.items()}
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -694,14 +902,20 @@ class MouseDataset(_Tier):
         if normalisation not in NORMALISATIONS:
             raise DataError(f"unknown normalisation {normalisation!r}", expected=f"one of {NORMALISATIONS}")
         self.root, self.tier, self.normalisation = Path(root), tier, normalisation
-        self.card = check_folder(root)
+        self.card = check_folder(root, "clips")
         samples = self._open(tier)
         self._terms = {name: self._fit(name, samples[samples["tier"] == "train"]) for name in self._arrays}
 
     def _fit(self, name: str, train: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
         statistics = self.statistics[name]
         if self.normalisation in ("range", "closed-loop"):
-            return _session_terms(name, statistics, self.normalisation)
+            offset, scale = _session_terms(name, statistics, self.normalisation)
+            if not (np.isfinite(offset).all() and np.isfinite(scale).all() and (scale > 0).all()):
+                fix = "build the dataset again"
+                raise DataError(
+                    f"the statistics of {name} cannot normalise", "finite, with a spread", fix, self.root
+                )
+            return offset, scale
         rows, weight = np.unique(train["clip" if name == "videos" else "sample"], return_counts=True)
         x = np.stack([_gaps_filled(name, self._arrays[name][row], statistics) for row in rows])
         return _frame_terms(name, x, weight, self.normalisation)
@@ -712,15 +926,20 @@ class MouseDataset(_Tier):
         name: str,  # "videos", "responses", "behavior" or "pupil_center"
     ) -> np.ndarray:  # (channels or neurons, frames), for videos (frames, H, W); normalised float32
         "One normalised array of one sample."
-        row = self.samples.iloc[i]
-        x = np.asarray(self._arrays[name][row["clip"] if name == "videos" else row["sample"]])
+        row = self.samples["clip" if name == "videos" else "sample"].iat[i]
+        x = np.asarray(self._arrays[name][row])
         return self._normalise(name, x)
 
     def _normalise(self, name: str, x: np.ndarray) -> np.ndarray:
         offset, scale = self._terms[name]
         out = ((_gaps_filled(name, x, self.statistics[name]) - offset) / scale).astype(np.float32)
-        published = self.normalisation != "range"  # pupil before running, as the published cores were trained
-        return out[::-1].copy() if name == "behavior" and published and len(out) == 2 else out
+        return out[self._in_order[name]] if name in self._in_order else out
+
+    def _wanted(self) -> Sequence[str]:  # pupil before running, as the published cores were trained
+        return ("pupil_area", "running") if self._strict() else ("running", "pupil_area")
+
+    def _strict(self) -> bool:
+        return self.normalisation != "range"
 
 # %% ../../neuro_nbs/03_dataset.ipynb #af606795
 @dataclass(frozen=True)
@@ -793,8 +1012,7 @@ def _export_study1(data: dict[str, MouseDataset], folder: Path) -> None:
 
 def _export_sensorium(data: dict[str, MouseDataset], folder: Path) -> None:
     some = next(iter(data.values()))
-    channels = some.card["channels"].get("behavior", [])
-    order = [channels.index(c) for c in ("pupil_area", "running") if c in channels]
+    order = by_name(some.card["channels"].get("behavior", []), ("pupil_area", "running"))
     rows = pd.concat([d.samples for d in data.values()]).sort_values("sample").reset_index(drop=True)
     for trial, row in enumerate(rows.itertuples()):
         arrays = {k: a[row.clip if k == "videos" else row.sample] for k, a in some._arrays.items()}
@@ -832,7 +1050,7 @@ def export_tree(
     writers = {"sensorium": _export_sensorium, "study1": _export_study1}
     if layout not in writers:
         raise DataError(f"layout {layout!r}", expected=f"one of {sorted(writers)}")
-    card = check_folder(root)
+    card = check_folder(root, "clips")
     tiers = sorted(pd.read_csv(Path(root) / "samples.csv")["tier"].unique(), key=_tier_order)
     with atomic_folder(out, overwrite) as folder:
         writers[layout]({t: MouseDataset(root, t) for t in tiers}, folder)
@@ -856,6 +1074,7 @@ def _npy_files(folder: Path) -> list[Path]:
 
 
 def _same_names(files: list[Path], folder: Path) -> list[Path]:
+    "The files of another field for the same trials; one too few or too many is refused."
     other = [folder / f.name for f in files]
     for path in other:
         if not path.is_file():
@@ -865,50 +1084,95 @@ def _same_names(files: list[Path], folder: Path) -> list[Path]:
     return other
 
 
-def _read_study1(root: Path) -> tuple[dict[str, list[Path]], list[str], dict[str, Any]]:
+def _all_used(folder: Path, names: set[str], what: str) -> None:
+    "No array beside those that are read: a shorter list would drop trials without a word."
+    for path in sorted(folder.glob("*.npy")):
+        if path.name not in names:
+            raise DataError(
+                f"an array of no trial: {what} lists {len(names)} trials",
+                path=path,
+                expected=f"one array for each trial of {what}",
+                fix="fetch the folder again: trials, tiers and arrays do not belong together",
+            )
+
+
+def _read_study1(root: Path) -> tuple[dict[str, list[Path]], list[str], dict[str, Any], np.ndarray]:
     files: dict[str, list[Path]] = {}
     tiers: list[str] = []
-    for tier in [t for t in ("train", "validation", "val", "test") if (root / t).is_dir()]:
+    found = [t for t in ("train", "validation", "val", "test") if (root / t).is_dir()]
+    names = {
+        "videos": "videos",
+        "responses": "labels",
+        "behavior": "behavior",
+        "pupil_center": "pupil_center",
+    }
+    for tier in found:
         videos = _npy_files(root / tier / "videos")
         tiers += [{"val": "validation"}.get(tier, tier)] * len(videos)
-        for ours, theirs in (
-            ("videos", "videos"),
-            ("responses", "labels"),
-            ("behavior", "behavior"),
-            ("pupil_center", "pupil_center"),
-        ):
-            if (root / tier / theirs).is_dir():
-                files.setdefault(ours, []).extend(_same_names(videos, root / tier / theirs))
-    return files, tiers, {"behavior": ["running", "pupil_area"], "pupil_center": ["x", "y"]}
+        for ours, theirs in names.items():
+            folder = root / tier / theirs
+            if ours == "responses" or any((root / t / theirs).is_dir() for t in found):  # in one tier: in all
+                files.setdefault(ours, []).extend(_same_names(videos, folder))
+                _all_used(folder, {v.name for v in videos}, "videos/")
+    return (
+        files,
+        tiers,
+        {"behavior": ["running", "pupil_area"], "pupil_center": ["x", "y"]},
+        np.arange(len(tiers)),
+    )
 
 
-def _read_sensorium(root: Path) -> tuple[dict[str, list[Path]], list[str], dict[str, Any]]:
+def _read_tiers(root: Path, layout: str) -> np.ndarray:
+    "The published tier of each trial (trials,) of str."
     path = root / "meta/trials/tiers.npy"
     if not path.is_file():
-        raise MissingError("the tiers of the trials are missing", path=path)
-    names = {v: k for k, v in _SENSORIUM_TIERS.items()} | {"live_test_main": "test"}
-    tiers = [names.get(str(t), str(t)) for t in np.load(path)]
-    keep = [i for i, t in enumerate(tiers) if t != "none"]
-    videos = [root / "data/videos" / f"{i}.npy" for i in keep]
+        wish = f"a folder in the {layout} layout"
+        raise MissingError("the tiers of the trials are missing", path=path, expected=wish)
+    tiers = load_array(path, kinds="US")
+    shaped("tiers", tiers, {"trials": None}, path)
+    return tiers.astype(str)
+
+
+def _read_sensorium(root: Path) -> tuple[dict[str, list[Path]], list[str], dict[str, Any], np.ndarray]:
+    tiers = _read_tiers(root, "Sensorium 2023")
+    rows = np.flatnonzero(tiers != "none")
+    videos = [root / "data/videos" / f"{i}.npy" for i in rows]
     files = {
         k: _same_names(videos, root / "data" / k)
         for k in ("videos", "responses", "behavior", "pupil_center")
-        if (root / "data" / k).is_dir()
+        if k in ("videos", "responses") or (root / "data" / k).is_dir()
     }
+    for k in files:
+        _all_used(root / "data" / k, {f"{i}.npy" for i in range(len(tiers))}, "tiers.npy")
     return (
         files,
-        [tiers[i] for i in keep],
+        tiers[rows].tolist(),
         {"behavior": ["pupil_area", "running"], "pupil_center": ["x", "y"]},
+        rows,
     )
 
 # %% ../../neuro_nbs/03_dataset.ipynb #0a64ca4b
 def _tree_neurons(root: Path, n: int) -> pd.DataFrame:
-    if (root / "neurons.csv").is_file():
-        return pd.read_csv(root / "neurons.csv")
+    "The table of neurons of a tree: one row for each response, or an error that names the file."
+    path = root / "neurons.csv"
+    if path.is_file():
+        neurons = load_table(path, float_precision="round_trip")
+        described(neurons, n, path)
+        return neurons
     ids, where = root / "meta/neurons/unit_ids.npy", root / "meta/neurons/cell_motor_coordinates.npy"
-    neurons = pd.DataFrame({"cell_id": np.load(ids) if ids.is_file() else np.arange(n)})
-    xyz = np.load(where) if where.is_file() else np.full((n, 3), np.nan)
-    return neurons.assign(x_um=xyz[:, 0], y_um=xyz[:, 1], depth_um=xyz[:, 2])
+    neurons = pd.DataFrame({"cell_id": np.arange(n)})
+    if ids.exists():
+        found = load_array(ids, kinds="iuf")
+        same_length("neurons", {"unit_ids": found.size, "responses": n}, ids)
+        neurons["cell_id"] = whole("unit_ids", found, low=None, path=ids)
+    xyz = np.full((n, 3), np.nan)
+    if where.exists():
+        xyz = load_array(where)
+        same_length("neurons", {"cell_motor_coordinates": len(np.atleast_1d(xyz)), "responses": n}, where)
+        shaped("cell_motor_coordinates", xyz, {"neurons": n, "x, y, depth": 3}, where)
+    neurons = neurons.assign(x_um=xyz[:, 0], y_um=xyz[:, 1], depth_um=xyz[:, 2])
+    described(neurons, n, ids)
+    return neurons
 
 
 def _channel_names(name: str, n: int, usual: list[str], known: Mapping[str, Any]) -> list[str]:
@@ -918,9 +1182,111 @@ def _channel_names(name: str, n: int, usual: list[str], known: Mapping[str, Any]
     return names if len(names) == n else [f"channel {i}" for i in range(n)]
 
 
-def _valid_frames(video: np.ndarray) -> int:
-    bad = ~np.isfinite(video[:, 0, 0])
-    return int(bad.argmax()) if bad.any() else len(video)
+def _measured_channels(
+    name: str, array: np.ndarray, labels: list[str], layout: str
+) -> tuple[np.ndarray | None, list[str], list[str]]:
+    "Channels that hold a value (and, in raw data, one that is not 0), their names, and a note on the others."
+    here = np.zeros(len(labels), bool)
+    for x in array:
+        x = np.asarray(x).reshape(len(labels), -1)
+        here |= (np.isfinite(x) & ((x != 0) | (layout == "study1"))).any(1)
+    lost = [c for c, h in zip(labels, here, strict=True) if not h]
+    notes = [f"{name}: {', '.join(lost)} left out: no measurement."] if lost else []
+    return here, [c for c, h in zip(labels, here, strict=True) if h], notes
+
+
+def _valid_frames(array: np.ndarray) -> int:  # time is the first axis
+    "Frames before the padding with NaN at the end; NaN elsewhere is no padding."
+    full = ~np.isnan(array.reshape(len(array), -1)).all(1)
+    return int(len(full) - full[::-1].argmax()) if full.any() else 0
+
+# %% ../../neuro_nbs/03_dataset.ipynb #8d20ac41
+def _read_trial(
+    name: str, path: Path, layout: str
+) -> np.ndarray:  # video (frames, H, W), else (channels, frames)
+    "One array of one trial, its axes checked."
+    array = load_array(path)
+    if name != "videos":
+        shaped(name, array, {"neurons" if name == "responses" else "channels": None, "frames": None}, path)
+    elif layout == "study1":
+        shaped(name, array, {"channel": 1, "frames": None, "height": None, "width": None}, path)
+        array = array[0]
+    else:
+        shaped(name, array, {"height": None, "width": None, "frames": None}, path)
+        array = np.moveaxis(array, -1, 0)
+    return array
+
+
+def _survey(files: Mapping[str, list[Path]], layout: str) -> tuple[np.ndarray, list[str], np.ndarray]:
+    "Frames of each trial, content of its video, whether its responses are withheld (0 or NaN throughout)."
+    lengths, contents, withheld, first = [], [], [], {}
+    for k, _ in enumerate(tqdm(files["videos"], "comparing videos", unit="trial", disable=None, leave=False)):
+        trial = {name: _read_trial(name, paths[k], layout) for name, paths in files.items()}
+        video, responses = trial["videos"], trial["responses"]
+        for name, array in trial.items():
+            usual = first.setdefault(name, array.shape[1:] if name == "videos" else array.shape[:1])
+            axes = (
+                dict(zip(("height", "width"), usual, strict=True))
+                if name == "videos"
+                else {"channels": usual[0], "frames": len(video)}
+            )
+            if name == "responses":
+                axes = {"neurons": usual[0], "frames": len(video)}
+            shaped(
+                f"{name} (of {files[name][0].name}: {first[name]})",
+                array,
+                {"frames": len(video)} | axes if name == "videos" else axes,
+                files[name][k],
+            )
+        dark = np.isnan(responses) | (responses == 0)
+        withheld.append(bool(dark.all()))
+        lengths.append(min(_valid_frames(video), len(video) if dark.all() else _valid_frames(responses.T)))
+        contents.append(_content(video))
+    return np.array(lengths), contents, np.array(withheld)
+
+
+def _measured_trials(
+    tiers: np.ndarray, withheld: np.ndarray, paths: list[Path]
+) -> tuple[np.ndarray, list[str]]:
+    "Rows of the trials to keep, and a note on each tier that is left out."
+    lost = [t for t in dict.fromkeys(tiers) if withheld[tiers == t].all()]
+    notes = [f"Tier {t!r} is left out: its responses are withheld (all zero or NaN)." for t in lost]
+    keep = np.flatnonzero(~np.isin(tiers, lost))
+    if not len(keep):
+        raise DataError(
+            "no trial has responses", path=paths[0].parent, expected="one tier that is not withheld"
+        )
+    return keep, notes
+
+
+def _tree_samples(
+    tree: Path, layout: str, clip_of: list[int], tiers: list[str], rows: np.ndarray
+) -> pd.DataFrame:  # clip, movie, start, repeat, tier
+    "One row per trial; with our columns if the tree came from us."
+    samples = pd.DataFrame(
+        {"clip": clip_of, "movie": [f"video {c}" for c in clip_of], "start": 0, "tier": tiers}
+    )
+    samples["repeat"] = samples.groupby("clip").cumcount()
+    path = tree / "samples.csv"
+    if path.is_file():
+        theirs = load_table(path, ["sample", "movie", "start", "repeat", "tier"])
+        by = "sample" if layout == "sensorium" else "tier"
+        theirs = theirs.sort_values(
+            by, key=None if by == "sample" else lambda t: t.map(_tier_order), kind="stable"
+        )
+        if len(theirs) <= rows.max() or theirs["tier"].iloc[rows].tolist() != tiers:
+            fix = "remove the table, or take it from the folder that the trials are from"
+            raise DataError(
+                "the table does not describe the trials",
+                path=path,
+                expected=f"tiers as in {tree.name}",
+                fix=fix,
+            )
+        theirs = theirs.iloc[rows]
+        samples["movie"] = theirs["movie"].to_numpy()
+        for column in ("start", "repeat"):
+            samples[column] = whole(column, theirs[column], path=path)
+    return samples[["clip", "movie", "start", "repeat", "tier"]]
 
 # %% ../../neuro_nbs/03_dataset.ipynb #a2b592d5
 def import_tree(
@@ -933,57 +1299,61 @@ def import_tree(
     "Turn a tree of one file per sample into a dataset folder; identical videos are stored once."
     tree = Path(tree)
     if (tree / "meta").is_dir():
-        layout, (files, tiers, channels) = "sensorium", _read_sensorium(tree)
+        layout, (files, tiers, channels, rows) = "sensorium", _read_sensorium(tree)
     elif (tree / "train").is_dir():
-        layout, (files, tiers, channels) = "study1", _read_study1(tree)
+        layout, (files, tiers, channels, rows) = "study1", _read_study1(tree)
     else:
         raise MissingError(
             "neither a Sensorium tree nor one of study 1", path=tree, expected="a folder meta/ or train/"
         )
-
-    def load_video(path: Path) -> np.ndarray:  # -> (frames, H, W)
-        video = np.load(path)
-        return video[0] if layout == "study1" else np.moveaxis(video, -1, 0)
-
-    clip_of, first_seen, lengths = [], {}, []
-    for path in tqdm(files["videos"], "comparing videos", unit="trial", disable=None, leave=False):
-        video = load_video(path)
-        lengths.append(_valid_frames(video))
-        clip_of.append(first_seen.setdefault(_content(video), (len(first_seen), path))[0])
-    keep = min(lengths) if frames is None else frames
-    if keep > min(lengths) or keep < 1:
-        raise DataError(f"frames={frames}", expected=f"1 to {min(lengths)}, the shortest trial", path=tree)
     known = read_json(tree / "card.json") if (tree / "card.json").is_file() else {}
+    lengths, contents, withheld = _survey(files, layout)
+    keep_rows, notes = _measured_trials(np.array(tiers), withheld, files["responses"])
+    files = {k: [v[i] for i in keep_rows] for k, v in files.items()}
+    lengths, contents, rows = lengths[keep_rows], [contents[i] for i in keep_rows], rows[keep_rows]
+    names = {v: k for k, v in _SENSORIUM_TIERS.items()} | {"live_test_main": "test"}
+    tiers = [names.get(tiers[i], tiers[i]) if layout == "sensorium" else tiers[i] for i in keep_rows]
+    keep = int(lengths.min()) if frames is None else int(whole("frames", [frames], low=None)[0])
+    if keep > lengths.min() or keep < 1:
+        shortest = files["videos"][int(lengths.argmin())]
+        raise DataError(
+            f"frames={frames}", expected=f"1 to {lengths.min()}, the shortest trial", path=shortest
+        )
+    first_seen: dict[str, tuple[int, Path]] = {}
+    clip_of = [
+        first_seen.setdefault(c, (len(first_seen), p))[0]
+        for c, p in zip(contents, files["videos"], strict=True)
+    ]
+    shapes = {k: _read_trial(k, v[0], layout).shape for k, v in files.items()}
+    shapes = {
+        k: (len(first_seen), keep, *s[1:]) if k == "videos" else (len(rows), s[0], keep)
+        for k, s in shapes.items()
+    }
+    _need_space(Path(out), sum(4 * int(np.prod(s)) for s in shapes.values()))
     with atomic_folder(out, overwrite) as folder:
         arrays = {}
         for name, paths in files.items():
-            some = np.load(paths[0])
-            shape = (
-                (len(first_seen), keep, *load_video(paths[0]).shape[1:])
-                if name == "videos"
-                else (len(paths), len(some), keep)
-            )
-            arrays[name] = np.lib.format.open_memmap(
-                folder / f"{name}.npy", mode="w+", dtype=np.float32, shape=shape
-            )
+            arrays[name] = new_array(folder / f"{name}.npy", np.float32, shapes[name])
             for i, path in enumerate([p for _, p in first_seen.values()] if name == "videos" else paths):
-                arrays[name][i] = load_video(path)[:keep] if name == "videos" else np.load(path)[:, :keep]
-        samples = pd.DataFrame(
-            {"clip": clip_of, "movie": [f"video {c}" for c in clip_of], "start": 0, "tier": tiers}
-        )
-        samples["repeat"] = samples.groupby("clip").cumcount()
-        if (tree / "samples.csv").is_file():
-            theirs = pd.read_csv(tree / "samples.csv")
-            theirs = (
-                theirs.sort_values("sample")
-                if layout == "sensorium"
-                else theirs.iloc[np.argsort([_tier_order(t) for t in theirs["tier"]], kind="stable")]
-            )
-            samples[["movie", "start", "repeat"]] = theirs[["movie", "start", "repeat"]].to_numpy()
-        n = arrays["responses"].shape[1]
+                x = _read_trial(name, path, layout)
+                x = x[:keep] if name == "videos" else x[:, :keep]
+                finite(name, x, gaps=name not in ("videos", "responses"), path=path)
+                arrays[name][i] = x
+        samples = _tree_samples(tree, layout, clip_of, tiers, rows)
         channels = {
             k: _channel_names(k, arrays[k].shape[1], channels[k], known) for k in channels if k in arrays
         }
+        for name in list(channels):
+            here, channels[name], lost = _measured_channels(name, arrays[name], channels[name], layout)
+            notes += lost
+            if not here.all():
+                part = np.array(arrays.pop(name)[:, here])
+                (folder / f"{name}.npy").unlink()
+                if here.any():
+                    np.save(folder / f"{name}.npy", part)
+                    arrays[name] = part
+                else:
+                    del channels[name]
         card = {
             "name": known.get("name", tree.name),
             "source": known.get("source", f"{layout} tree"),
@@ -992,16 +1362,11 @@ def import_tree(
             "options": known.get("options", {}) | {"split": "as in the tree", "layout": layout, "gap": 0},
             "channels": channels,
             "metadata": known.get("metadata", {}),
-            "warnings": known.get("warnings", []),
+            "warnings": [*known.get("warnings", []), *notes],
         }
         for array in arrays.values():
-            array.flush()
-        _complete(
-            folder,
-            arrays,
-            samples[["clip", "movie", "start", "repeat", "tier"]],
-            _tree_neurons(tree, n),
-            card,
-            allow_shared_stimuli,
-        )
+            if isinstance(array, np.memmap):
+                array.flush()
+        neurons = _tree_neurons(tree, arrays["responses"].shape[1])
+        _complete(folder, arrays, samples, neurons, card, allow_shared_stimuli)
     return Path(out)

@@ -14,6 +14,7 @@ import pandas as pd
 from scipy.io import loadmat
 
 from ..core import DataError, MissingError, data_home, sha256
+from .checks import encrypted, finite, increasing, reading, same_length
 from .recordings import Recording
 
 # %% auto #0
@@ -119,9 +120,15 @@ def fetch(
     if not path.is_file():
         import pooch
 
+        encrypted(entry.url)
+
         try:
             pooch.retrieve(
-                entry.url, f"sha256:{entry.sha256}", fname=path.name, path=path.parent, progressbar=True
+                entry.url,
+                f"sha256:{entry.sha256}",
+                fname=path.name,
+                path=path.parent,
+                downloader=pooch.HTTPDownloader(progressbar=True, timeout=10),  # s without an answer
             )
         except OSError as error:  # no network, no such page, no room, no permission
             raise MissingError(
@@ -137,7 +144,9 @@ def fetch(
                 expected=f"sha256 {entry.sha256}",
                 fix="try again; if it stays so, the public file has changed",
             ) from error
-    if (found := sha256(path)) != entry.sha256:
+    with reading(path):
+        found = sha256(path)
+    if found != entry.sha256:
         raise DataError(
             f"{name} has other bytes than registered (sha256 {found}); the file was left as it is",
             path=path,
@@ -149,20 +158,30 @@ def fetch(
 # %% ../../neuro_nbs/02a_open_recordings.ipynb #80a9f43c
 def _read_park(path: Path) -> dict[str, np.ndarray]:
     "The arrays of one file: traces (neurons, trials, samples), speed and pupil (trials, samples), direction (trials,), t (samples,)."
-    mat = loadmat(path, squeeze_me=True, struct_as_record=False)
-    data = mat["D"]
+    with reading(path, "a file of the study, with D, TE and t"):
+        mat = loadmat(path, squeeze_me=True, struct_as_record=False)
+        data = mat["D"]
 
-    def series(name: str) -> np.ndarray:
-        return np.stack([np.asarray(trial, float) for trial in getattr(data, name)])
+        def series(name: str) -> np.ndarray:
+            return np.stack([np.asarray(trial, float) for trial in getattr(data, name)])
 
-    n = sum(name.startswith("neuron") for name in data._fieldnames)
-    return {
-        "traces": np.stack([series(f"neuron{k}") for k in range(1, n + 1)]),
-        "speed": series("speed"),
-        "pupil": series("pupil_zscore"),
-        "direction": mat["TE"].direction.astype(int),
-        "t": np.asarray(mat["t"], float),
+        n = sum(name.startswith("neuron") for name in data._fieldnames)
+        park = {
+            "traces": np.stack([series(f"neuron{k}") for k in range(1, n + 1)]),
+            "speed": series("speed"),
+            "pupil": series("pupil_zscore"),
+            "direction": mat["TE"].direction.astype(int),
+            "t": np.asarray(mat["t"], float),
+        }
+    trials = {k: park[k].shape[-2] for k in ("traces", "speed", "pupil")} | {
+        "direction": len(park["direction"])
     }
+    same_length("trials", trials, path)
+    same_length("samples", {k: park[k].shape[-1] for k in ("traces", "speed", "pupil", "t")}, path)
+    increasing("t", park["t"], path=path)
+    for name in ("traces", "speed", "pupil"):
+        finite(name, park[name], gaps=True, path=path)
+    return park
 
 # %% ../../neuro_nbs/02a_open_recordings.ipynb #1cdc19c7
 def drifting_grating(

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import DataError, MissingError
+from .checks import described, finite, increasing, whole
 
 # %% auto #0
 __all__ = ['Recording']
@@ -45,6 +46,12 @@ def _array(
             expected="at least one measured value",
             fix=f"pass {name}=None if it was not measured" if optional else "leave this recording out",
         )
+    finite(
+        name,
+        array,
+        gaps=True,
+        fix="NaN marks what was not measured; infinity is damage: read the source again",
+    )
     return _readonly(array)
 
 # %% ../../neuro_nbs/00_recordings.ipynb #3cd9a3c4
@@ -61,6 +68,8 @@ def _table(name: str, table: pd.DataFrame, n_frames: int) -> pd.DataFrame:
             f"stimulus table {name!r}: start and end are {start.dtype}, {end.dtype}",
             expected="whole two-photon frames",
         )
+    for column in {"frame", "repeat"} & set(table.columns):
+        whole(f"stimulus table {name!r}, {column}", table[column], low=-1 if column == "frame" else 0)
     wrong = (start < 0) | (end >= n_frames) | (end < start)
     if wrong.any():
         row = table[wrong].iloc[0]
@@ -73,19 +82,20 @@ def _table(name: str, table: pd.DataFrame, n_frames: int) -> pd.DataFrame:
 
 # %% ../../neuro_nbs/00_recordings.ipynb #6ce4f157
 def _neurons(neurons: pd.DataFrame, n: int) -> pd.DataFrame:
-    missing = {"cell_id", "x_um", "y_um"} - set(neurons.columns)
-    if missing:
-        raise DataError(
-            f"neurons lacks {sorted(missing)}", expected="columns cell_id, x_um, y_um (NaN where unknown)"
-        )
-    if len(neurons) != n:
-        raise DataError(f"neurons has {len(neurons)} rows", expected=f"{n}, one for each trace")
-    if neurons["cell_id"].duplicated().any():
-        raise DataError(
-            f"cell_id {neurons['cell_id'][neurons['cell_id'].duplicated()].iloc[0]} appears twice",
-            expected="unique ids",
-        )
+    described(neurons, n)
     return neurons.reset_index(drop=True)
+
+
+def _clock(timestamps: np.ndarray) -> None:
+    "Seconds that run forward; milliseconds would give a rate that no microscope has."
+    increasing("timestamps", timestamps)
+    rate = 1 / np.median(np.diff(timestamps))
+    if not 0.1 <= rate <= 1e5:
+        raise DataError(
+            f"timestamps give {rate:.4g} frames per second",
+            expected="seconds: 0.1 to 100,000 frames per second",
+            fix="divide milliseconds by 1,000",
+        )
 
 # %% ../../neuro_nbs/00_recordings.ipynb #76ee017f
 @dataclass(frozen=True, eq=False)
@@ -159,12 +169,7 @@ class Recording:
                 fix="leave these neurons out",
             )
         put("timestamps", _array("timestamps", self.timestamps, (frames,), "frames"))
-        steps = np.diff(self.timestamps)
-        if not (steps > 0).all():
-            raise DataError(
-                f"timestamps do not increase at frame {int((~(steps > 0)).argmax()) + 1}",
-                expected="strictly increasing seconds",
-            )
+        _clock(self.timestamps)
         put("neurons", _neurons(self.neurons, n))
         for name, shape, axes in (
             ("running", (frames,), "frames"),

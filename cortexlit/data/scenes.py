@@ -33,14 +33,30 @@ from cortexlit.core import (
     sha256,
     write_json,
 )
+from cortexlit.data.checks import (
+    described,
+    finite,
+    jumps,
+    load_array,
+    load_table,
+    seal,
+    shaped,
+    whole,
+)
 from cortexlit.data.clips import (
     TIERS,
+    _all_used,
     _behaviour,
+    _check_fractions,
     _check_spread,
+    _content,
     _flat,
     _identical_clips,
+    _measured_tiers,
+    _measured_trials,
     _need_space,
     _origin,
+    _read_tiers,
     _same_names,
     _save,
     _shares,
@@ -66,11 +82,17 @@ def scene_windows(
         raise MissingError(
             f"{stimulus} is not a set of pictures", expected="a table with a column frame, and a template"
         )
-    if not window_s > 0 or not delay_s >= 0:
+    if not 0 < window_s < np.inf or not 0 <= delay_s < np.inf:
         raise DataError(
             f"window_s={window_s}, delay_s={delay_s}", expected="window_s > 0, delay_s >= 0, in s"
         )
     table = table.sort_values("start", kind="stable")
+    if (np.diff(table["start"]) <= 0).any():
+        raise DataError(
+            f"{stimulus}: {int((np.diff(table['start']) <= 0).sum())} pictures start in the same two-photon frame as the one before",
+            expected="one picture after the other",
+            fix="check the column start of the stimulus table against its source",
+        )
     first = table["start"].to_numpy() + round(delay_s * recording.rate)
     last = first + max(1, round(window_s * recording.rate)) - 1
     if last.max() >= recording.n_frames:
@@ -133,6 +155,9 @@ def split_images(
     image = np.asarray(image)
     if not isinstance(split, str):
         tiers = np.asarray(list(split))
+        if tiers.dtype.kind == "U" and (np.char.strip(tiers) == "").any():
+            row = int((np.char.strip(tiers) == "").argmax())
+            raise DataError(f"split: presentation {row} has no tier", expected=f"a name such as {TIERS}")
         if tiers.shape != image.shape or tiers.dtype.kind != "U":
             raise DataError(
                 f"split has {len(tiers)} entries of {tiers.dtype}",
@@ -141,11 +166,7 @@ def split_images(
         return tiers
     if split not in ("images", "presentations"):
         raise DataError(f"split {split!r}", expected='"images", "presentations", or a list of tier names')
-    if len(fractions) != 3 or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
-        raise DataError(
-            f"fractions {tuple(fractions)}",
-            expected="three positive shares (train, validation, test) that sum to 1",
-        )
+    _check_fractions(fractions)
     units = np.setdiff1d(image, train_only) if split == "images" else np.arange(len(image))
     tiers = _shares(len(units), fractions) if len(units) >= 3 else []
     if "train" not in tiers:
@@ -242,16 +263,20 @@ def _card_text(card: Mapping[str, Any]) -> str:
 def _finite(arrays: Mapping[str, np.ndarray]) -> None:
     "Images and responses hold numbers only; behaviour may have gaps (NaN) but no infinity."
     for name, array in arrays.items():
-        wrong = ~np.isfinite(array) if name in ("images", "responses") else np.isinf(array)
-        if wrong.any():
-            at = tuple(int(i) for i in np.argwhere(wrong)[0])
-            raise DataError(
-                f"{name}: {int(wrong.sum())} values are not finite, the first at index {at}",
-                expected="numbers only"
-                if name in ("images", "responses")
-                else "numbers, NaN where not measured",
-                fix="leave these presentations or neurons out",
-            )
+        fix = "leave these presentations or neurons out"
+        finite(name, array, gaps=name not in ("images", "responses"), fix=fix)
+
+
+def _one_tier_each(arrays: Mapping[str, np.ndarray], samples: pd.DataFrame) -> None:
+    "No recorded presentation in two tiers: the same responses to the same picture."
+    seen: dict[tuple[int, str], str] = {}
+    for i, (image, tier) in enumerate(zip(samples["image"], samples["tier"], strict=True)):
+        response = arrays["responses"][i]
+        if len(np.unique(response)) > 8:  # fewer: counts, which two presentations may share by chance
+            other = seen.setdefault((image, _content(response)), tier)
+            if other != tier:
+                what = f"the same responses to the same picture are in {other} and {tier} (presentation {i})"
+                raise SplitLeak(what, expected="each presentation in one tier", fix="remove the copy")
 
 # %% ../../neuro_nbs/10_scenes.ipynb #d50d45fb
 def _write(
@@ -265,13 +290,11 @@ def _write(
     overwrite: bool,
 ) -> Path:
     "Check the arrays and write the whole folder at once."
-    arrays = {k: np.ascontiguousarray(a, np.float32) for k, a in arrays.items()}
     _finite(arrays)
-    if len(neurons) != arrays["responses"].shape[1]:
-        raise DataError(
-            f"{len(neurons)} neurons are described",
-            expected=f"{arrays['responses'].shape[1]}, one for each response",
-        )
+    arrays = {k: np.ascontiguousarray(a, np.float32) for k, a in arrays.items()}
+    described(neurons, arrays["responses"].shape[1])
+    _one_tier_each(arrays, samples)
+    _measured_tiers(arrays["responses"], samples["tier"].to_numpy())
     if constant not in ("error", "drop"):
         raise DataError(f"constant_neurons {constant!r}", expected='"error" or "drop"')
     stats = _statistics(arrays, samples)
@@ -308,7 +331,7 @@ def _write(
         }
         (folder / "card.md").write_text(_card_text(card), encoding="utf-8")
         card["files"] = {p.name: sha256(p) for p in sorted(folder.iterdir())}
-        write_json(folder / "card.json", card)
+        write_json(folder / "card.json", seal(card))
     return out
 
 # %% ../../neuro_nbs/10_scenes.ipynb #cf8c36e6
@@ -348,7 +371,12 @@ def build_scenes(
     "Write the static dataset folder of one recording; the response is the mean of its trace in a window."
     measured = _measured(recording, pupil)
     samples = scene_windows(recording, window_s, delay_s, stimulus)
-    template, scene = recording.templates[stimulus], samples["scene"].to_numpy()
+    for name, value in (("size", size), ("via", via)):
+        whole(name, value if value is not None else (), low=1)
+    samples, notes = _unbroken(samples, recording)
+    template = recording.templates[stimulus]
+    shaped(f"the template of {stimulus}", template, {"pictures": None, "height": None, "width": None})
+    scene = whole(f"stimulus table {stimulus!r}, frame", samples["scene"], low=None)
     if scene.min() < -1 or scene.max() >= len(template):
         raise DataError(
             f"{stimulus}: the table names pictures {scene.min()} to {scene.max()}",
@@ -383,9 +411,25 @@ def build_scenes(
         "seed": seed,
     }
     card = _origin(recording, options, measured)
-    card["warnings"] += _overlap_note(samples, recording)
+    card["warnings"] += notes + _overlap_note(samples, recording)
     shared_ok = allow_shared_stimuli or (isinstance(split, str) and split == "presentations")
     return _write(Path(out), arrays, samples, recording.neurons, card, shared_ok, constant_neurons, overwrite)
+
+
+def _unbroken(samples: pd.DataFrame, recording: Recording) -> tuple[pd.DataFrame, list[str]]:
+    "The presentations whose windows hold no jump in time, and a note on the others."
+    frames = samples["first_frame"].to_numpy()[:, None] + np.arange(
+        int(samples["last_frame"].iloc[0] - samples["first_frame"].iloc[0]) + 1
+    )
+    broken = jumps(recording.timestamps[frames], 1 / recording.rate)
+    if broken.all():
+        raise DataError(
+            "time jumps within every window",
+            expected="two-photon frames without gaps",
+            fix="shorten window_s",
+        )
+    note = f"{int(broken.sum())} of {len(samples)} presentations are left out, because a gap in time (missing two-photon frames) lies within their windows."
+    return samples[~broken].reset_index(drop=True), [note] * bool(broken.any())
 
 
 def _overlap_note(samples: pd.DataFrame, recording: Recording) -> list[str]:
@@ -405,20 +449,14 @@ def _overlap_note(samples: pd.DataFrame, recording: Recording) -> list[str]:
 class ScenesDataset(_Tier):
     "One tier of a static dataset folder as float32 tensors, for a `torch.utils.data.DataLoader`; memory-mapped."
 
-    _seen, _unit = ("image", "images"), "presentation"
+    _seen, _unit, _key = ("image", "images"), "presentation", "image"
 
     def __init__(
         self,
         root: str | Path,  # a folder made by `build_scenes` or one of the importers
         tier: str,  # "train", "validation", "test", or another tier named in samples.csv
     ):
-        self.root, self.tier, self.card = Path(root), tier, check_folder(root)
-        if self.card.get("kind") != "scenes":
-            raise DataError(
-                "this is no folder of still pictures",
-                path=root,
-                fix="read clips with cortexlit.data.clips.MouseDataset",
-            )
+        self.root, self.tier, self.card = Path(root), tier, check_folder(root, "scenes")
         self._open(tier)
         self._rows = {
             k: self.samples["image" if k == "images" else "sample"].to_numpy() for k in self.statistics
@@ -428,6 +466,11 @@ class ScenesDataset(_Tier):
     def _fit(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         "Mean, offset and scale of one field."
         mean, std = (np.asarray(self.statistics[name][k], np.float32) for k in ("mean", "std"))
+        if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).any()):
+            fix = "build the dataset again"
+            raise DataError(
+                f"the statistics of {name} cannot normalise", "finite, with a spread", fix, self.root
+            )
         if name == "responses":
             return mean, np.zeros_like(mean), np.maximum(std, 0.01 * std.mean())
         return mean, np.zeros_like(mean) if name == "behavior" else mean, std
@@ -442,7 +485,11 @@ class ScenesDataset(_Tier):
 
     def _normalise(self, name: str, x: np.ndarray) -> np.ndarray:
         mean, offset, scale = self._terms[name]
-        return ((np.where(np.isfinite(x), x, mean) - offset) / scale).astype(np.float32)
+        out = ((np.where(np.isfinite(x), x, mean) - offset) / scale).astype(np.float32)
+        return out[..., self._in_order[name]] if name in self._in_order else out
+
+    def _wanted(self) -> Sequence[str]:  # the order of Sensorium 2022, whatever that of the folder
+        return _LAYOUT["behavior"]
 
 # %% ../../neuro_nbs/10_scenes.ipynb #1e9b1848
 @dataclass(frozen=True)
@@ -522,8 +569,8 @@ def export_sensorium2022(
     overwrite: bool = False,
 ) -> Path:  # `out`
     "Write a static dataset folder in the Sensorium 2022 layout, which published V1T code reads unchanged."
-    root, card = Path(root), check_folder(root)
-    data = ScenesDataset(root, "train")
+    root, data = Path(root), ScenesDataset(root, "train")
+    card = data.card
     samples = pd.read_csv(root / "samples.csv")
     fields = {k: np.asarray(a) for k, a in data._arrays.items()}
     stats = {k: dict(s) for k, s in data.statistics.items()}
@@ -568,12 +615,7 @@ def export_sensorium2022(
 # %% ../../neuro_nbs/10_scenes.ipynb #088b3436
 def _trial_arrays(folder: Path) -> tuple[np.ndarray, dict[str, list[Path]]]:
     "Tiers of the trials, and the files of each field in the order of the trials."
-    path = folder / "meta/trials/tiers.npy"
-    if not path.is_file():
-        raise MissingError(
-            "the tiers of the trials are missing", path=path, expected="a folder in the Sensorium 2022 layout"
-        )
-    tiers = np.load(path).astype(str)
+    tiers = _read_tiers(folder, "Sensorium 2022")
     images = [folder / "data/images" / f"{i}.npy" for i in range(len(tiers))]
     missing = next((p for p in images if not p.is_file()), None)
     if missing:
@@ -586,20 +628,25 @@ def _trial_arrays(folder: Path) -> tuple[np.ndarray, dict[str, list[Path]]]:
     for name in _LAYOUT:
         if (folder / "data" / name).is_dir():
             files[name] = _same_names(images, folder / "data" / name)
+    for name in files:
+        _all_used(folder / "data" / name, {p.name for p in images}, "tiers.npy")
     return tiers, files
 
 
 def _stacked(name: str, paths: list[Path]) -> np.ndarray:
     "One row per trial; every file must have the shape of the first."
-    rows = [np.load(p, allow_pickle=False) for p in paths]
+    rows = [load_array(p) for p in paths]
     for path, row in zip(paths, rows, strict=True):
-        if row.shape != rows[0].shape or row.dtype.kind not in "fiub":
+        if row.shape != rows[0].shape:
             raise DataError(
-                f"{name}: an array of shape {row.shape}, {row.dtype}",
+                f"{name}: an array of shape {row.shape}",
                 path=path,
-                expected=f"numbers of shape {rows[0].shape}, as in {paths[0].name}",
+                expected=f"the shape of the others, {rows[0].shape}, as in {paths[0].name}",
+                fix="the trial is damaged; fetch the folder again",
             )
-    return np.stack(rows).astype(np.float32)
+        if name != "responses":
+            finite(name, row, gaps=name != "images", path=path)
+    return np.stack(rows)
 
 # %% ../../neuro_nbs/10_scenes.ipynb #15bd04ec
 def import_sensorium2022(
@@ -612,15 +659,16 @@ def import_sensorium2022(
     "Read a Sensorium 2022 folder, ours or anybody's; withheld responses and behaviour are left out and named."
     folder, notes = Path(folder), []
     tiers, files = _trial_arrays(folder)
-    keep = tiers != "none"
-    responses = _stacked("responses", files["responses"])
-    for tier in np.unique(tiers[keep]):
-        if not responses[tiers == tier].any():
-            notes.append(f"Tier {tier!r} is left out: its responses are withheld (all zero).")
-            keep &= tiers != tier
-    rows = np.flatnonzero(keep)
-    if not len(rows):
-        raise DataError("no trial has responses", path=folder)
+    listed = np.flatnonzero(tiers != "none")
+    paths = [files["responses"][i] for i in listed]
+    responses = _stacked("responses", paths)
+    shaped("responses", responses, {"trials": None, "neurons": None}, folder / "data/responses")
+    withheld = (np.isnan(responses) | (responses == 0)).all(1)
+    kept, lost = _measured_trials(tiers[listed], withheld, paths)
+    notes += lost
+    responses, rows = responses[kept], listed[kept]
+    for row, i in zip(responses, rows, strict=True):
+        finite("responses", row, path=files["responses"][i])
     pictures = _stacked("images", [files["images"][i] for i in rows])
     if pictures.ndim == 4 and pictures.shape[1] == 1:
         pictures = pictures[:, 0]
@@ -631,7 +679,7 @@ def import_sensorium2022(
             expected="(1, H, W): one grey channel",
         )
     images, image, scene = _numbered(folder, pictures, rows)
-    arrays, channels = {"images": images, "responses": responses[rows]}, {}
+    arrays, channels = {"images": images, "responses": responses}, {}
     for name, names in _LAYOUT.items():
         if name in files:
             values = _stacked(name, [files[name][i] for i in rows]).reshape(len(rows), -1)
@@ -645,6 +693,8 @@ def import_sensorium2022(
             if not here.any():
                 notes.append(f"{name} is left out: it holds no measurement.")
                 continue
+            if lost := [n for n, h in zip(names, here, strict=True) if not h]:
+                notes.append(f"{name}: {', '.join(lost)} left out: no measurement.")
             arrays[name], channels[name] = values[:, here], [n for n, h in zip(names, here, strict=True) if h]
     known = read_json(folder / "card.json") if (folder / "card.json").is_file() else {}
     samples = _imported_samples(folder, image, scene, rows, tiers)
@@ -658,11 +708,7 @@ def import_sensorium2022(
         "metadata": known.get("metadata", {}),
         "warnings": [*known.get("warnings", []), *notes],
     }
-    path = folder / "neurons.csv"
-    ours = path.is_file()
-    neurons = (
-        pd.read_csv(path, float_precision="round_trip") if ours else _tree_neurons(folder, responses.shape[1])
-    )
+    neurons = _tree_neurons(folder, responses.shape[1])
     return _write(
         Path(out), arrays, samples, neurons, card, allow_shared_stimuli, constant_neurons, overwrite
     )
@@ -677,7 +723,15 @@ def _numbered(
     path = next((p for p in (folder / f"meta/trials/{n}.npy" for n in names) if p.is_file()), None)
     if path is None:
         return images, image, image
-    scene = np.load(path, allow_pickle=False)[rows]
+    scene = whole("image ids", load_array(path), low=None, path=path)
+    if len(scene) <= rows.max():
+        wish = "an id for each trial of tiers.npy"
+        raise DataError(f"{len(scene)} ids of images", wish, "fetch the folder again", path)
+    scene = scene[rows]
+    ids = pd.DataFrame({"image": image, "scene": scene}).drop_duplicates()
+    if (twice := ids["scene"].duplicated()).any():
+        what = f"image id {ids['scene'][twice].iloc[0]} names two different pictures"
+        raise DataError(what, "one picture for each id", "the images or their ids are damaged", path)
     order = np.argsort(scene[np.unique(image, return_index=True)[1]], kind="stable")
     return images[order], np.argsort(order)[image], scene
 
@@ -686,8 +740,13 @@ def _imported_samples(
     folder: Path, image: np.ndarray, scene: np.ndarray, rows: np.ndarray, tiers: np.ndarray
 ) -> pd.DataFrame:
     "Table of presentations; with our columns if the folder came from us, else numbered in the order of the trials."
-    if (folder / "samples.csv").is_file():
-        ours = pd.read_csv(folder / "samples.csv").iloc[rows].reset_index(drop=True)
+    path = folder / "samples.csv"
+    if path.is_file():
+        ours = load_table(path, ["sample", "scene", "repeat", "tier"])
+        if len(ours) <= rows.max() or ours["tier"].iloc[rows].tolist() != tiers[rows].tolist():
+            fix = "remove the table, or take it from the folder that the trials are from"
+            raise DataError("the table does not describe the trials", "the tiers of tiers.npy", fix, path)
+        ours = ours.iloc[rows].reset_index(drop=True)
         return ours.drop(columns=["sample"]).assign(image=image, tier=tiers[rows])
     repeat = pd.Series(image).groupby(image).cumcount()
     return pd.DataFrame({"image": image, "scene": scene, "repeat": repeat, "tier": tiers[rows]})
@@ -698,15 +757,16 @@ def _loaded(name: str, value: Any, kinds: str = "fiub") -> np.ndarray:
     path = value if isinstance(value, (str, Path)) else None
     try:
         if path is not None:
-            value = np.load(path, allow_pickle=False)
+            value = load_array(path)
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # ragged lists: an error in newer NumPy, a warning in older
             array = np.asarray(value)
-    except FileNotFoundError:
+    except MissingError:
         raise MissingError(f"{name}: no such file", path=path) from None
-    except (ValueError, OSError, EOFError, Warning) as error:
-        expected = "rows of equal length" if path is None else "an array of numbers saved with numpy.save"
-        raise DataError(f"{name}: {error}", path=path, expected=expected) from None
+    except DataError:
+        raise
+    except (ValueError, TypeError, Warning) as error:
+        raise DataError(f"{name}: {error}", expected="rows of equal length") from None
     if array.dtype.kind not in kinds:
         expected = "real numbers" if "f" in kinds else "whole numbers"
         raise DataError(f"{name} has dtype {array.dtype}", path=path, expected=expected)

@@ -24,6 +24,7 @@ from cortexlit.core import (
     MissingError,
     atomic_folder,
     generated,
+    h5_file,
     locked,
     read_json,
     rng,
@@ -1137,7 +1138,7 @@ def _write_nwb(path: Path, stage: Stage, size: str) -> dict[str, np.ndarray]:
     truth["ceiling"] = np.zeros(cells)
     r = np.zeros(cells)
     movies = np.concatenate([t["start"] for k, t in stage.timeline.tables.items() if "movie" in k])
-    with h5py.File(path, "w") as file:
+    with h5_file(path) as file:
         for key, text in _metadata(stage).items():
             file[key] = np.bytes_(text)
         file["general/generated_by"] = np.array([b"cortexlit", b"synthetic", b"pipeline", b"3.0"])

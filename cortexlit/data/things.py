@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import difflib
 import gzip
+import pickletools
 import re
-import zlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -29,12 +30,17 @@ from cortexlit.core import (
     atomic_folder,
     digest,
     generated,
+    h5_file,
     locked,
+    new_array,
     provenance,
     read_json,
     rng,
+    sha256,
     write_json,
 )
+from .checks import finite, load_array, load_arrays, reading, same_length, seal, unique, whole
+from .clips import _need_space, check_folder
 from .opendata import OpenFile, fetch
 
 # %% auto #0
@@ -323,13 +329,21 @@ def _simulate(
     return {"values": values, "mask": mask, "affine": affine, "rois": rois, "scale": scale, "truth": truth}
 
 # %% ../../neuro_nbs/12_things.ipynb #8c537e64
-def _damaged(path: Path, error: object) -> DataError:
-    return DataError(
-        f"the file is damaged or incomplete ({error})",
-        path=path,
-        expected="a complete NIfTI-1 file, gzip intact",
-        fix="fetch it again; compare its size and checksum with the archive",
-    )
+_NIFTI = "a complete NIfTI file (.nii or .nii.gz), gzip intact"
+_FETCH = "fetch it again; compare its size and checksum with the archive"
+
+
+def _nifti_class(raw: bytes, path: Path) -> type[nib.Nifti1Image]:
+    "The reader for the version that the header names: its size is 348 bytes in NIfTI-1, 540 in NIfTI-2."
+    size = {int.from_bytes(raw[:4], order) for order in ("little", "big")}
+    if raw[344:348] in (b"ni1\0", b"n+1\0") or 348 in size:
+        if raw[344:347] == b"ni1":
+            fix = "save header and image in one file, e.g. with nibabel.save(image, 'x.nii.gz')"
+            raise DataError("only the header of a pair of files (.hdr and .img)", _NIFTI, fix, path)
+        return nib.Nifti1Image
+    if 540 in size:
+        return nib.Nifti2Image
+    raise DataError(f"no NIfTI file, it begins with {raw[:12]!r}", _NIFTI, _FETCH, path)
 
 # %% ../../neuro_nbs/12_things.ipynb #dfcfafd8
 def read_nifti(
@@ -337,24 +351,20 @@ def read_nifti(
 ) -> tuple[
     np.ndarray, np.ndarray
 ]:  # values (x, y, z) or (x, y, z, volumes); affine (4, 4), voxel indices to mm
-    "Values and affine of a NIfTI-1 file, read by nibabel; `DataError` if a single byte is missing or damaged."
+    "Values and affine of a NIfTI-1 or NIfTI-2 file, read by nibabel; `DataError` if a single byte is missing or damaged."
     path = Path(path)
-    try:
+    with reading(path, _NIFTI, _FETCH):
         raw = path.read_bytes()
         raw = gzip.decompress(raw) if path.suffix == ".gz" else raw  # compares the checksum
-        image = nib.Nifti1Image.from_bytes(raw)
-        return np.asanyarray(image.dataobj), image.affine
-    except FileNotFoundError:
-        raise MissingError("no such volume file", path=path) from None
-    except (
-        OSError,
-        EOFError,
-        zlib.error,
-        nib.filebasedimages.ImageFileError,
-        nib.spatialimages.HeaderDataError,
-        nib.wrapstruct.WrapStructError,
-    ) as error:
-        raise _damaged(path, error) from error
+        image = _nifti_class(raw, path).from_bytes(raw)
+        values = np.asanyarray(image.dataobj)
+    if values.dtype.kind not in "fiub":
+        wish = "one real number for each voxel"
+        raise DataError(f"the voxels hold {values.dtype}", wish, "save the volume as float32", path)
+    if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine)) < 1e-9:
+        wish = "an affine that places every voxel"
+        raise DataError("the affine of the header places no voxel", wish, "fetch the file again", path)
+    return values, image.affine
 
 
 def write_nifti(
@@ -385,7 +395,7 @@ def _voxel_table(made: dict[str, Any], subject: str, repeats: int) -> pd.DataFra
 def _write_responses(path: Path, values: np.ndarray) -> None:
     "Voxels x trials in the group and datasets that pandas uses."
     path.parent.mkdir(parents=True, exist_ok=True)
-    with h5py.File(path, "w") as file:
+    with h5_file(path) as file:
         group = file.create_group("ResponseData")
         group.create_dataset("axis1", data=np.arange(values.shape[1]))
         group.create_dataset("block0_values", data=np.ascontiguousarray(values.T), track_times=False)
@@ -559,39 +569,62 @@ def load_truth(
     path = Path(root) / "truth" / f"sub-{subject}.npz"
     if not path.is_file():
         raise MissingError("no ground truth here", path=path, expected="a folder made by write_things")
-    with np.load(path, allow_pickle=False) as file:
-        return {k: file[k] for k in file.files}
+    return load_arrays(path)
 
 # %% ../../neuro_nbs/12_things.ipynb #e80ffc77
+_TEXT = ("uniqueID", "Word", "word", "concept", "stimulus", "image_filename", "trial_type")
+_MISSING = ("", "-", "--", "NA", "N/A", "n/a", "NaN", "nan", "NULL", "null", "None", "#N/A")
+
+
 def _read_table(path: Path) -> pd.DataFrame:
-    "A delimited table, whichever delimiter it has; `DataError` if it does not parse."
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            head = file.read(8192)
-        if not head.strip():
-            raise DataError(
-                "the table is empty", path=path, expected="a header and rows", fix="fetch the file again"
-            )
-        sep = max("\t;,", key=head.count)
-        return pd.read_csv(path, sep=sep, encoding="utf-8-sig")
-    except FileNotFoundError:
+    """A delimited table, whichever delimiter and decimal sign it has; `DataError` if it does not parse.
+
+    Names stay text: a concept may be called "NA" or "null". Numbers may be missing.
+    """
+    wish = "rows of the same columns, with commas, semicolons or tabs between"
+    if Path(path).is_file() and not Path(path).stat().st_size:
+        raise DataError(
+            "the table is empty", path=path, expected="a header and rows", fix="fetch the file again"
+        )
+    if not Path(path).exists():
         raise MissingError(
             "no such table",
             path=path,
             expected="the published tables of a subject side by side, their names unchanged",
             fix="fetch it and put it there",
-        ) from None
-    except (pd.errors.ParserError, UnicodeDecodeError) as error:
+        )
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            head = next((line for line in file if line.strip()), "")
+        if not head:
+            raise DataError(
+                "the table is empty", path=path, expected="a header and rows", fix="fetch the file again"
+            )
+        sep = max("\t;,", key=head.count)
+        options = {"sep": sep, "encoding": "utf-8-sig", "keep_default_na": False, "low_memory": False}
+        names = [c for c in pd.read_csv(path, nrows=0, **options).columns if c not in _TEXT]
+        table = pd.read_csv(
+            path, **options, na_values=dict.fromkeys(names, list(_MISSING)), dtype=dict.fromkeys(_TEXT, str)
+        )
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError(
-            f"not a table: {error}",
-            path=path,
-            expected="rows of the same columns, with commas, semicolons or tabs between",
-            fix="fetch the file again",
+            f"not a table: {error}", path=path, expected=wish, fix="fetch the file again"
         ) from error
+    except OSError:
+        with reading(path, wish):
+            raise
+    for column in table.columns.difference(_TEXT):
+        if table[column].dtype == object and sep != ",":  # 1,25 of a spreadsheet
+            given = table[column].dropna().astype(str)
+            if len(given) and given.str.fullmatch(r"\s*-?\d+(,\d+)?\s*").all():
+                table[column] = pd.to_numeric(table[column].str.replace(",", ".", regex=False))
+    return table
 
 
 def _needs(table: pd.DataFrame, columns: Sequence[str], path: Path) -> None:
-    "`DataError` if a column is missing."
+    "`DataError` if a column is missing, or a name in it."
     if missing := [c for c in columns if c not in table]:
         raise DataError(
             f"no column {', '.join(missing)}",
@@ -599,6 +632,26 @@ def _needs(table: pd.DataFrame, columns: Sequence[str], path: Path) -> None:
             expected=f"columns {', '.join(columns)}",
             fix="fetch the published file again",
         )
+    for column in [c for c in columns if c in _TEXT]:
+        if len(blank := table.index[table[column].isna() | (table[column].str.strip() == "")]):
+            fix = "fetch the published file again, or fill in the name"
+            raise DataError(f"{column} is empty in row {blank[0]}", "a name in every row", fix, path)
+
+
+def _numeric(table: pd.DataFrame, columns: Sequence[str], path: Path) -> pd.DataFrame:
+    "The columns as numbers, NaN where missing; `DataError` names the first cell that is none."
+    out = {}
+    for column in columns:
+        numbers = pd.to_numeric(table[column], errors="coerce").astype(float)
+        if (bad := numbers.isna() & table[column].notna()).any() or np.isinf(numbers).any():
+            bad |= np.isinf(numbers)
+            wish = f"numbers; nothing, or one of {' '.join(_MISSING[1:7])}, where missing"
+            what = (
+                f"column {column!r}, row {int(bad.to_numpy().argmax())}: {table[column][bad].iloc[0]!r} is no number"
+            )
+            raise DataError(what, wish, "correct the cell", path)
+        out[column] = numbers
+    return pd.DataFrame(out, index=table.index)
 
 
 def _in_order(table: pd.DataFrame, column: str, path: Path, what: str) -> pd.DataFrame:
@@ -640,8 +693,11 @@ def load_properties(
     table.index = pd.Index([_identifier(c) for c in table["uniqueID"]], name="concept")
     if "size" not in table and (sizes := files[0].with_name("size_fixed.csv")).is_file():
         extra = _read_table(sizes)
+        _needs(extra, ["uniqueID", "meanSize"], sizes)
         extra.index = [_identifier(c) for c in extra["uniqueID"]]
-        table["size"] = extra["meanSize"][~extra.index.duplicated()].reindex(table.index)
+        table["size"] = _numeric(extra, ["meanSize"], sizes)["meanSize"][~extra.index.duplicated()].reindex(
+            table.index
+        )
     if table.index.duplicated().any():
         raise DataError(f"concept {table.index[table.index.duplicated()][0]} has two rows", path=files[0])
     if unknown := [p for p in properties if p not in table]:
@@ -652,7 +708,7 @@ def load_properties(
             path=files[0],
             expected=f"one of {', '.join(known)}; with _sd for the spread over raters",
         )
-    return table[list(properties)].astype(float)
+    return _numeric(table, list(properties), files[0])
 
 # %% ../../neuro_nbs/12_things.ipynb #a64b1601
 ROLES: tuple[str, ...] = ("train", "test", "catch")
@@ -771,6 +827,7 @@ def _index_from_table(path: Path) -> TrialIndex:
     table = _read_table(path)
     _needs(table, ["trial_type", "session", "run", "trial_id", "stimulus", "concept"], path)
     table = _in_order(table, "trial_id", path, "trial_id")
+    table = table.assign(**{k: whole(k, table[k], low=1, path=path) for k in ("session", "run")})
     image = table["stimulus"].str.rsplit("/", n=1).str[-1]
     rows = table.assign(volume=table["trial_id"], image=image, role=table["trial_type"])
     files = dict.fromkeys(zip(table["session"], table["run"], strict=True), path)
@@ -875,7 +932,7 @@ def find_layout(
             "voxel-wise-responses.h5",
         ),
     }
-    mask = one(f"sub-{subject}_space-T1w_brainmask.nii.gz")
+    mask = one(f"sub-{subject}_space-T1w_brainmask.nii*")
     for name, (pattern, stimuli, voxels, ending) in stems.items():
         if kind in (None, name) and (responses := one(pattern)):
             base = responses.name.removesuffix(ending)
@@ -912,6 +969,42 @@ def find_layout(
 _GRID_FIX = "each subject has a space of its own: take mask, metadata and responses of the same subject"
 
 
+def _places(table: pd.DataFrame, path: Path) -> np.ndarray:  # (voxels, 3)
+    "The voxels' indices on the grid, each once, in the order of the mask (x slowest)."
+    columns = ["voxel_x", "voxel_y", "voxel_z"]
+    place = np.stack([whole(c, table[c], high=9999, path=path) for c in columns], axis=1)
+    order = np.lexsort(place.T[::-1])
+    wish = "each voxel once, in the order of the mask: by voxel_x, then voxel_y, then voxel_z"
+    if len(place) > 1 and (np.diff(place[order], axis=0) == 0).all(1).any():
+        raise DataError("two rows describe the same voxel", wish, "fetch the published file again", path)
+    if not np.array_equal(order, np.arange(len(place))):
+        raise DataError(
+            "the voxels are in another order than those of a mask",
+            wish,
+            "fetch the published file again",
+            path,
+        )
+    return place
+
+
+def _one_valued(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    "A mask (x, y, z) of true and false, and its affine. Outside is 0 or NaN, inside one number."
+    values, affine = read_nifti(path)
+    if values.ndim == 4 and values.shape[3] == 1:
+        values = values[..., 0]
+    if values.ndim != 3:
+        raise DataError(f"a mask of shape {values.shape}", "(x, y, z)", "take the volume of the mask", path)
+    found = np.unique(values[np.isfinite(values)])
+    inside = found[found != 0]
+    if np.isinf(values).any() or len(inside) > 1 or (inside < 0).any():
+        wish = "0 outside, and one positive number inside"
+        fix = "it was interpolated: make it again with nearest neighbours, or save mask > 0.5"
+        raise DataError(
+            f"no mask: it holds {len(found)} values from {found[0]:.3g} to {found[-1]:.3g}", wish, fix, path
+        )
+    return np.nan_to_num(values) != 0, affine
+
+
 def _read_mask(path: Path | None, place: np.ndarray | None, root: Path) -> tuple[np.ndarray, np.ndarray]:
     "Brain mask and affine, checked against voxel coordinates where those are known."
     if path is None:
@@ -922,13 +1015,15 @@ def _read_mask(path: Path | None, place: np.ndarray | None, root: Path) -> tuple
                 expected="sub-XX_space-T1w_brainmask.nii.gz",
                 fix="fetch it from https://doi.org/10.25452/figshare.plus.20492757",
             )
-        mask = np.zeros(
-            place.max(0) + 1, bool
-        )  # the smallest box that holds the voxels; its place in mm is unknown
+        box = place.max(0) + 1  # the smallest that holds the voxels; its place in mm is unknown
+        if np.prod(box, dtype=float) > 1e8:
+            raise DataError(f"the voxels span a box of {tuple(box)}", "the grid of a brain", _GRID_FIX, root)
+        mask = np.zeros(box, bool)
         mask[tuple(place.T)] = True
         return mask, np.full((4, 4), np.nan)
-    mask, affine = read_nifti(path)
-    mask = mask > 0
+    mask, affine = _one_valued(path)
+    if not mask.any():
+        raise DataError("the mask is empty", "voxels of a brain", "fetch it again", path)
     if place is not None and not np.array_equal(np.argwhere(mask), place):
         raise DataError(
             f"wrong subject grid: the mask {mask.shape} has {mask.sum()} voxels, the metadata lists {len(place)} others",
@@ -939,28 +1034,57 @@ def _read_mask(path: Path | None, place: np.ndarray | None, root: Path) -> tuple
     return mask, affine
 
 
-def _mask_rois(root: Path, subject: str, mask: np.ndarray) -> pd.DataFrame:
-    "ROI columns from the mask files that come with the volumes."
+def _volumes(root: Path, pattern: str) -> list[Path]:
+    "Volume files, packed or not, each once."
+    found = sorted([*root.rglob(f"{pattern}.nii.gz"), *root.rglob(f"{pattern}.nii")])
+    names = [p.name.removesuffix(".gz") for p in found]
+    if twice := [p for p, n in zip(found, names, strict=True) if names.count(n) > 1]:
+        raise DataError(f"two copies of a volume: {twice[0].name}", path=twice[0], fix="keep one of them")
+    return found
+
+
+def _mask_rois(root: Path, subject: str, mask: np.ndarray, affine: np.ndarray) -> pd.DataFrame:
+    "ROI columns from the mask files that come with the volumes, each placed by its affine."
     rois: dict[str, np.ndarray] = {}
-    for path in sorted(root.rglob(f"category_localizer/sub-{subject}/*_parcels/sub-{subject}_*.nii.gz")):
-        rois[path.name.removesuffix(".nii.gz").split("_", 1)[1]] = _on_grid(path, mask) > 0
-    for path in sorted(root.rglob(f"prf/sub-{subject}/resampled_varea.nii.gz")):
-        codes = np.rint(_on_grid(path, mask))
+    for path in _volumes(root, f"category_localizer/sub-{subject}/*_parcels/sub-{subject}_*"):
+        name = re.sub(r"\.nii(\.gz)?$", "", path.name).split("_", 1)[1]
+        rois[name] = _on_grid(*_one_valued(path), mask, affine, path)
+    for path in _volumes(root, f"prf/sub-{subject}/resampled_varea"):
+        codes, own = read_nifti(path)
+        codes = _on_grid(
+            codes[..., 0] if codes.ndim == 4 and codes.shape[3] == 1 else codes, own, mask, affine, path
+        )
+        if (wrong := np.isfinite(codes) & (abs(codes - np.rint(codes)) > 1e-3)).any():
+            wish = "a whole number for each visual area"
+            fix = "it was interpolated: make it again with nearest neighbours"
+            raise DataError(
+                f"{int(wrong.sum())} voxels lie between two areas, e.g. {codes[wrong][0]:.3g}",
+                wish,
+                fix,
+                path,
+            )
+        codes = np.rint(codes)
         rois |= {name: codes == k for k, name in enumerate(_PRF_AREAS, 1) if (codes == k).any()}
     return pd.DataFrame(rois, index=np.arange(mask.sum()))
 
 
-def _on_grid(path: Path, mask: np.ndarray) -> np.ndarray:
-    "The in-mask values of a volume, its grid checked."
-    volume, _ = read_nifti(path)
-    if volume.shape != mask.shape:
+def _on_grid(
+    volume: np.ndarray, own: np.ndarray, mask: np.ndarray, affine: np.ndarray, path: Path
+) -> np.ndarray:  # (voxels,)
+    "The in-mask values of a volume, looked up at the same place in mm; its axes may be stored in another direction."
+    voxels = np.argwhere(mask)
+    at = nib.affines.apply_affine(np.linalg.inv(own) @ affine, voxels)
+    nearest = np.rint(at).astype(int)
+    fits = volume.ndim == 3 and sorted(volume.shape) == sorted(mask.shape)
+    if not fits or abs(at - nearest).max() > 0.01 or (nearest < 0).any() or (nearest >= volume.shape).any():
         raise DataError(
-            f"wrong subject grid: {volume.shape}, the mask has {mask.shape}",
+            f"wrong subject grid: {volume.shape} at {own[:3, 3].round(1)} mm, "
+            f"the mask has {mask.shape} at {affine[:3, 3].round(1)} mm",
             path=path,
             expected="a volume on the grid of the brain mask",
             fix=_GRID_FIX,
         )
-    return volume[mask]
+    return volume[tuple(nearest.T)]
 
 # %% ../../neuro_nbs/12_things.ipynb #cd011e5d
 _MOST_BYTES = 4e9
@@ -997,16 +1121,15 @@ class Things:
             place = np.argwhere(self.mask)
             self.voxels = pd.DataFrame(place, columns=["voxel_x", "voxel_y", "voxel_z"])
             self.voxels.insert(0, "voxel_id", np.arange(len(place)))
-            self.rois = _mask_rois(self.root, self.subject, self.mask)
+            self.rois = _mask_rois(self.root, self.subject, self.mask, self.affine)
         else:
             path = layout.files["voxels"]
             table = _read_table(path)
             _needs(table, ["voxel_id", "voxel_x", "voxel_y", "voxel_z"], path)
             table = _in_order(table, "voxel_id", path, "voxel_id")
-            rois = [c for c in table.columns[2:] if set(table[c].unique()) <= {0, 1} and not _is_measure(c)]
-            self.voxels = table.drop(columns=rois)
-            self.rois = table[rois].astype(bool).rename(columns=_roi_name)
-            place = table[["voxel_x", "voxel_y", "voxel_z"]].to_numpy(int)
+            place = _places(table, path)
+            self.rois = _table_rois(table, path)
+            self.voxels = table.drop(columns=[c for c in table if _roi_name(c) in self.rois])
             self.mask, self.affine = _read_mask(layout.files["mask"], place, self.root)
             self.index = _index_from_table(layout.files["stimuli"])
 
@@ -1050,23 +1173,17 @@ class Things:
 
     def _table_blocks(self, keep: np.ndarray, limit: int) -> Iterator[tuple[slice, slice, np.ndarray]]:
         path = self.layout.files["responses"]
-        try:
-            with h5py.File(path, "r") as file:
-                values = _response_data(file, path, (len(self.voxels), len(self.index.table)))
-                step, done = max(1, limit // (8 * values.shape[1])), 0
-                for start in range(0, len(keep), step):
-                    inside = keep[start : start + step]
-                    if inside.any():
-                        rows = values[start : start + step][inside].T
-                        yield slice(0, len(self)), slice(done, done + len(rows.T)), rows
-                        done += len(rows.T)
-        except OSError as error:
-            raise DataError(
-                f"the file is damaged or incomplete ({error})",
-                path=path,
-                expected="a complete HDF5 file",
-                fix="fetch it again; compare its size and checksum with the archive",
-            ) from error
+        with reading(path, "a complete HDF5 file", _FETCH), h5py.File(path, "r") as file:
+            values, order = _response_data(file, path, (len(self.voxels), len(self.index.table)))
+            step, done = max(1, limit // (8 * values.shape[1])), 0
+            for start in range(0, len(keep), step):
+                inside = keep[start : start + step]
+                if inside.any():
+                    rows = values[start : start + step][inside].T
+                    rows = rows if order is None else rows[order]
+                    finite("responses", rows, path=path, fix="fetch the file again")
+                    yield slice(0, len(self)), slice(done, done + len(rows.T)), rows
+                    done += len(rows.T)
 
     def _volume_blocks(self, keep: np.ndarray) -> Iterator[tuple[slice, slice, np.ndarray]]:
         where = np.zeros(self.mask.shape, bool)
@@ -1092,6 +1209,7 @@ class Things:
                 )
             shown = rows.loc[rows["role"] != "catch", "volume"].to_numpy()
             stack = values[where][:, shown].T
+            finite("responses", stack, path=path, fix="fetch the file again")
             yield slice(done, done + len(stack)), slice(0, int(keep.sum())), stack
             done += len(stack)
 
@@ -1101,8 +1219,101 @@ def _is_measure(column: str) -> bool:
     return column.startswith(("voxel_", "nc_", "splithalf", "prf-", "subject"))
 
 
-def _response_data(file: h5py.File, path: Path, shape: tuple[int, int]) -> h5py.Dataset:
-    "The voxels x trials dataset of a pandas file, whatever its group is called."
+_YES, _NO = ("yes", "true", "y"), ("no", "false", "n")
+
+
+def _known_roi(column: str) -> bool:
+    "A name of a region in the published tables, with or without its side."
+    name = _roi_name(column)
+    known = {*_PRF_AREAS, "IT", "LOC", "EBA", "FFA", "OFA", "STS", "PPA", "RSC", "TOS"}
+    return name in known or name[1:] in known or name.startswith("glasser-")
+
+
+def _table_rois(table: pd.DataFrame, path: Path) -> pd.DataFrame:  # (voxels, ROIs) bool
+    "ROI columns: two values, one of them no. A region that cannot be read is refused, another column is a measure."
+    rois = {}
+    for column in table.columns[2:]:
+        if _is_measure(column):
+            continue
+        values = table[column]
+        if values.dtype == object:
+            values = values.map(
+                lambda v: {**dict.fromkeys(_YES, 1), **dict.fromkeys(_NO, 0)}.get(
+                    str(v).strip().lower(), np.nan
+                )
+            )
+        found = values.dropna().unique()
+        whole_column = values.notna().all()
+        coded = whole_column and len(found) <= 2 and (0 in found or set(found) == {1})
+        if coded and (_known_roi(column) or set(found) <= {0, 1}):
+            rois[column] = values.astype(float).to_numpy() != 0
+        elif _known_roi(column):
+            some = values.isna().sum() or len(found)
+            what = f"{some} empty or unknown cells" if not whole_column else f"{some} different values"
+            wish = "0 and 1 (or 0 and another number, or no and yes) for every voxel"
+            raise DataError(
+                f"column {column!r} of a region: {what}",
+                wish,
+                "correct the column, or fetch the file again",
+                path,
+            )
+        else:
+            warnings.warn(
+                f"{Path(path).name}: column {column!r} is not 0 and 1 and is taken for a measure, not for a region (ROI)",
+                stacklevel=2,
+            )
+    unique("ROI", [_roi_name(c) for c in rois], path)
+    return pd.DataFrame(rois, index=table.index).rename(columns=_roi_name)
+
+
+def _labels(data: h5py.Dataset) -> list[str] | None:
+    "Labels that pandas stored: numbers, text, or a pickle, which is looked through and never run; None if unknown."
+    values = data[()]
+    if data.dtype.kind in "iuf":
+        return [str(int(v)) for v in values.ravel()]
+    if data.dtype.kind == "S":
+        return [v.decode() for v in values.ravel()]
+    if data.dtype.kind == "O" and len(values) == 1 and isinstance(values[0], np.ndarray):
+        found, inside = [], False
+        for opcode, argument, _ in pickletools.genops(values[0].astype(np.uint8).tobytes()):
+            inside |= opcode.name == "EMPTY_LIST"
+            if inside and (isinstance(argument, str) or (isinstance(argument, int) and "INT" in opcode.name)):
+                found.append(str(argument))
+        return found
+    if data.dtype.kind == "O":
+        return [v.decode() if isinstance(v, bytes) else str(v) for v in values.ravel()]
+    return None
+
+
+def _column_order(group: h5py.Group, values: h5py.Dataset, path: Path) -> np.ndarray | None:
+    "Columns of the block in the order of trial_id; None if they lie in it, or nothing says."
+    block = values.name.rsplit("/", 1)[-1].removesuffix("_values")
+    items = group.get(f"{block}_items")
+    if items is None:
+        return None
+    with reading(path, "names of the trials"):
+        labels = _labels(items)
+    if labels is None or len(labels) != values.shape[1]:
+        note = f"{Path(path).name}: the names of the trials cannot be read; they are taken to lie in the order of trial_id"
+        warnings.warn(note, stacklevel=2)
+        return None
+    numbers = pd.to_numeric(pd.Series(labels), errors="coerce").to_numpy()
+    if not np.array_equal(np.sort(numbers), np.arange(len(labels))):
+        wish = f"columns named 0 to {len(labels) - 1}, the trial_id of each"
+        raise DataError(
+            f"the columns are not named by trial_id: {labels[0]!r} ...",
+            wish,
+            "fetch the published file again",
+            path,
+        )
+    order = np.argsort(numbers)
+    return None if np.array_equal(order, np.arange(len(order))) else order
+
+
+def _response_data(
+    file: h5py.File, path: Path, shape: tuple[int, int]
+) -> tuple[h5py.Dataset, np.ndarray | None]:
+    "The voxels x trials dataset of a pandas file, whatever its group is called, and the order of its columns."
     names = list(file)
     group = file["ResponseData"] if "ResponseData" in names else file[names[0]] if len(names) == 1 else None
     found = (
@@ -1132,7 +1343,7 @@ def _response_data(file: h5py.File, path: Path, shape: tuple[int, int]) -> h5py.
             expected="a column voxel_id (block1_values) that says which voxel a row is, in order",
             fix="fetch the published file again, or save it with its rows sorted by voxel_id",
         )
-    return values
+    return values, _column_order(group, values, path)
 
 
 def open_things(
@@ -1217,18 +1428,13 @@ def build_things(
     groups = _groups(stimuli, zscore)
     keep = np.ones(len(things.voxels), bool) if rois is None else select_rois(things.rois, rois)
     shape = (len(stimuli), int(keep.sum()))
+    if not shape[1]:
+        raise DataError(f"no voxel is in {rois}", expected="regions that this subject has", path=things.root)
+    _need_space(Path(out), 4 * shape[0] * shape[1])
     with atomic_folder(out, overwrite) as tmp:
         path = tmp / "responses.npy"
-        np.lib.format.open_memmap(path, "w+", np.float32, shape)
-        for place, (rows, columns, block) in enumerate(things.blocks(keep)):
-            if bad := int((~np.isfinite(block)).sum()):
-                runs = things.layout.runs  # a block is a run
-                raise DataError(
-                    f"{bad} responses are not finite",
-                    path=runs[place][2] if runs else things.layout.files["responses"],
-                    expected="a number for every voxel of the mask in every trial",
-                    fix="fetch the file again",
-                )
+        new_array(path, np.float32, shape)
+        for rows, columns, block in things.blocks(keep):
             if zscore != "none" and things.layout.kind != "volumes":
                 block = _standardised(block, groups)
             np.load(path, mmap_mode="r+")[rows, columns] = block  # opened anew: pages do not pile up
@@ -1240,18 +1446,18 @@ def build_things(
                     np.array(values[:, start : start + step]), groups
                 )
         np.savez(tmp / "metadata.npz", **_metadata(things, keep))
-        write_json(
-            tmp / "card.json",
-            {
-                "format": 1,
-                "subject": things.subject,
-                "layout": things.layout.kind,
-                "zscore": zscore,
-                "rois": rois,
-                "shape": shape,
-                "provenance": provenance(),
-            },
-        )
+        card = {
+            "kind": "things",
+            "format": 1,
+            "subject": things.subject,
+            "layout": things.layout.kind,
+            "zscore": zscore,
+            "rois": rois,
+            "shape": shape,
+            "files": {p.name: sha256(p) for p in sorted(tmp.iterdir())},
+            "provenance": provenance(),
+        }
+        write_json(tmp / "card.json", seal(card))
     return Path(out)
 
 
@@ -1280,13 +1486,43 @@ class ThingsDataset:
         form: str = "voxels",  # what an item holds: "voxels" (N,), or "volume" (1, x, y, z) with 0 outside
     ):
         folder = Path(folder)
-        card = read_json(folder / "card.json")
-        if not isinstance(card, dict) or card.get("format") != 1:
+        card = check_folder(folder, "things")
+        if card.get("format") != 1:
             raise DataError("not a cached subject of format 1", path=folder, fix="build_things writes one")
         if form not in ("voxels", "volume"):
             raise DataError(f"form={form!r}", expected="voxels or volume")
-        with np.load(folder / "metadata.npz", allow_pickle=False) as file:
-            meta = {k: file[k] for k in file.files}
+        path = folder / "metadata.npz"
+        meta = load_arrays(
+            path,
+            (
+                "session",
+                "run",
+                "trial",
+                "volume",
+                "image",
+                "concept",
+                "role",
+                "brain",
+                "mask",
+                "affine",
+                "rois",
+                "roi_names",
+            ),
+        )
+        self._values = load_array(folder / "responses.npy", kinds="f", mmap=True)
+        again = "build it again: build_things(..., overwrite=True)"
+        sizes = {
+            "responses": self._values.shape[0],
+            "metadata": len(meta["image"]),
+            "card": list(card["shape"])[0],
+        }
+        same_length("trials", sizes, path, again)
+        sizes = {
+            "responses": self._values.shape[1],
+            "mask": int(meta["mask"].sum()),
+            "ROIs": len(meta["rois"]),
+        }
+        same_length("voxels", sizes | {"card": list(card["shape"])[1]}, path, again)
         self.folder, self.card, self.form = folder, card, form
         self.brain, self.affine = meta["brain"], meta["affine"]
         trials = pd.DataFrame(
@@ -1309,7 +1545,6 @@ class ThingsDataset:
         place = np.argwhere(meta["mask"])[self._columns]
         self.mask = np.zeros(self.brain.shape, bool)
         self.mask[tuple(place.T)] = True
-        self._values = np.load(folder / "responses.npy", mmap_mode="r")
         self.properties = () if ratings is None else tuple(ratings.columns)
         self.labels = None if ratings is None else _joined(self.trials["concept"], ratings)
 
@@ -1434,8 +1669,14 @@ class Split:
         columns = ("session", "run", "trial", "image", "concept")
         if not isinstance(content, dict) or content.get("format") != 1:
             raise DataError("not a split of format 1", path=path)
-        trials = pd.DataFrame({k: content[k] for k in columns})
-        split = cls(content["kind"], np.array(content["fold"], int), trials, content["seed"])
+        with reading(
+            path, "the folds, and session, run, trial, image, concept of each trial", "save the split again"
+        ):
+            trials = pd.DataFrame({k: content[k] for k in columns})
+            same_length("trials", {"fold": len(content["fold"]), "trials": len(trials)}, path)
+            fold = whole("fold", content["fold"], low=-1, path=path)
+            split = cls(str(content["kind"]), fold, trials, content["seed"])
+            content["hash"]
         if split.hash != content["hash"]:
             raise DataError(
                 "the split was changed after it was saved", path=path, expected=f"hash {content['hash']}"

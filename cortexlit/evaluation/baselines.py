@@ -6,13 +6,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from scipy.linalg import LinAlgWarning
+from scipy.linalg import LinAlgError, LinAlgWarning, solve
 from scipy.signal import lfilter
-from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 
 from ..core import DataError, MissingError
@@ -28,8 +27,8 @@ from cortexlit.evaluation.metrics import (
 from .scores import ScoreSheet
 
 # %% auto #0
-__all__ = ['ALPHAS', 'WINDOWS', 'ORACLE', 'train_mean', 'repeat_mean', 'blind_mean', 'validated_ridge', 'behaviour_ridge',
-           'gabor_bank', 'motion_energy_ridge', 'score_dataset']
+__all__ = ['ALPHAS', 'WINDOWS', 'ORACLE', 'TRUTH', 'train_mean', 'repeat_mean', 'blind_mean', 'validated_ridge',
+           'behaviour_ridge', 'gabor_bank', 'motion_energy_ridge', 'clip_baselines', 'score_dataset', 'true_response']
 
 # %% ../../neuro_nbs/05_baseline.ipynb #d137e960
 def train_mean(
@@ -69,6 +68,30 @@ def blind_mean(
 ALPHAS = tuple(float(a) for a in np.logspace(0, 7, 8))
 
 
+def _ridges(
+    x: np.ndarray,  # (rows, features)
+    y: np.ndarray,  # (rows, neurons)
+    weight: np.ndarray,  # (rows,)
+    alphas: Sequence[float],
+) -> Iterator[tuple[float, np.ndarray, np.ndarray]]:
+    "Penalty, weights (features, neurons) and intercepts (neurons,) of weighted ridges on the same rows."
+    (mx, my), root = (np.average(a, axis=0, weights=weight).astype(a.dtype) for a in (x, y)), np.sqrt(weight)
+    a, b = ((v - m) * root[:, None].astype(v.dtype) for v, m in ((x, mx), (y, my)))
+    dual = len(a) < a.shape[1]  # the smaller of the two square matrices
+    gram, target = (a @ a.T, b) if dual else (a.T @ a, a.T @ b)
+    diagonal = gram.diagonal().copy()
+    for alpha in alphas:
+        np.fill_diagonal(gram, diagonal + gram.dtype.type(alpha))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", LinAlgWarning)  # small penalties lose on validation anyway
+            try:
+                solved = solve(gram, target, assume_a="pos")
+            except LinAlgError:  # rounding has made the matrix indefinite
+                solved = solve(gram, target, assume_a="sym")
+        weights = a.T @ solved if dual else solved
+        yield alpha, weights, my - mx @ weights
+
+
 def validated_ridge(
     x: np.ndarray,  # (rows, features) of the train tier; a row is a frame, or a picture
     y: np.ndarray,  # (rows, neurons) responses
@@ -84,13 +107,10 @@ def validated_ridge(
     x, x_val, x_test = (np.asarray(scaler.transform(a), np.float32) for a in (x, x_val, x_test))
     best, chosen = np.full(y.shape[1], np.inf), np.zeros(y.shape[1])
     predicted = np.zeros((len(x_test), y.shape[1]), np.float32)
-    for alpha in alphas:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", LinAlgWarning)  # small penalties lose on validation anyway
-            model = Ridge(alpha=alpha).fit(x, y, sample_weight=weight)
-        error = np.average((model.predict(x_val) - y_val) ** 2, axis=0, weights=val_weight)
+    for alpha, weights, intercept in _ridges(x, y, weight, alphas):
+        error = np.average((x_val @ weights + intercept - y_val) ** 2, axis=0, weights=val_weight)
         better = error < best
-        predicted[:, better] = model.predict(x_test)[:, better]
+        predicted[:, better] = x_test @ weights[:, better] + intercept[better]
         best[better], chosen[better] = error[better], alpha
     return predicted, chosen
 
@@ -255,6 +275,30 @@ def _metrics(predictions: np.ndarray, data: TierArrays, last: int) -> dict[str, 
     }
 
 # %% ../../neuro_nbs/05_baseline.ipynb #4d4ff7ba
+def clip_baselines(
+    root: str | Path,  # a dataset folder
+) -> dict[
+    str, np.ndarray | str
+]:  # name -> (samples, neurons, frames) predictions of the test tier, or why there are none
+    "Fit all baselines on train, choose penalties on validation, predict the test tier."
+    rate = check_folder(root)["rate"] or 30.0
+    train, validation, test = (load_tier(root, tier) for tier in ("train", "validation", "test"))
+    predictions: dict[str, np.ndarray | str] = {
+        "train mean": train_mean(train, test),
+        "stimulus-blind mean": blind_mean(train, test),
+    }
+    for label, fit in {
+        "repeat mean": lambda: repeat_mean(train, test),
+        "behaviour ridge": lambda: behaviour_ridge(train, validation, test)[0],
+        "motion-energy ridge": lambda: motion_energy_ridge(train, validation, test, rate=rate)[0],
+    }.items():
+        try:
+            predictions[label] = fit()
+        except MissingError as error:
+            predictions[label] = str(error).splitlines()[0]
+    return predictions
+
+
 def score_dataset(
     root: str | Path,  # a dataset folder
     last: int
@@ -262,51 +306,52 @@ def score_dataset(
     models: Mapping[str | tuple[str, int], np.ndarray]
     | None = None,  # name or (name, seed) -> predictions of the test tier, at least its last frames
     name: str | None = None,  # of the dataset in the sheet; default its session
+    baselines: Mapping[str, np.ndarray | str]
+    | None = None,  # from `clip_baselines` of this folder, if at hand; they are fitted otherwise
+    truth: np.ndarray
+    | None = None,  # (samples, neurons, frames) from `true_response`; scored, and its scores are the ceilings
 ) -> ScoreSheet:
-    "Baselines, ceiling and any further predictions on the test tier of a dataset folder."
+    "Baselines, other repeats, ceilings and any further predictions on the test tier of a dataset folder."
     card = check_folder(root)
     parts = {tier: load_tier(root, tier) for tier in ("train", "validation", "test")}
-    train, validation, test = parts.values()
+    test = parts["test"]
     last = round(66 / 140 * test.labels.shape[-1]) if last is None else last
-    predictions: dict[str | tuple[str, int], np.ndarray | str] = {
-        "train mean": train_mean(train, test),
-        "stimulus-blind mean": blind_mean(train, test),
-    }
-    for label, fit in {
-        "repeat mean": lambda: repeat_mean(train, test),
-        "behaviour ridge": lambda: behaviour_ridge(train, validation, test)[0],
-        "motion-energy ridge": lambda: motion_energy_ridge(
-            train, validation, test, rate=card["rate"] or 30.0
-        )[0],
-    }.items():
-        try:
-            predictions[label] = fit()
-        except MissingError as error:
-            predictions[label] = str(error).splitlines()[0]
+    predictions: dict[str | tuple[str, int], np.ndarray | str] = dict(baselines or clip_baselines(root))
     predictions |= models or {}
     oracle = _oracle(parts, "test")
     predictions[ORACLE] = "some clip was shown once" if oracle is None else oracle
-    return _sheet(predictions, test, last, card, name or card["name"])
+    predictions |= {} if truth is None else {TRUTH: truth}
+    return _sheet(predictions, parts, last, card, name or card["name"])
 
 # %% ../../neuro_nbs/05_baseline.ipynb #d510da21
-ORACLE = "oracle: other repeats"
+ORACLE, TRUTH = "other repeats", "truth: noiseless response"
 
 
-def _average_ceiling(test: TierArrays, last: int) -> float:
-    "Mean over neurons of the square root of the reliability of the test tier's average; NaN without repeats."
-    if np.unique(test.clip, return_counts=True)[1].min() < 2:
-        return float("nan")
-    return mean_score(np.sqrt(np.clip(split_half_reliability(test.labels, test.clip, last=last), 0, None)))
+def _halves(parts: Mapping[str, TierArrays], last: int) -> dict[str, float]:
+    "Ceilings from split halves: mean over neurons of the root of the reliability; empty where a clip was shown once."
+    test = parts["test"]
+    labels, clip = (np.concatenate([getattr(d, k) for d in parts.values()]) for k in ("labels", "clip"))
+    shown = np.isin(clip, test.clip)
+    found = {}
+    for metric, y, c, repeats in (
+        ("flattened correlation", labels[shown], clip[shown], 1),
+        ("correlation to average", test.labels, test.clip, None),
+    ):
+        if np.unique(c, return_counts=True)[1].min() > 1:
+            reliability = split_half_reliability(y, c, last=last, repeats=repeats)
+            found[metric] = mean_score(np.sign(reliability) * np.sqrt(abs(reliability)))
+    return found
 
 # %% ../../neuro_nbs/05_baseline.ipynb #d9cae1c4
 def _sheet(
     predictions: Mapping[str | tuple[str, int], np.ndarray | str],
-    test: TierArrays,
+    parts: Mapping[str, TierArrays],
     last: int,
     card: Mapping,
     name: str,
 ) -> ScoreSheet:
     "Rows for all predictions; a text in place of a prediction says why there is none."
+    test = parts["test"]
     tables = {label: p if isinstance(p, str) else _metrics(p, test, last) for label, p in predictions.items()}
     means = {
         label: None if isinstance(t, str) else {m: mean_score(v) for m, v in t.items() if v is not None}
@@ -316,10 +361,10 @@ def _sheet(
         label for label in ("repeat mean", "behaviour ridge", "stimulus-blind mean") if means.get(label)
     )
     sheet = ScoreSheet()
-    ceilings = {
-        m: (means[ORACLE] or {}).get(m, np.nan) for m in ("single-trial correlation", "flattened correlation")
-    }
-    ceilings |= {"correlation to average": _average_ceiling(test, last), "FEVE": 1.0}
+    known = dict.fromkeys(
+        ("single-trial correlation", "flattened correlation", "correlation to average"), np.nan
+    )
+    ceilings = known | (means[TRUTH] if TRUTH in means else _halves(parts, last)) | {"FEVE": 1.0}
     for metric, ceiling in ceilings.items():
         limits = {"baseline": means[reference].get(metric, np.nan), "ceiling": ceiling}
         for label, table in tables.items():
@@ -332,10 +377,29 @@ def _sheet(
                 else ""
             )
             if label == ORACLE and metric in ("correlation to average", "FEVE"):
-                values, note = None, "the oracle contains the test trials it would be compared with"
+                values, note = None, "other repeats contain the test trials they would be compared with"
             model, seed = label if isinstance(label, tuple) else (label, None)
             where = {"tier": "test", "split": card["options"]["split"], "split_hash": card["split_hash"]}
             sheet.add(
                 model, metric, values, dataset=name, clip=test.clip, seed=seed, note=note, **where, **limits
             )
     return sheet
+
+# %% ../../neuro_nbs/05_baseline.ipynb #3cc290a7
+def true_response(
+    truth: Mapping[str, np.ndarray],  # of `load_truth`
+    train: TierArrays,  # gives each neuron's offset and slope
+    target: TierArrays,  # the tier to predict
+) -> np.ndarray:  # (samples, neurons, frames), in the units of the labels
+    "The noiseless response of simulated neurons to the movie."
+
+    def expected(data: TierArrays) -> np.ndarray:
+        frames = data.labels.shape[-1]
+        pairs = zip(data.movie, data.start, strict=True)
+        return np.stack([truth[f"expected_{m}"][:, s : s + frames] for m, s in pairs]).astype(float)
+
+    x, y = expected(train), train.labels.astype(float)
+    mx, my = x.mean((0, 2)), y.mean((0, 2))
+    covariance = ((x - mx[:, None]) * (y - my[:, None])).mean((0, 2))
+    slope = np.maximum(covariance / x.var((0, 2)), 0.01 * y.std((0, 2)) / x.std((0, 2)))
+    return (expected(target) - mx[:, None]) * slope[:, None] + my[:, None]

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..core import DataError, atomic_file, provenance, read_json, write_json
+from ..core import DataError, atomic_file, named_errors, provenance, read_json, write_json
 from .metrics import bootstrap_interval, mean_score
 
 # %% auto #0
@@ -242,6 +242,7 @@ class ScoreSheet:
     ) -> Path:  # the folder
         "Write `scores.csv` and `scores.json`, each atomically."
         folder = Path(folder)
+        self._replaceable(folder)
         with atomic_file(folder / "scores.csv") as tmp:
             self.table().to_csv(tmp, index=False)
         source = self.provenance or provenance()
@@ -250,6 +251,20 @@ class ScoreSheet:
             {"format": 1, "rows": [asdict(row) for row in self.rows], "provenance": source},
         )
         return folder
+
+    @staticmethod
+    def _replaceable(folder: Path) -> None:
+        "Refuse to write over scores that are not of this library."
+        table, path = folder / "scores.csv", folder / "scores.json"
+        with named_errors(folder):
+            ours = not path.exists() or (isinstance(old := read_json(path), dict) and old.get("format") == 1)
+            if table.exists() and not path.exists():  # ours, if it was killed between the two
+                ours = table.read_bytes().startswith(",".join(_KINDS).encode())
+        if not ours:
+            raise DataError(
+                "scores are there that this library has not written", path=folder,
+                fix="choose another folder, or move them",
+            )  # fmt: skip
 
     @classmethod
     def load(

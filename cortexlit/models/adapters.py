@@ -6,22 +6,25 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['TARGETS', 'Adapters', 'add_adapters', 'merged', 'save_adapters', 'load_adapters']
+__all__ = ['TARGETS', 'Adapters', 'add_adapters', 'check_targets', 'merged', 'tensors_digest', 'save_adapters', 'load_adapters']
 
 # %% ../../neuro_nbs/05c_adapters.ipynb #2ab8c045
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..core import DataError, MissingError
+from ..core import DataError, MissingError, named_errors, read_json, write_json
 
 # %% ../../neuro_nbs/05c_adapters.ipynb #b8636426
 TARGETS = {
@@ -97,13 +100,7 @@ def add_adapters(
     seed: int = 0,  # of the matrices A
 ) -> PeftModel:  # the wrapper; `model` itself is adapted, too
     "Give a model low-rank adapters."
-    if _adapted(model):
-        raise DataError("the model has adapters already", fix="merged(...) makes them part of its weights")
-    names = [name for name, part in model.named_modules() if isinstance(part, nn.Linear)]
-    for end in adapters.layers:
-        if not any(name == end or name.endswith("." + end) for name in names):
-            kinds = sorted({re.sub(r"^.*\.\d+\.", "", name) for name in names})
-            raise DataError(f"no linear layer is called {end!r}", expected=f"one of {', '.join(kinds)}")
+    check_targets(model, adapters)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         with warnings.catch_warnings():
@@ -113,6 +110,20 @@ def add_adapters(
         for weight in _head(model).values():
             weight.requires_grad_(True)
     return wrapper
+
+
+def check_targets(
+    model: nn.Module,
+    adapters: Adapters,
+) -> None:
+    "Raise `DataError` if a model lacks the layers that adapters ask for, or has adapters already."
+    if _adapted(model):
+        raise DataError("the model has adapters already", fix="merged(...) makes them part of its weights")
+    names = [name for name, part in model.named_modules() if isinstance(part, nn.Linear)]
+    for end in adapters.layers:
+        if not any(name == end or name.endswith("." + end) for name in names):
+            kinds = sorted({re.sub(r"^.*\.\d+\.", "", name) for name in names})
+            raise DataError(f"no linear layer is called {end!r}", expected=f"one of {', '.join(kinds)}")
 
 
 def _adapted(model: nn.Module) -> bool:
@@ -132,46 +143,118 @@ def merged(
     return plain.requires_grad_(True)
 
 # %% ../../neuro_nbs/05c_adapters.ipynb #8c639649
-_HEAD = "head.safetensors"  # beside peft's files
+_HEAD, _BASE = "head.safetensors", "base.json"  # beside peft's files
+
+
+def tensors_digest(
+    tensors: Mapping[str, torch.Tensor],
+) -> str:  # 16 hex digits
+    "Content hash of named tensors."
+    known = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        known.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        known.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return known.hexdigest()[:16]
+
+
+def _base(model: nn.Module) -> dict[str, str]:
+    "Content of a model without its adapters: of its core (or all of it), and of its head."
+    parts: dict[str, dict[str, torch.Tensor]] = {"core": {}, "head": {}}
+    for name, value in model.state_dict().items():
+        if ".lora_" not in name:
+            name = name.replace(".base_layer.", ".")
+            parts["core" if name.startswith("core.") or not hasattr(model, "core") else "head"][name] = value
+    return {part: tensors_digest(tensors) for part, tensors in parts.items()}
 
 
 def save_adapters(
     wrapper: PeftModel,  # from `add_adapters`
     adapters: Adapters,
-    folder: str | Path,  # gets peft's two files and, with head=True, head.safetensors
+    folder: str | Path,  # gets peft's two files, base.json and, with head=True, head.safetensors
 ) -> None:
-    "Save adapters, and the head that was trained with them."
-    wrapper.save_pretrained(str(folder))
-    (Path(folder) / "README.md").unlink(missing_ok=True)  # an empty form
-    if adapters.head:
-        head = {name: p.detach().contiguous() for name, p in _head(wrapper.base_model.model).items()}
-        save_file(head, Path(folder) / _HEAD)
+    "Save adapters, the head that was trained with them, and the hashes of the weights they belong to."
+    folder, model = Path(folder), wrapper.base_model.model
+    with named_errors(folder):
+        wrapper.save_pretrained(str(folder))
+        (folder / "README.md").unlink(missing_ok=True)  # an empty form
+        if adapters.head:
+            save_file({name: p.detach().contiguous() for name, p in _head(model).items()}, folder / _HEAD)
+    write_json(folder / _BASE, _base(model) | {"head_trained": adapters.head})
+
+
+def _saved(path: Path) -> dict[str, torch.Tensor]:
+    "Tensors of a file of adapters or of a head."
+    if not path.is_file():
+        raise MissingError("a file of the adapters is missing", path=path, fix="copy the whole folder")
+    try:
+        with named_errors(path):
+            return load_file(path)
+    except SafetensorError as error:
+        raise DataError(f"the file is damaged: {error}", path=path, fix="copy the folder again") from error
+
+
+def _same_names(given: set[str], own: set[str], path: Path) -> None:
+    for names, told in ((own - given, "lacks"), (given - own, "has, beyond this model,")):
+        if names:
+            raise DataError(
+                f"the file {told} {len(names)} of {len(own)} parts, such as {min(names)}",
+                path=path,
+                expected="adapters of just the layers of this model",
+                fix="take the model that the adapters were trained on",
+            )
 
 
 def load_adapters(
     model: PreTrainedModel,  # the model the adapters were trained on; changed in place
     folder: str | Path,  # from `save_adapters`, or any folder in peft's format
 ) -> PeftModel:
-    "Put saved adapters on a model."
+    "Put saved adapters on a model; `DataError` if they are not whole or belong to another one."
     folder = Path(folder)
     if not (folder / "adapter_config.json").is_file():
         raise MissingError("no adapters here", path=folder, expected="adapter_config.json, as peft writes it")
+    config = read_json(folder / "adapter_config.json")
+    if not isinstance(config, dict) or not config.get("peft_type"):
+        raise DataError("not a configuration of adapters", path=folder / "adapter_config.json")
+    weights = folder / "adapter_model.safetensors"
+    given = None if (folder / "adapter_model.bin").is_file() else _saved(weights)
+    record = read_json(folder / _BASE) if (folder / _BASE).is_file() else {}
+    own = _base(model)
+    if record.get("core") not in (None, own["core"]):
+        raise DataError(
+            "these adapters do not fit this model: they were trained on one with other weights",
+            path=folder,
+            expected=f"weights of hash {record['core']}; those of this model have {own['core']}",
+            fix="load the model that the adapters were trained on, then its adapters",
+        )
+    head = _saved(folder / _HEAD) if record.get("head_trained") or (folder / _HEAD).is_file() else None
+    if head is None and record.get("head") not in (None, own["head"]):
+        warnings.warn(
+            f"{folder}: the adapters were trained with a head of other weights than this model's base has",
+            stacklevel=2,
+        )
+    if head is not None:
+        mine = _head(model)
+        wrong = sorted(head.keys() ^ mine.keys()) or [n for n in mine if mine[n].shape != head[n].shape]
+        if wrong:
+            raise DataError(
+                f"the saved head does not fit this model: {', '.join(wrong[:3])}", path=folder / _HEAD
+            )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
+            warnings.simplefilter("ignore")  # between peft and transformers; names are compared below
             wrapper = PeftModel.from_pretrained(model, str(folder))
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
         raise DataError(
             f"these adapters do not fit this model: {str(error).splitlines()[0]}",
             path=folder,
             expected="adapters of layers with the model's names and shapes",
         ) from error
-    if (folder / _HEAD).is_file():
-        given, own = load_file(folder / _HEAD), _head(model)
-        wrong = sorted(given.keys() ^ own.keys()) or [n for n in own if own[n].shape != given[n].shape]
-        if wrong:
-            raise DataError(
-                f"the saved head does not fit this model: {', '.join(wrong[:3])}", path=folder / _HEAD
-            )
-        model.load_state_dict(given, strict=False)
+    if given is not None:
+        try:
+            _same_names(set(given), set(get_peft_model_state_dict(wrapper)), weights)
+        except DataError:
+            wrapper.unload()  # the model is as it was
+            raise
+    if head is not None:
+        model.load_state_dict(head, strict=False)
     return wrapper

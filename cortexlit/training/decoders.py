@@ -20,9 +20,21 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
-from ..core import DataError, atomic_file, digest, locked, read_json, runs, write_json
+from cortexlit.core import (
+    DataError,
+    claim,
+    clear_leftovers,
+    digest,
+    load_array,
+    locked,
+    read_json,
+    runs,
+    save_array,
+    write_json,
+)
 from ..data.things import Split, audit_split
-from .trainer import fit, origin, predict
+from .features import fingerprint, source
+from .trainer import check_options, fit, origin, predict
 
 # %% ../../neuro_nbs/13a_decoder_training.ipynb #cede30a4
 class _Part(torch.utils.data.Dataset):
@@ -67,18 +79,25 @@ class FoldFits:
         cls,
         folder: str | Path,  # `out` of `fit_folds`
         split: Split,  # the split it must have been trained with
+        data: Any = None,  # the `ThingsDataset` it must have been trained on; None: not compared
     ) -> FoldFits:
-        "Read finished fits back; `DataError` if they belong to another split."
+        "Read finished fits back; `DataError` if they are damaged, or belong to another split, subject or ratings."
         folder = Path(folder)
         content = read_json(folder / "folds.json")
+        if not isinstance(content, dict) or not {"plan", "rows"} <= content.keys():
+            raise DataError("not the result of fit_folds", path=folder / "folds.json")
         if content["plan"]["split"] != split.hash:
             raise DataError(
                 f"trained with the split {content['plan']['split']}", path=folder, expected=f"{split.hash}",
                 fix="the same subject, folds and seed as in training",
             )  # fmt: skip
-        return cls(
-            np.load(folder / "predictions.npy"), pd.DataFrame(content["rows"], columns=_COLUMNS), folder
-        )
+        if data is not None:
+            _same_data(content, data, folder)
+        predictions = load_array(folder / "predictions.npy", content.get("sha256"))
+        if predictions.ndim != 2 or len(predictions) != len(split.fold):
+            raise DataError(f"predictions of shape {predictions.shape}", path=folder / "predictions.npy",
+                            expected=f"a row for each of {len(split.fold)} trials")  # fmt: skip
+        return cls(predictions, pd.DataFrame(content["rows"], columns=_COLUMNS), folder)
 
 
 def fit_folds(
@@ -106,10 +125,13 @@ def fit_folds(
     if unknown := [k for k in wanted if k not in range(count)]:
         raise DataError(f"fold {unknown[0]}", expected=f"0 to {count - 1}")
     options = {"adapt": "full", "last": 1, "progress": False} | options
+    check_options(**{"seed": seed, **options})
     plan = {"split": split.hash, "seed": seed} | {name: digest(value) for name, value in options.items()}
     plan |= origin(_fresh(build, seed), (data, []))
     out = runs(f"folds-{digest(plan)}") if out is None else Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    if not (out / "folds.json").is_file() and not list(out.glob("fold[0-9]*.json")):
+        claim(out, {"split": split.hash}, "plan.json")
+    clear_leftovers(out)
     predictions, rows = np.full(data.labels.shape, np.nan, np.float32), []
     for k in wanted:
         tiers = [np.flatnonzero(t) for t in _tiers(split.fold, k)]
@@ -117,17 +139,43 @@ def fit_folds(
             audit_split(data.trials, *(tiers[i] for i in other))
         with locked(out / f"fold{k}.json"):
             rows.append(_fold(build, data, tiers, out / f"fold{k}", k, plan, options))
-        predictions[tiers[2]] = np.load(out / f"fold{k}.npy")
+        predictions[tiers[2]] = _found(out, k, len(tiers[2]), data.labels.shape[1])
         if progress:
             print(
                 "fold {fold}: validation correlation {validation correlation:.4f} after epoch {best epoch}".format(
                     **rows[-1]
                 )
             )
-    with atomic_file(out / "predictions.npy") as tmp, tmp.open("wb") as file:
-        np.save(file, predictions)
-    write_json(out / "folds.json", {"plan": plan, "rows": rows})
+    known = save_array(out / "predictions.npy", predictions)
+    write_json(out / "folds.json", {"plan": plan, "rows": rows, "data": source(data), "sha256": known})
     return FoldFits.load(out, split)
+
+
+def _found(out: Path, k: int, trials: int, outputs: int) -> np.ndarray:
+    "Predictions of a fold, if they are what was written."
+    path = out / f"fold{k}.npy"
+    fix = f"delete {path.name} and fold{k}.json; the fold is predicted again from its run"
+    found = load_array(path, read_json(out / f"fold{k}.json").get("sha256"))
+    if found.shape != (trials, outputs) or not np.isfinite(found).all():
+        raise DataError(f"predictions of shape {found.shape}, {int((~np.isfinite(found)).sum())} not finite", path=path,
+                        expected=f"({trials}, {outputs}), all finite", fix=fix)  # fmt: skip
+    return found
+
+
+def _same_data(content: dict[str, Any], data: Any, folder: Path) -> None:
+    "Raise `DataError` if finished folds were trained on other ratings or another subject."
+    again = "the same subject, --properties and --ratings as in training"
+    if data.labels is not None:
+        labels = fingerprint([{"labels": row} for row in data.labels])["labels"]
+        if content["plan"].get("data.train.labels") != labels:
+            raise DataError("trained with other ratings", path=folder, fix=again,
+                            expected=f"those of {', '.join(data.properties)}")  # fmt: skip
+    known, own = content.get("data") or {}, source(data) or {}
+    if known.get("content") != own.get("content"):
+        raise DataError(
+            f"trained on other responses: {known.get('name', 'the run does not say which')}", path=folder,
+            expected=f"those of {own.get('name')}, content {own.get('content')}", fix=again,
+        )  # fmt: skip
 
 
 def _fresh(build: Callable[[], PreTrainedModel], seed: int) -> PreTrainedModel:
@@ -150,13 +198,16 @@ def _fold(
     record = folder.with_suffix(".json")
     if record.is_file():
         done = read_json(record)
+        if not isinstance(done, dict) or not {"plan", "row"} <= done.keys():
+            raise DataError("not the record of a fold", path=record, fix="delete it; the fold is predicted again")
         if done["plan"] != plan:
             changed = next(
                 name for name in [*plan, *done["plan"]] if done["plan"].get(name) != plan.get(name)
             )
             raise DataError(f"this fold was trained with other {changed}", path=record,
                             fix="choose another folder, or ask for the same as before")  # fmt: skip
-        return done["row"]
+        if folder.with_suffix(".npy").is_file():
+            return done["row"]
     started, seed = time.monotonic(), plan["seed"]
     mean, spread = data.labels[rows[0]].mean(0), data.labels[rows[0]].std(0)
     if not (spread > 0).all():
@@ -170,11 +221,10 @@ def _fold(
         0.0, (guess * (data.labels[rows[1]] - mean) / spread).sum() / max(np.square(guess).sum(), 1e-30)
     )
     found = slope * found * spread + mean
-    with atomic_file(folder.with_suffix(".npy")) as tmp, tmp.open("wb") as file:
-        np.save(file, found.astype(np.float32))
+    known = save_array(folder.with_suffix(".npy"), found.astype(np.float32))
     row = {
         "fold": k, **{tier: len(r) for tier, r in zip(_COLUMNS[1:4], rows, strict=True)}, "best epoch": done.best_epoch,
         "validation correlation": done.correlation, "slope": float(slope), "seconds": round(time.monotonic() - started, 1),
     }  # fmt: skip
-    write_json(record, {"plan": plan, "row": row})
+    write_json(record, {"plan": plan, "row": row, "sha256": known})
     return row

@@ -21,17 +21,22 @@ from cortexlit.core import (
     DataError,
     MissingError,
     atomic_file,
+    clear_leftovers,
     digest,
     generated,
     locked,
+    named_errors,
+    need_space,
+    new_array,
     provenance,
     read_json,
     sha256,
     write_json,
 )
+from ..models.adapters import tensors_digest
 
 # %% auto #0
-__all__ = ['STATE', 'STAGES', 'core_inputs', 'fingerprint', 'weights_digest', 'CachedFeatures', 'cached_features']
+__all__ = ['STATE', 'STAGES', 'core_inputs', 'fingerprint', 'weights_digest', 'source', 'CachedFeatures', 'cached_features']
 
 # %% ../../neuro_nbs/06a_features.ipynb #8d2d2d55
 @torch.inference_mode()
@@ -115,11 +120,26 @@ def weights_digest(
     module: nn.Module,  # e.g. `model.core`
 ) -> str:  # 16 hex digits
     "Content hash of all parameters and buffers of a module."
-    known = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        known.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        known.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return known.hexdigest()[:16]
+    return tensors_digest(module.state_dict())
+
+# %% ../../neuro_nbs/06a_features.ipynb #5d2e8c63
+def source(
+    dataset: Any,  # of the library, or a part or a change of one; others have no card
+) -> dict[str, Any] | None:  # name, content (16 hex digits) and hash of the split; None without a card
+    "The dataset folder behind a dataset, by content: all tiers, whatever part of them is used."
+    for name in ("dataset", "data"):
+        if hasattr(dataset, name) and not isinstance(dataset, torch.Tensor):
+            return source(getattr(dataset, name))
+    if not hasattr(dataset, "card"):
+        parts = getattr(dataset, "datasets", None)
+        return source(parts[0]) if parts else None
+    card = {k: v for k, v in dataset.card.items() if k not in ("provenance", "warnings", "hash")}
+    files = card.get("files")
+    if files is None:
+        files = {path.name: sha256(path) for path in sorted(Path(dataset.folder).glob("*.np[yz]"))}
+    files = {name: known for name, known in files.items() if name != "card.md"}
+    name = card.get("name") or f"subject {card.get('subject')}"
+    return {"name": name, "content": digest(card | {"files": files}), "split_hash": card.get("split_hash")}
 
 # %% ../../neuro_nbs/06a_features.ipynb #1cd21f6a
 class CachedFeatures:
@@ -132,6 +152,12 @@ class CachedFeatures:
     ):
         self.dataset, self.folder = dataset, Path(folder)
         self.card = read_json(self.folder / "card.json")
+        if (
+            not isinstance(self.card, dict)
+            or not {"sha256", "samples", "row", "dtype", "stage"} <= self.card.keys()
+        ):
+            raise DataError("not the card of kept features", path=self.folder / "card.json",
+                            fix="delete the folder; it is made again")  # fmt: skip
         path = self.folder / "features.npy"
         if not path.is_file():
             raise MissingError(
@@ -148,7 +174,8 @@ class CachedFeatures:
             raise DataError(
                 f"the dataset has {len(dataset)} samples", path=path, expected=f"{self.card['samples']}"
             )
-        self._rows = np.load(path, mmap_mode="r")
+        with named_errors(path):
+            self._rows = np.load(path, mmap_mode="r")
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -166,14 +193,16 @@ class CachedFeatures:
         return item | {self.card["stage"]: self.features(i)}
 
 # %% ../../neuro_nbs/06a_features.ipynb #42b967ad
-def _need_space(folder: Path, n_bytes: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < 1.05 * n_bytes:
-        raise DataError(
-            f"the features need {n_bytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are free",
-            path=folder,
-            fix="make room, pass another folder, or train without a cache",
-        )
+def _rows(work: Path, dtype: Any, shape: tuple[int, ...]) -> tuple[Any, Any]:
+    "The two files of a folder that is being filled; None, None if they are not there, or not as they should be."
+    if not (work / "done.npy").is_file():
+        return None, None
+    try:
+        found = [np.lib.format.open_memmap(work / f"{name}.npy", mode="r+") for name in ("features", "done")]
+    except (OSError, ValueError):  # cut short, or another file
+        return None, None
+    same = found[0].shape == shape and found[0].dtype == dtype and found[1].shape == shape[:1]
+    return tuple(found) if same and found[1].dtype == bool else (None, None)
 
 
 def _build(
@@ -182,6 +211,7 @@ def _build(
     "Fill a folder beside `path`, sample by sample, and rename it when it is complete."
     work = path.with_name(path.name + ".partial")
     work.mkdir(exist_ok=True)
+    clear_leftovers(work)
     first = np.unique(plan["row"], return_index=True)[1]  # of each row, the sample it is computed from
     shape, flags = (len(first), *plan["shape"]), work / "done.npy"
     n_bytes = int(np.prod(shape)) * np.dtype(_STORED[plan["dtype"]]).itemsize
@@ -190,13 +220,15 @@ def _build(
         print(
             f"features of {plan['samples']} samples{shared}, each {shape[1:]} {plan['dtype']}: {n_bytes / 1e6:.1f} MB"
         )
-    if not flags.is_file():  # written last: with it, both files are whole
-        _need_space(work, n_bytes)
+    rows, done = _rows(work, _STORED[plan["dtype"]], shape)
+    if rows is None:
+        need_space(work, n_bytes)
+        flags.unlink(missing_ok=True)
         with atomic_file(work / "features.npy") as tmp:
-            np.lib.format.open_memmap(tmp, mode="w+", dtype=_STORED[plan["dtype"]], shape=shape)
-        with atomic_file(flags) as tmp:
-            np.lib.format.open_memmap(tmp, mode="w+", dtype=bool, shape=shape[:1])
-    rows, done = (np.lib.format.open_memmap(work / f"{n}.npy", mode="r+") for n in ("features", "done"))
+            new_array(tmp, _STORED[plan["dtype"]], shape)
+        with atomic_file(flags) as tmp:  # written last: with it, both files are whole
+            new_array(tmp, bool, shape[:1])
+        rows, done = _rows(work, _STORED[plan["dtype"]], shape)
     todo = np.flatnonzero(~done)
     with tqdm(total=len(done), initial=len(done) - len(todo), desc="features", unit="sample",
               disable=None if progress else True, leave=False) as bar:  # fmt: skip
@@ -249,6 +281,8 @@ def cached_features(
     }
     path = (generated("features") if folder is None else Path(folder)) / digest(plan)
     with locked(path):
+        if path.exists() and read_json(path / "card.json").get("data") != plan["data"]:
+            raise DataError("these features were made from other data", path=path, fix="delete the folder")
         if not path.exists():
             _build(path, model, dataset, plan, batch_size, progress)
     cache = CachedFeatures(dataset, path)

@@ -22,7 +22,7 @@ from ..data.clips import MouseDataset
 from ..models.viv1t import ViV1T, ViV1TConfig
 from .features import cached_features
 from .pretraining import demo_core
-from .trainer import Fit, fit, predict
+from .trainer import Fit, check_options, fit, predict
 
 # %% ../../neuro_nbs/08_head_training.ipynb #2f2da4bd
 def fresh_head(
@@ -198,6 +198,7 @@ def train_head(
     "Train a fresh head on a frozen core, or on a control."
     if control not in (None, *CONTROLS):
         raise DataError(f"control={control!r}", expected=f"None or one of {CONTROLS}")
+    check_options(**{"adapt": "head", "seed": seed, "last": last, **RECIPE, **options})
     model = fresh_head(root, core, seed=seed, random_core=control == "random core")
     train, validation = (MouseDataset(root, tier) for tier in ("train", "validation"))
     train = ShuffledLabels(train, seed) if control == "shuffled labels" else train

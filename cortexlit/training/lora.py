@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['STUDY', 'FULL', 'SCALES', 'HEADS', 'Cell', 'Configuration', 'at_scale', 'open_storage', 'run_cells', 'Grid',
-           'clip_folds', 'cross_validate']
+__all__ = ['STUDY', 'FULL', 'SCALES', 'HEADS', 'Cell', 'Configuration', 'at_scale', 'database', 'open_storage', 'fail_lost',
+           'run_cells', 'Grid', 'clip_folds', 'cross_validate']
 
 # %% ../../neuro_nbs/09_lora_grid.ipynb #54182342
 import copy
@@ -22,19 +22,20 @@ from typing import Any
 import numpy as np
 import optuna
 import pandas as pd
-from optuna.exceptions import ExperimentalWarning
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.storages import RDBStorage, fail_stale_trials
 from optuna.trial import FrozenTrial, Trial, TrialState
 from safetensors.torch import load_model
+from sqlalchemy import URL, text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from torch.utils.data import ConcatDataset, Subset
 
-from ..core import DataError, atomic_file, digest, locked, rng, runs, scale, write_json
-from ..data.clips import MouseDataset, check_folder
-from ..models.adapters import Adapters
-from .features import cached_features, weights_digest
+from ..core import DataError, claim, digest, made_once, rng, runs, scale, sha256
+from ..data.clips import MouseDataset
+from ..models.adapters import Adapters, check_targets
+from .features import cached_features, fingerprint, source
 from .heads import RECIPE, fresh_head, reverse_correlate, train_head
-from .trainer import Fit, fit, predict
+from .trainer import Fit, best_folder, check_options, fit, model_content, predict
 
 # %% ../../neuro_nbs/09_lora_grid.ipynb #56ad48fe
 @dataclass(frozen=True)
@@ -110,10 +111,19 @@ def at_scale(
 _HEARTBEAT = 15  # seconds between signs of life; a worker silent for four times as long is taken for dead
 
 
+def database(
+    path: str | Path,  # of an SQLite file
+) -> str:
+    "Its URL, whatever signs the path holds."
+    return URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
+
+
 def open_storage(
     storage: str,  # a database URL, such as sqlite:///grid.db or postgresql://user@host/grid
 ) -> RDBStorage:
     "An Optuna storage whose workers give signs of life."
+    if not isinstance(storage, str):
+        raise DataError(f"storage of type {type(storage).__name__}", expected="a database URL, as text")
     waits = {"connect_args": {"timeout": 60}} if storage.startswith("sqlite") else None
     for attempt in range(5):
         try:
@@ -128,6 +138,26 @@ def open_storage(
                 f"storage {storage!r} cannot be opened: {str(error).splitlines()[0]}",
                 expected="a database URL such as sqlite:///grid.db or postgresql://user@host/grid",
             ) from error
+
+
+def fail_lost(
+    study: optuna.Study,  # in a storage from `open_storage`
+    seen: dict[int, float],  # kept between calls: since when a trial is known to run without a sign of life
+) -> None:
+    "Fail the trials of workers that died, also of those that died before their first sign of life."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        fail_stale_trials(study)
+    storage = getattr(study._storage, "_backend", study._storage)
+    with storage.engine.connect() as connection:
+        alive = {row[0] for row in connection.execute(text("SELECT trial_id FROM trial_heartbeats"))}
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        since = seen.setdefault(trial._trial_id, time.monotonic())
+        if trial._trial_id not in alive and time.monotonic() - since > 4 * _HEARTBEAT:
+            try:
+                study._storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
+            except UpdateFinishedTrialError:  # another worker has done it
+                continue
 
 # %% ../../neuro_nbs/09_lora_grid.ipynb #4f2358f6
 Cell = dict[str, Any]  # values of a trial's parameters
@@ -158,10 +188,9 @@ def run_cells(
             raise optuna.TrialPruned("this cell is run by another trial")
         return work(cell, trial)
 
+    seen: dict[int, float] = {}
     while True:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)
-            fail_stale_trials(study)  # of workers that died
+        fail_lost(study, seen)
         found = _trials_of(study, cells)
         for cell, trials in zip(cells, found, strict=True):
             if not trials:
@@ -196,19 +225,28 @@ class Grid:
         self.seeds, self.options, self.head = list(seeds), options, dict(head or {})
         if not self.configurations or not self.seeds:
             raise DataError("a grid without configurations or seeds", expected="one or more of each")
-        plan = {
-            "data": check_folder(root)["split_hash"],
-            "core": weights_digest(fresh_head(root, core).core),
-            "configurations": [asdict(c) for c in self.configurations.values()],
-            "last": last, "head": self.head, "options": options,
+        model = fresh_head(root, core)
+        self._check(model)
+        self._plan = {
+            "data": source(MouseDataset(root, "train"))["content"], "model": model_content(model), "last": last,
+            "head": self.head, "options": options,
         }  # fmt: skip
-        self.name = f"grid-{digest(plan)}"
+        configurations = [asdict(c) for c in self.configurations.values()]
+        self.name = f"grid-{digest(self._plan | {'configurations': configurations})}"
         self.folder = runs(self.name) if out is None else Path(out)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.storage = storage or f"sqlite:///{self.folder / 'grid.db'}"
+        self.storage = storage or database(self.folder / "grid.db")
         self._heads: dict[int, Fit] = {}
         self._study: optuna.Study | None = None
-        write_json(self.folder / "plan.json", plan)
+
+    def _check(self, model: Any) -> None:
+        "Options are looked at before anything is trained."
+        common = {"last": self.last, "progress": False}
+        for seed in self.seeds:
+            check_options(**{**common, "seed": seed, "adapt": "head", **RECIPE, **self.head})
+        for configuration in self.configurations.values():
+            check_options(**{**common, **configuration.options, **self.options})
+            if configuration.adapters is not None:
+                check_targets(model, configuration.adapters)
 
     @property
     def cells(self) -> list[Cell]:
@@ -219,6 +257,7 @@ class Grid:
         "The study in its storage, made if it is not there."
         optuna.logging.set_verbosity(optuna.logging.WARNING)  # `run` has lines of its own
         if self._study is None:
+            claim(self.folder, self._plan, "plan.json")
             self._study = optuna.create_study(
                 storage=open_storage(self.storage), study_name=self.name, direction="maximize",
                 sampler=optuna.samplers.RandomSampler(0), load_if_exists=True,
@@ -298,19 +337,21 @@ class Grid:
     ) -> dict[tuple[str, int], np.ndarray]:  # (configuration, seed) -> (samples, neurons, last)
         "Responses to the test tier, once for each run: kept in its folder, and read from there afterwards."
         test, found = MouseDataset(self.root, "test"), {}
+        content = fingerprint(test)
         for name, seed in self.table()[["configuration", "seed"]].itertuples(index=False):
             path = self.folder / f"{name}-seed{seed}" / "test.npy"
-            with locked(path):
-                if not path.is_file():
-                    model = copy.deepcopy(self.start(seed).model)
-                    load_model(model, path.parent / "best" / "model.safetensors")
-                    kept = cached_features(
-                        model, test, path.parent / "features", self.last, batch_size=8, progress=False
-                    )
-                    with atomic_file(path) as tmp, tmp.open("wb") as file:
-                        np.save(file, predict(model.eval(), kept, self.last, batch_size=8))
-                    shutil.rmtree(path.parent / "features")
-            found[name, int(seed)] = np.load(path)
+            best = best_folder(path.parent) / "model.safetensors"
+
+            def make(seed: int = seed, path: Path = path, best: Path = best) -> np.ndarray:
+                model = copy.deepcopy(self.start(seed).model)
+                load_model(model, best)
+                features = path.parent / "features"
+                data = cached_features(model, test, features, self.last, batch_size=8, progress=False)
+                return predict(model.eval(), data, self.last, batch_size=8)
+
+            made_from = {"data": content, "model": sha256(best), "last": self.last}
+            found[name, int(seed)] = made_once(path, made_from, make)
+            shutil.rmtree(path.parent / "features", ignore_errors=True)
         return found
 
 # %% ../../neuro_nbs/09_lora_grid.ipynb #d43ce35b
@@ -348,12 +389,19 @@ def cross_validate(
     pd.DataFrame
 ):  # one row per fold: samples, correlation on the held-out clips of the head and of the adapted model
     "Train a head and adapt the core on all clips but those of one fold, fold by fold."
+    head_options = (
+        {"adapt": "head", "last": last, "seed": seed, "progress": False} | RECIPE | dict(head or {})
+    )
+    check_options(**head_options)
+    check_options(**{"last": last, "seed": seed, **configuration.options, **options})
+    if configuration.adapters is not None:
+        check_targets(fresh_head(root, core), configuration.adapters)
     rows = []
     for k, fold in enumerate(clip_folds(root, folds, seed)):
         model = fresh_head(root, core, seed=seed)
         reverse_correlate(model, *fold, last)
         common = {"last": last, "seed": seed, "progress": False}
-        start = fit(model, fold, adapt="head", **common | RECIPE | dict(head or {}))
+        start = fit(model, fold, **head_options)
         done = fit(start.model, fold, **common | configuration.options | options)
         rows.append((k, len(fold[0]), len(fold[1]), start.correlation, done.correlation))
     return pd.DataFrame(rows, columns=["fold", "trained on", "held out", "head only", configuration.name])

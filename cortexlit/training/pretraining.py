@@ -27,12 +27,16 @@ from cortexlit.core import (
     DataError,
     atomic_file,
     atomic_folder,
+    check_out,
     digest,
     generated,
     locked,
+    named_errors,
     provenance,
+    read_json,
     rng,
     runs,
+    sha256,
     write_json,
 )
 from ..data.clips import resize_frames
@@ -230,8 +234,29 @@ def simulate(
                 spread = responses[: recipe.clips].astype(np.float32).std((0, 2, 3))
                 np.save(tmp / "videos.npy", videos)
                 np.save(tmp / "responses.npy", (responses / spread[:, None, None]).astype(np.float16))
-                write_json(tmp / "card.json", made_from | {"provenance": provenance()})
-    return Simulated(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("videos", "responses")))
+                files = {name: sha256(tmp / name) for name in ("videos.npy", "responses.npy")}
+                card = {"kind": "simulated", "files": files, "provenance": provenance()}
+                write_json(tmp / "card.json", made_from | card)
+    return _simulated(folder, made_from)
+
+
+def _simulated(folder: Path, made_from: dict[str, Any]) -> Simulated:
+    "What has been simulated, if it was from this and has not changed."
+    card = read_json(folder / "card.json")
+    if not isinstance(card, dict) or any(card.get(k) != v for k, v in made_from.items()):
+        raise DataError(
+            "not a simulation of this recipe", path=folder, fix="choose another folder, or move this one"
+        )
+    arrays = []
+    for name in ("videos", "responses"):
+        path = folder / f"{name}.npy"
+        known = card.get("files", {}).get(path.name)
+        if not path.is_file() or (known and sha256(path) != known):
+            raise DataError("the file is missing, or differs from what was written", path=path,
+                            fix="delete the folder; it is made again")  # fmt: skip
+        with named_errors(path):
+            arrays.append(np.load(path, mmap_mode="r"))
+    return Simulated(*arrays)
 
 # %% ../../neuro_nbs/07_pretraining.ipynb #97e08300
 def _start(config: ViV1TConfig, seed: int) -> ViV1T:
@@ -290,6 +315,10 @@ def pretrain(
         raise DataError(
             "there is something in the way", path=out, fix="choose another folder, or move this one"
         )
+    for name, value, low in (("seed", seed, 0), ("save_every", save_every, 1)):
+        if not isinstance(value, int) or value < low:
+            raise DataError(f"{name}={value!r}", expected=f"a whole number from {low} up")
+    check_out(out)
     data = simulate(recipe, seed, progress=progress)
     model = _start(recipe.config, seed)
     mean = torch.from_numpy(np.asarray(data.responses[: recipe.clips], np.float32).mean((0, 2, 3)))
@@ -301,11 +330,15 @@ def pretrain(
     work = runs("pretraining", digest(asdict(recipe) | {"seed": seed})) / "state.pt"
     step, curve, spent = 0, [], 0.0
     if work.is_file():
-        state = torch.load(work, weights_only=True)
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        bias.data.copy_(state["bias"])
-        step, curve, spent = state["step"], state["curve"], state["spent"]
+        try:
+            state = torch.load(work, weights_only=True)
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            bias.data.copy_(state["bias"])
+            step, curve, spent = state["step"], state["curve"], state["spent"]
+        except Exception as error:
+            raise DataError(f"the state of the interrupted run cannot be read: {type(error).__name__}", path=work,
+                            fix="delete the file, and the run begins anew") from error  # fmt: skip
     validation = np.arange(recipe.clips, len(data.videos))
     model.train()
     with tqdm(

@@ -39,7 +39,7 @@ from cortexlit.data.synthetic import (
 from ..models.readouts import standard_coordinates
 from ..models.v1t import V1T, V1TConfig
 from .pretraining import Recipe, neuron_types
-from .trainer import Fit, fit
+from .trainer import Fit, check_options, fit
 
 # %% ../../neuro_nbs/11a_v1t_training.ipynb #ac27c365
 _LOSSES = ("poisson", "correlation")
@@ -194,6 +194,7 @@ def train_scenes(
     **options: Any,  # of `fit`, in place of those of the configuration
 ) -> Fit:
     "Train one configuration; the best model by validation correlation. Resumed if it was interrupted."
+    check_options(**{"seed": seed, **configuration.options, **options})
     train, validation = (ScenesDataset(root, tier) for tier in ("train", "validation"))
     model = fresh_model(root, configuration, core, seed)
     if configuration.located:

@@ -6,18 +6,22 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['ADAPT', 'SCHEDULES', 'Diverged', 'Fit', 'origin', 'fit', 'predict']
+__all__ = ['ADAPT', 'SCHEDULES', 'Diverged', 'best_folder', 'Fit', 'check_options', 'origin', 'model_content', 'check_trained_on',
+           'fit', 'predict']
 
 # %% ../../neuro_nbs/06b_trainer.ipynb #3d3af665
 import matplotlib.pyplot as plt
@@ -27,7 +31,7 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import gather_object, set_seed
 from matplotlib.figure import Figure
-from safetensors.torch import load_model
+from safetensors.torch import load_file, load_model
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, default_collate
 from torch.utils.tensorboard import SummaryWriter
@@ -46,20 +50,24 @@ from transformers.utils import logging
 
 from cortexlit.core import (
     DataError,
+    MissingError,
     atomic_file,
     atomic_folder,
+    claim,
     digest,
     locked,
+    named_errors,
     provenance,
     read_json,
     rng,
     runs,
+    sha256,
     write_json,
 )
 from ..data.clips import MouseDataset
-from ..models.adapters import Adapters, add_adapters, merged, save_adapters
+from ..models.adapters import Adapters, add_adapters, check_targets, merged, save_adapters
 from ..models.losses import LOSSES
-from .features import cached_features, core_inputs, fingerprint, weights_digest
+from .features import cached_features, core_inputs, fingerprint, source, weights_digest
 
 # %% ../../neuro_nbs/06b_trainer.ipynb #3d389ec2
 class _Mice:
@@ -87,7 +95,14 @@ class _Mice:
 def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     "A batch of samples of one mouse."
     mouse = {"mouse_id": items[0]["mouse_id"]} if "mouse_id" in items[0] else {}
-    return default_collate(items) | mouse
+    batch = default_collate(items) | mouse
+    if not torch.isfinite(batch.get("labels", torch.zeros(1))).all():
+        raise DataError(
+            "labels: values that are not finite (NaN or infinity), in this batch of training or validation samples",
+            expected="a number for each neuron in each sample, in both tiers",
+            fix="leave these samples or neurons out",
+        )
+    return batch
 
 # %% ../../neuro_nbs/06b_trainer.ipynb #22ffaa37
 class _Batches:
@@ -154,7 +169,7 @@ def _factor(step: int, ends: np.ndarray, schedule: str) -> float:
         return 0.0
     start = ends[phase - 1] if phase else 0
     done = (step - start) / (ends[phase] - start)
-    return (1 + math.cos(math.pi * done)) / 2 if schedule == "cosine" else 1 - done
+    return float((1 + math.cos(math.pi * done)) / 2 if schedule == "cosine" else 1 - done)
 
 # %% ../../neuro_nbs/06b_trainer.ipynb #c7cf5252
 class Diverged(DataError):
@@ -266,7 +281,30 @@ def _finished(state: TrainerState, patience: int | None) -> bool:
     return state.global_step >= state.max_steps or (patience is not None and waited >= patience)
 
 # %% ../../neuro_nbs/06b_trainer.ipynb #fb912074
-_MARK = "complete"  # this empty file is written last: a checkpoint without it was cut short
+_MARK = "complete"  # written last, with the hash of every file: a checkpoint without it was cut short
+_PARTS = ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")  # and rng_state*.pth
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
+
+
+def _verify(folder: Path, known: Mapping[str, str], fix: str) -> None:
+    "Raise `DataError` unless all files are there and as they were written."
+    for name, content in known.items():
+        if not (folder / name).is_file() or (content and sha256(folder / name) != content):
+            what = "differs from what was written" if (folder / name).is_file() else "is missing"
+            raise DataError(f"{name} of this {folder.name.split('-')[0]} {what}", path=folder / name,
+                            expected="the file as training has written it", fix=fix)  # fmt: skip
+
+
+def _save_best(folder: Path, step: int, save: Callable[[Path], None]) -> None:
+    if (folder / "best/config.json").is_file() and not (folder / "best/card.json").is_file():
+        write_json(folder / "best/card.json", {"kind": "model"})  # made by an earlier version
+    with atomic_folder(folder / "best", overwrite=True) as tmp:
+        save(tmp)
+        write_json(tmp / "card.json", {"kind": "model", "step": step, "files": _hashes(tmp)})
 
 
 class _Keeper(TrainerCallback):
@@ -295,15 +333,13 @@ class _Keeper(TrainerCallback):
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
         self.trainer.accelerator.wait_for_everyone()  # each process has written its random state
         if state.is_world_process_zero:
-            if state.best_global_step == state.global_step:
-                with atomic_folder(self.folder / "best", overwrite=True) as tmp:
-                    self.spec.save(tmp)
             newest = self.folder / f"checkpoint-{state.global_step}"
             state.best_model_checkpoint = None  # it is in best/
             state.save_to_json(newest / "trainer_state.json")
-            (newest / _MARK).touch()
-            for old in set(self.folder.glob("checkpoint-*")) - {newest}:
-                shutil.rmtree(old)
+            write_json(newest / _MARK, _hashes(newest))
+            if state.best_global_step == state.global_step:
+                _save_best(self.folder, state.global_step, self.spec.save)
+            _tidy(self.folder)
             with atomic_file(self.folder / "history.csv") as tmp:
                 _history(state).to_csv(tmp, index=False)
             if self.spec.on_epoch is not None:
@@ -318,7 +354,62 @@ class _Keeper(TrainerCallback):
 def _last_checkpoint(folder: Path) -> Path | None:
     "The newest whole checkpoint; what was cut short is ignored."
     whole = [mark.parent for mark in folder.glob(f"checkpoint-*/{_MARK}")]
+    whole = [path for path in whole if re.fullmatch(r"checkpoint-\d+", path.name)]
     return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def _tidy(folder: Path) -> None:
+    "Remove all checkpoints but the newest whole one."
+    newest = _last_checkpoint(folder)
+    for old in folder.glob("checkpoint-*"):
+        if old != newest and re.fullmatch(r"checkpoint-\d+", old.name):
+            shutil.rmtree(old)
+
+
+def _resumed(folder: Path) -> tuple[Path | None, TrainerState]:
+    "The newest whole checkpoint and the state in it; `DataError` if it has been damaged since."
+    checkpoint = _last_checkpoint(folder)
+    if checkpoint is None:
+        return None, TrainerState()
+    fix = f"delete {checkpoint.name} and the run begins anew, or choose another folder"
+    with named_errors(checkpoint):
+        noted = (checkpoint / _MARK).read_bytes()
+        known = read_json(checkpoint / _MARK) if noted else dict.fromkeys(_PARTS, "")
+        _verify(checkpoint, known, fix)
+        if not noted:  # by an earlier version, without hashes
+            _opened(checkpoint, fix)
+        return checkpoint, TrainerState.load_from_json(checkpoint / "trainer_state.json")
+
+
+def _opened(checkpoint: Path, fix: str) -> None:
+    "Raise `DataError` if a file of a checkpoint cannot be read."
+    read = {"optimizer.pt": torch.load, "scheduler.pt": torch.load, "model.safetensors": load_file}
+    for name in _PARTS:
+        try:
+            if name in read:
+                read[name](checkpoint / name)
+            else:
+                TrainerState.load_from_json(checkpoint / name)
+        except Exception as error:
+            raise DataError(f"{name} of this checkpoint cannot be read: {type(error).__name__}", path=checkpoint / name,
+                            expected="the file as training has written it", fix=fix) from error  # fmt: skip
+    if not list(checkpoint.glob("rng_state*.pth")):
+        raise DataError("rng_state.pth of this checkpoint is missing", path=checkpoint, fix=fix)
+
+
+def best_folder(
+    folder: str | Path,  # of a run
+) -> Path:  # for `from_pretrained`
+    "The best model of a finished run, checked; `MissingError` if there is none, `DataError` if it is damaged."
+    folder = Path(folder)
+    if not (folder / "best" / "model.safetensors").is_file():
+        raise MissingError(
+            "no finished run", path=folder, expected="the folder of a run, with a best model in best/"
+        )
+    card = read_json(folder / "best" / "card.json") if (folder / "best" / "card.json").is_file() else {}
+    fix = f"delete {folder.name}/best and the checkpoints beside it, and train again"
+    _verify(folder / "best", card.get("files", {}), fix)
+    return folder / "best"
 
 # %% ../../neuro_nbs/06b_trainer.ipynb #9ca20895
 @dataclass(frozen=True)
@@ -388,26 +479,81 @@ _PLATEAU = {
 }
 
 
+def _number(name: str, value: Any, low: float, high: float = math.inf, open_low: bool = True) -> None:
+    fits = (
+        isinstance(value, Real)
+        and not isinstance(value, bool)
+        and (low < value if open_low else low <= value)
+    )
+    if not (fits and value < high):
+        raise DataError(
+            f"{name}={value!r}",
+            expected=f"a number {'above' if open_low else 'from'} {low:g}"
+            + ("" if math.isinf(high) else f", below {high:g}"),
+        )
+
+
+def _whole(name: str, value: Any, low: int) -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < low:
+        raise DataError(f"{name}={value!r}", expected=f"a whole number from {low} up")
+
+
+def _phases(epochs: Any) -> tuple[int, ...]:
+    "Epochs of each phase."
+    given = (epochs,) if isinstance(epochs, Integral) else epochs
+    fits = isinstance(given, Sequence) and not isinstance(given, str) and len(given)
+    if not fits or not all(isinstance(n, Integral) and not isinstance(n, bool) and n >= 1 for n in given):
+        raise DataError(f"epochs={epochs!r}", expected="a whole number from 1 up, or one for each phase")
+    return tuple(int(n) for n in given)
+
+
+def check_options(
+    **options: Any,  # of `fit`; those not given have its defaults
+) -> None:
+    "Raise `DataError` for what `fit` would refuse, before anything is trained."
+    known = {
+        name: p.default
+        for name, p in inspect.signature(fit).parameters.items()
+        if name not in ("model", "dataset")
+    }
+    if unknown := sorted(options.keys() - known.keys()):
+        raise DataError(f"{unknown[0]} is no option of fit", expected=f"one of {', '.join(known)}")
+    options = known | options
+    _check(options | {"epochs": _phases(options["epochs"])})
+
+
 def _check(options: Mapping[str, Any]) -> None:
     allowed = {"adapt": ADAPT, "schedule": SCHEDULES, "precision": ("float32", "bfloat16")}
     for name, values in allowed.items():
         if options[name] not in values:
             raise DataError(f"{name}={options[name]!r}", expected=f"one of {', '.join(values)}")
+    if options["loss"] is not None and not isinstance(options["loss"], str):
+        raise DataError(f"loss={options['loss']!r}", expected=f"None or one of {', '.join(LOSSES)}")
     for name in ("last", "batch_size", "accumulate", "patience"):
-        if not (options[name] is None and name == "patience") and not options[name] >= 1:
-            raise DataError(f"{name}={options[name]!r}", expected="a whole number from 1 up")
-    epochs = options["epochs"]
-    if not epochs or not all(isinstance(n, int) and n >= 1 for n in epochs):
-        raise DataError(f"epochs={epochs!r}", expected="a whole number from 1 up, or one for each phase")
-    if options["schedule"] == "plateau" and len(epochs) > 1:
+        if not (options[name] is None and name == "patience"):
+            _whole(name, options[name], 1)
+    _whole("seed", options["seed"], 0)
+    _number("lr", options["lr"], 0)
+    if options["core_lr"] is not None:
+        _number("core_lr", options["core_lr"], 0)
+    _number("weight_decay", options["weight_decay"], 0, open_low=False)
+    _number("eps", options["eps"], 0)
+    betas = options["betas"]
+    if not isinstance(betas, Sequence) or len(betas) != 2:
+        raise DataError(f"betas={betas!r}", expected="two numbers from 0, below 1")
+    for beta in betas:
+        _number("betas", beta, 0, 1, open_low=False)
+    if options["schedule"] == "plateau" and len(options["epochs"]) > 1:
         raise DataError(
-            f"schedule='plateau' in {len(epochs)} phases", expected="one phase, or another schedule"
+            f"schedule='plateau' in {len(options['epochs'])} phases",
+            expected="one phase, or another schedule",
         )
     if options["adapt"] == "head" and options["core_lr"] is not None:
         raise DataError("core_lr with adapt='head'", expected="None: the core does not learn")
-    if (options["adapt"] == "lora") != (options["adapters"] is not None):
+    adapters = options["adapters"]
+    if (options["adapt"] == "lora") != isinstance(adapters, Adapters):
         raise DataError(
-            f"adapt={options['adapt']!r} with adapters={options['adapters']!r}",
+            f"adapt={options['adapt']!r} with adapters={adapters!r}",
             expected='adapt="lora" together with adapters=Adapters(...)',
         )
 
@@ -441,6 +587,15 @@ def _mice(model: PreTrainedModel, dataset: Any) -> tuple[dict[str, Any], dict[st
             raise DataError(
                 f"mouse {mouse}: labels of {found} neurons", expected=f"{wanted}, as in the model"
             )
+    named = {m: data.channels for m, data in train.items() if isinstance(data, MouseDataset)}
+    for mouse, channels in named.items():  # one core reads them all
+        first = next(iter(named))
+        if channels != named[first]:
+            raise DataError(
+                f"mouse {mouse} has the behaviour channels {channels}, mouse {first} {named[first]}",
+                expected="the same channels, by name, in every mouse",
+                fix="leave out what was not measured in all, or name the channels alike",
+            )
     return train, validation
 
 # %% ../../neuro_nbs/06b_trainer.ipynb #18d21a84
@@ -452,42 +607,74 @@ def origin(
     return _origin(model, *_mice(model, dataset))
 
 
+def model_content(
+    model: PreTrainedModel,
+) -> dict[str, Any]:  # JSON-able
+    "A model by content: hash of its weights, and its configuration."
+    incidental = ("transformers_version", "architectures", "dtype", "use_cache", "loss", "loss_frames")
+    config = {f"model.{k}": v for k, v in model.config.to_diff_dict().items() if k not in incidental}
+    return {"starting weights": weights_digest(model), **config}
+
+
 def _origin(
     model: PreTrainedModel, train: Mapping[str, Any], validation: Mapping[str, Any]
 ) -> dict[str, Any]:
-    incidental = ("transformers_version", "architectures", "dtype", "use_cache", "loss", "loss_frames")
-    config = {f"model.{k}": v for k, v in model.config.to_diff_dict().items() if k not in incidental}
     data = {
         ".".join(["data", *([mouse] if mouse else []), tier, field]): content
         for tier, mice in (("train", train), ("validation", validation))
         for mouse, dataset in mice.items()
         for field, content in fingerprint(dataset).items()
     }
-    return {"starting weights": weights_digest(model), **config, **data}
+    return model_content(model) | data
 
 # %% ../../neuro_nbs/06b_trainer.ipynb #3ae868d4
-def _claim(folder: Path, options: dict[str, Any], resume: bool) -> None:
+def _claim(folder: Path, options: dict[str, Any], resume: bool, sources: dict[str, Any]) -> None:
     "Write the options of a new run, or compare them with those of the run that is there."
-    path = folder / "config.json"
-    if not path.is_file():
-        if folder.exists() and any(folder.iterdir()):
-            raise DataError("the folder is not empty and holds no run", path=folder, fix="choose another one")
-        write_json(folder / "provenance.json", provenance(seed=options["seed"]))
-        write_json(path, options)
-        return
-    if not resume:
-        raise DataError("there is a run in this folder", path=folder, fix="resume=True, or another folder")
-    before = read_json(path)
-    for name in sorted(before.keys() | options.keys()):
-        if before.get(name) != options.get(name):
-            raise DataError(
-                f"the run in this folder has {name}: {before.get(name)}",
-                path=path,
-                expected=f"{options.get(name)}, as asked for now",
-                fix="choose another folder, or ask for the same as before to resume it",
-            )
+    claim(folder, options, resume=resume)
+    _tidy(folder)
+    if not (folder / "provenance.json").is_file():
+        write_json(folder / "provenance.json", provenance(seed=options["seed"], data=sources))
+
+
+def check_trained_on(
+    folder: str | Path,  # of a run
+    dataset: Any,  # of the library, of any tier
+) -> None:
+    "Raise `DataError` unless a run was trained on this dataset folder, with this split."
+    folder, own = Path(folder), source(dataset)
+    path = folder / "provenance.json"
+    known = read_json(path).get("data") if path.is_file() else None
+    if not known:
+        raise MissingError(
+            "the run does not say which dataset it was trained on", path=folder,
+            expected="provenance.json with the hash of the dataset, as `fit` writes it", fix="train it again",
+        )  # fmt: skip
+    if own not in known.values():
+        told = next(iter(known.values())) or {}
+        raise DataError(
+            "the run was trained on another dataset or with another split", path=folder,
+            expected=f"{own['name']}, content {own['content']}; it has {told.get('name')}, content {told.get('content')}",
+            fix="score it on the dataset it was trained on, or train on this one",
+        )  # fmt: skip
 
 # %% ../../neuro_nbs/06b_trainer.ipynb #8b0c3fcf
+def _repair_best(
+    folder: Path, checkpoint: Path, state: TrainerState, model: PreTrainedModel, spec: _Spec
+) -> None:
+    "Save the best model if the run was killed after the checkpoint that holds it, and before it was saved."
+    card = folder / "best" / "card.json"
+    if (folder / "best").is_dir() and not card.is_file():
+        return  # by an earlier version, which saved it before the checkpoint
+    if card.is_file() and read_json(card).get("step") == state.best_global_step:
+        return
+    if state.best_global_step == state.global_step:
+        load_model(model, checkpoint / "model.safetensors")
+        _save_best(folder, state.global_step, spec.save)
+    elif card.is_file() or (state.best_global_step and not (folder / "best").is_dir()):
+        raise DataError("the best model is missing, or of another run", path=folder / "best",
+                        fix=f"delete {checkpoint.name} and the run begins anew")  # fmt: skip
+
+
 def _train(
     model: PreTrainedModel,
     train: dict[str, Any],
@@ -498,12 +685,9 @@ def _train(
 ) -> TrainerState:
     "Train, or go on from the newest whole checkpoint; what the Trainer noted on the way."
     folder = Path(args.output_dir)
-    checkpoint = _last_checkpoint(folder)
-    state = (
-        TrainerState()
-        if checkpoint is None
-        else TrainerState.load_from_json(checkpoint / "trainer_state.json")
-    )
+    checkpoint, state = _resumed(folder)
+    if checkpoint is not None and args.process_index == 0:
+        _repair_best(folder, checkpoint, state, model, spec)
     if checkpoint is not None and _finished(state, spec.patience):
         return state
     keeper = _Keeper(folder, spec, progress)
@@ -561,6 +745,24 @@ def _prepared(
     return model.save_pretrained
 
 # %% ../../neuro_nbs/06b_trainer.ipynb #c5518a35
+def _fits(model: PreTrainedModel, train: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    "Raise `DataError` if the options ask for more than model and data have."
+    if options["adapters"] is not None:
+        check_targets(model, options["adapters"])
+    if options["adapt"] == "head" and not hasattr(model, "freeze_core"):
+        raise DataError(f"{type(model).__name__} has no core to freeze", expected='adapt="full"')
+    samples = sum(map(len, train.values()))
+    if options["batch_size"] > max(samples, 1024):
+        raise DataError(
+            f"batch_size={options['batch_size']}", expected=f"at most {samples}, the training samples"
+        )
+    for mouse, data in train.items():
+        labels = data[0]["labels"]
+        if labels.ndim == 2 and options["last"] > labels.shape[-1]:
+            raise DataError(f"last={options['last']}", path=mouse and f"mouse {mouse}",
+                            expected=f"at most {labels.shape[-1]}, the frames of a clip")  # fmt: skip
+
+
 def fit(
     model: PreTrainedModel,  # a `ViV1T`, or another model of the library; it is copied, not changed
     dataset: Any,  # a dataset folder, or (train, validation) map-style datasets, or {mouse: one of these}
@@ -590,19 +792,21 @@ def fit(
     progress: bool = True,  # progress bars
 ) -> Fit:
     "Train with the Hugging Face Trainer; keep the model with the best validation correlation."
-    phases = (epochs,) if isinstance(epochs, int) else tuple(epochs)
+    phases = _phases(epochs)
     options = {
-        "adapt": adapt, "adapters": adapters and asdict(adapters), "loss": loss, "last": last, "lr": lr,
+        "adapt": adapt, "adapters": adapters, "loss": loss, "last": last, "lr": lr,
         "core_lr": core_lr, "schedule": schedule, "epochs": list(phases), "batch_size": batch_size,
-        "by_video": by_video, "accumulate": accumulate, "weight_decay": weight_decay, "betas": list(betas),
+        "by_video": by_video, "accumulate": accumulate, "weight_decay": weight_decay, "betas": betas,
         "eps": eps, "precision": precision, "patience": patience,
         "cache": adapt == "head" and hasattr(model, "embed") if cache is None else cache and adapt != "full", "seed": seed,
     }  # fmt: skip
     _check(options)
     train, validation = _mice(model, dataset)
+    _fits(model, train, options)
     model = copy.deepcopy(model)
     _set_loss(model, loss, last)
-    everything = options | _origin(model, train, validation)
+    given = {"adapters": adapters and asdict(adapters), "betas": list(betas)}
+    everything = options | given | _origin(model, train, validation)
     folder = runs(f"{adapt}-{digest(everything)}") if out is None else Path(out)
     args = TrainingArguments(
         output_dir=str(folder),
@@ -639,7 +843,9 @@ def fit(
     lock = locked(folder, timeout=1e7) if args.process_index == 0 else nullcontext()
     with lock:  # who asks for the same meanwhile waits
         if args.process_index == 0:
-            _claim(folder, everything, resume)
+            _claim(
+                folder, everything, resume, {str(mouse): source(data) for mouse, data in validation.items()}
+            )
         inputs = {mouse: core_inputs(model, data) for mouse, data in train.items()} if by_video else None
         if options["cache"]:
             model.to(args.device)
@@ -663,9 +869,11 @@ def fit(
                 path=folder / "history.csv",
                 expected="predictions and labels that change",
             )
-        load_model(best, folder / "best" / "model.safetensors")
+        load_model(best, best_folder(folder) / "model.safetensors")
         done = Fit(best.to(args.device).eval(), _history(state), folder)
         if args.process_index == 0:
+            with atomic_file(folder / "history.csv") as tmp:
+                done.history.to_csv(tmp, index=False)
             figure = done.curves()
             with atomic_file(folder / "curves.png") as tmp:
                 figure.savefig(tmp, format="png")

@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,28 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 from optuna.pruners import HyperbandPruner, MedianPruner, NopPruner
 from optuna.samplers import RandomSampler, TPESampler
-from optuna.storages import fail_stale_trials
 from optuna.trial import FrozenTrial, Trial, TrialState
 from transformers import PreTrainedModel
 
-from ..core import DataError, atomic_file, digest, locked, read_json, rng, runs, write_json
+from cortexlit.core import (
+    DataError,
+    MissingError,
+    claim,
+    clear_leftovers,
+    digest,
+    load_array,
+    locked,
+    read_json,
+    rng,
+    runs,
+    save_array,
+    sha256,
+    write_json,
+)
 from ..models.adapters import Adapters
 from .features import fingerprint
-from .lora import open_storage
-from .trainer import Diverged, fit, origin, predict
+from .lora import database, fail_lost, open_storage
+from .trainer import Diverged, best_folder, check_options, fit, origin, predict
 
 # %% ../../neuro_nbs/15a_cnn_vit_optuna.ipynb #21f74743
 @dataclass(frozen=True)
@@ -52,6 +66,11 @@ class Choice:
     """
 
     values: tuple[Any, ...]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.values, tuple):  # numbers from an array or a table
+            plain = tuple(v.item() if isinstance(v, np.generic) else v for v in self.values)
+            object.__setattr__(self, "values", plain)
 
 
 @dataclass(frozen=True)
@@ -69,6 +88,13 @@ class Range:
     low: float
     high: float
     log: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("low", "high"):
+            value = getattr(self, name)
+            if not isinstance(value, Real) or isinstance(value, bool):
+                raise DataError(f"{name}={value!r} of a Range", expected="a number")
+            object.__setattr__(self, name, int(value) if isinstance(value, Integral) else float(value))
 
     @property
     def whole(self) -> bool:
@@ -127,6 +153,17 @@ class Space:
                 out[name] = ask(name, p.low, p.high, log=p.log)
         return out
 
+    def check(
+        self,
+        **options: Any,  # of `fit`, the same for all trials
+    ) -> None:
+        "Raise `DataError` for a value that `fit` would refuse, before the first trial."
+        for name, p in self.parameters.items():
+            if name in _OPTIONS:
+                for value in p.values if isinstance(p, Choice) else (p.low, p.high):
+                    check_options(**{**_split(self.corner)[1], **options, name: value})
+        check_options(**{**_split(self.corner)[1], **options})
+
     @property
     def corner(self) -> dict[str, Any]:
         "The first values and lower ends."
@@ -184,6 +221,11 @@ def _taken(study: optuna.Study) -> list[FrozenTrial]:
     return study.get_trials(deepcopy=False, states=_TAKEN)
 
 
+def _asked(trial: FrozenTrial) -> dict[str, Any]:
+    "Parameters of a trial, also of one that died before it asked for them."
+    return trial.params or trial.system_attrs.get("fixed_params") or {}
+
+
 def _retry(study: optuna.Study) -> None:
     "Queue again what failed on the way."
     trials = study.get_trials(deepcopy=False)
@@ -191,11 +233,11 @@ def _retry(study: optuna.Study) -> None:
     for t in trials:
         if (
             t.state == TrialState.FAIL
-            and t.params
+            and _asked(t)
             and t.number not in again
             and not t.user_attrs.get("surplus")
         ):
-            study.enqueue_trial(t.params, user_attrs={"again": t.number})
+            study.enqueue_trial(_asked(t), user_attrs={"again": t.number})
 
 # %% ../../neuro_nbs/15a_cnn_vit_optuna.ipynb #8cda0e33
 @dataclass(frozen=True)
@@ -382,10 +424,18 @@ class Tuning:
     def models(self) -> list[PreTrainedModel]:  # one per fold
         "The models of the best trial, in evaluation mode."
         kind = type(self.build(_split(self.best)[0]))
-        folds = sorted(
-            Path(self._best.user_attrs["folder"]).glob("fold-*"), key=lambda p: int(p.name.split("-")[1])
-        )
-        return [kind.from_pretrained(fold / "best").eval() for fold in folds]
+        return [kind.from_pretrained(best).eval() for best in self._kept()]
+
+    def _kept(self) -> list[Path]:
+        "Folders of the best trial's models, one per fold."
+        folder = Path(self._best.user_attrs["folder"])
+        folds = sorted(folder.glob("fold-*"), key=lambda p: int(p.name.split("-")[1]))
+        if not folds or [fold.name for fold in folds] != [f"fold-{k}" for k in range(len(folds))]:
+            raise MissingError(
+                "the runs of the best trial are not here", path=folder, expected="fold-0 and so on",
+                fix="copy them from the machine that has run the trial; see the trial's attribute `folder`",
+            )  # fmt: skip
+        return [best_folder(fold) for fold in folds]
 
     def open_test(
         self,
@@ -395,17 +445,22 @@ class Tuning:
     ) -> np.ndarray:  # as from `predict`, mean over the folds' models
         "Predictions of the best trial, made once and kept; from then on the search takes no more trials."
         wanted = {"data": fingerprint(dataset), "trial": self._best.number, "options": options}
+        wanted["models"] = [sha256(best / "model.safetensors") for best in self._kept()]
+        path, record = self.folder / "test.npy", self.folder / "test.json"
         with locked(self.folder):
-            if (self.folder / "test.npy").is_file():
-                if read_json(self.folder / "test.json") != wanted:
+            if path.is_file() and record.is_file():
+                before = read_json(record)
+                known = before.pop("sha256", None)
+                if digest(before) != digest(
+                    {k: v for k, v in wanted.items() if k != "models" or k in before}
+                ):
                     raise DataError("the test has been opened with other data, options or another trial", path=self.folder,
                                     fix="a search has one test: make another search in another folder")  # fmt: skip
             else:
                 found = [predict(model, dataset, batch_size=batch_size, **options) for model in self.models()]
-                write_json(self.folder / "test.json", wanted)
-                with atomic_file(self.folder / "test.npy") as tmp, tmp.open("wb") as file:
-                    np.save(file, np.mean(found, 0))
-        return np.load(self.folder / "test.npy")
+                known = save_array(path, np.mean(found, 0))
+                write_json(record, wanted | {"sha256": known})
+        return load_array(path, known)
 
 # %% ../../neuro_nbs/15a_cnn_vit_optuna.ipynb #10a0834f
 def tune(
@@ -433,6 +488,7 @@ def tune(
         raise DataError(f"trials={trials}, epochs={epochs}, {len(folds)} folds", expected="1 or more of each")
     if both := sorted(set(options) & set(space.parameters)):
         raise DataError(f"{both[0]} is in the space and an option", fix="give it once")
+    space.check(**{"seed": seed, "epochs": epochs, "progress": False, **options})
     first = _built(build, _split(space.corner)[0], seed)
     plan = {
         "space": {k: asdict(p) for k, p in space.parameters.items()}, "sampler": sampler, "pruner": pruner, "seed": seed,
@@ -451,13 +507,14 @@ def tune(
             changed = next(k for k in [*plan, *before] if digest(before.get(k)) != digest(plan.get(k)))
             raise DataError(f"there is a search in this folder with other {changed}", path=folder,
                             fix="choose another folder, or ask for the same as before to resume it")  # fmt: skip
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "plan.json", plan)
+        if not (folder / "plan.json").is_file():
+            claim(folder, plan, "plan.json")
+        clear_leftovers(folder)
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
         study = optuna.create_study(
-            storage=open_storage(storage or f"sqlite:///{folder / 'tuning.db'}"), study_name=name, direction="maximize",
+            storage=open_storage(storage or database(folder / "tuning.db")), study_name=name, direction="maximize",
             load_if_exists=True, sampler=_sampler(sampler, seed), pruner=_pruner(pruner, epochs, len(folds)),
         )  # fmt: skip
         search = _Search(build, folds, space, folder, study, sampler, trials, seed, epochs, options, progress)
@@ -475,10 +532,9 @@ def tune(
 
 def _work(study: optuna.Study, search: _Search, wait: float = 1.0) -> None:
     "Run trials until all places are taken and all trials over."
+    seen: dict[int, float] = {}
     while True:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)
-            fail_stale_trials(study)  # of workers that died
+        fail_lost(study, seen)
         _retry(study)
         states = [t.state for t in _taken(study)]
         if len(states) < search.trials or TrialState.WAITING in states:

@@ -1,0 +1,514 @@
+"""Faults of runs and storage, by kind: what is killed goes on, what is not ours stays, what does not belong is refused by name."""
+
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pytest
+import torch
+import toys
+from optuna.trial import TrialState
+from safetensors.torch import load_file, save_file
+from toy_training import LAST, tiers, tiny_model, weights
+
+from cortexlit import cli, core
+from cortexlit.core import DataError, MissingError, StorageError
+from cortexlit.data.clips import build_dataset
+from cortexlit.models.adapters import Adapters, add_adapters, load_adapters, save_adapters
+from cortexlit.training import lora, trainer, tuning
+from cortexlit.training.trainer import best_folder, check_options, check_trained_on, fit
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="forks and limits as Linux has them")
+
+
+def child(work) -> int:
+    "Status of a forked process: its exit code, or minus the signal that ended it."
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+        except core.CortexlitError as error:
+            print(error)
+            os._exit(3)
+        except BaseException as error:
+            print(type(error), error)
+            os._exit(4)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def killed_at(work, event: str, when) -> None:
+    "Run work() in a process that is killed at the first audit event of which when(args) is true."
+
+    def watched() -> None:
+        def hook(name, args):
+            if name == event and when(args):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+        work()
+
+    assert child(watched) == -signal.SIGKILL
+
+
+def write(folder: Path, text: str, kind: str = "toy", **options) -> None:
+    with core.atomic_folder(folder, **options) as tmp:
+        (tmp / "a.txt").write_text(text)
+        core.write_json(tmp / "card.json", {"kind": kind, "files": {"a.txt": ""}})
+
+
+def hidden(folder: Path) -> list[str]:
+    return [p.name for p in folder.iterdir() if p.name.endswith((".tmp", ".old"))]
+
+
+# What is not ours is never replaced ------------------------------------------------------------------------
+
+
+def test_only_a_folder_of_the_same_kind_is_replaced(tmp_path):
+    write(tmp_path / "data", "old")
+    write(tmp_path / "data", "new", overwrite=True)
+    assert (tmp_path / "data/a.txt").read_text() == "new" and not hidden(tmp_path)
+    with pytest.raises(DataError, match="exists already"):
+        write(tmp_path / "data", "newer")
+    with pytest.raises(DataError, match="of the kind 'toy'"):
+        write(tmp_path / "data", "newer", kind="other", overwrite=True)
+    (tmp_path / "data/notes.txt").touch()
+    with pytest.raises(DataError, match=r"also holds notes\.txt"):
+        write(tmp_path / "data", "newer", overwrite=True)
+    assert (tmp_path / "data/a.txt").read_text() == "new" and not hidden(tmp_path)
+
+
+@pytest.mark.parametrize("card", [None, "{}", "[1]", "{", '{"name": "mine"}'])
+def test_a_foreign_folder_stays(tmp_path, card):
+    thesis = tmp_path / "thesis"
+    thesis.mkdir()
+    (thesis / "chapter1.tex").write_text("years")
+    if card is not None:
+        (thesis / "card.json").write_text(card)
+    with pytest.raises(DataError, match="not replaced"):
+        write(thesis, "x", overwrite=True)
+    with pytest.raises(DataError, match="holds no run"):
+        core.claim(thesis, {})
+    assert (thesis / "chapter1.tex").read_text() == "years"
+
+
+def test_a_file_stays_and_a_link_leads_to_what_is_replaced(tmp_path):
+    (tmp_path / "notes.txt").write_text("precious")
+    with pytest.raises(DataError, match="a file is in the way"):
+        write(tmp_path / "notes.txt", "x", overwrite=True)
+    assert (tmp_path / "notes.txt").read_text() == "precious"
+    write(tmp_path / "disk", "old")
+    (tmp_path / "data").symlink_to(tmp_path / "disk")
+    write(tmp_path / "data", "new", overwrite=True)
+    assert (tmp_path / "data").is_symlink() and (tmp_path / "disk/a.txt").read_text() == "new"
+
+
+def test_foreign_scores_stay(tmp_path):
+    from cortexlit.evaluation.scores import ScoreSheet
+
+    ScoreSheet().save(tmp_path / "ours")
+    ScoreSheet().save(tmp_path / "ours")
+    (tmp_path / "ours/scores.json").unlink()  # killed between the two files
+    ScoreSheet().save(tmp_path / "ours")
+    for name, text in {"scores.csv": "student,grade\n", "scores.json": '{"grades": []}'}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text(text)
+        with pytest.raises(DataError, match="has not written"):
+            ScoreSheet().save(tmp_path / name)
+        assert (tmp_path / name / name).read_text() == text
+
+
+# Killed while a folder is replaced, or written -------------------------------------------------------------
+
+
+@linux
+@pytest.mark.parametrize("exchange", [True, False])
+def test_killed_between_two_renames_nothing_is_lost(tmp_path, monkeypatch, exchange):
+    if not exchange:
+        monkeypatch.setattr(core, "_exchange", lambda *_: False)
+    folder = tmp_path / "data"
+    write(folder, "old")
+    killed_at(lambda: write(folder, "new", overwrite=True), "os.rename", lambda a: str(a[1]) == str(folder))
+    assert core.read_json(folder / "card.json")["kind"] == "toy"  # a reader finds it
+    assert (folder / "a.txt").read_text() == "old"
+    write(folder, "new", overwrite=True)
+    assert (folder / "a.txt").read_text() == "new" and not hidden(tmp_path)
+
+
+@linux
+def test_what_dead_processes_leave_is_removed_and_nothing_else(tmp_path):
+    folder = tmp_path / "data"
+    for _ in range(2):
+        killed_at(lambda: write(folder, "x"), "open", lambda a: "card.json" in str(a[0]))
+    live = core._beside(folder)
+    live.mkdir()
+    other = tmp_path / f".data.{'0' * 8}-1-1-abcdef.tmp"  # of another machine
+    other.mkdir()
+    stale = tmp_path / f".data.{'0' * 8}-1-1-abcde0.tmp"
+    stale.touch()
+    os.utime(stale, (0, 0))
+    mine = tmp_path / ".data.backup.tmp"
+    mine.touch()
+    assert len(hidden(tmp_path)) == 5  # the second has removed what the first left
+    write(folder, "x")
+    assert set(hidden(tmp_path)) == {live.name, other.name, mine.name}
+
+
+# The system refuses -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENOTDIR,
+                                    errno.EISDIR, errno.ENAMETOOLONG, errno.EIO, errno.EAGAIN, errno.ELOOP])  # fmt: skip
+def test_what_the_system_refuses_is_named(number):
+    with pytest.raises(StorageError, match=r"x\.npy") as error, core.named_errors("x.npy"):
+        raise OSError(number, os.strerror(number))
+    assert "do: " in str(error.value) and isinstance(error.value, OSError) and error.value.errno == number
+
+
+def test_missing_damaged_and_short(tmp_path):
+    with pytest.raises(MissingError, match=r"gone\.npy"), core.named_errors("elsewhere"):
+        np.load(tmp_path / "gone.npy")
+    with pytest.raises(DataError, match="cannot be read"), core.named_errors("x.h5"):
+        raise OSError("Unable to open file (file signature not found)")
+    with pytest.raises(StorageError, match="no space"), core.named_errors("x.npy"):
+        raise OSError("1000 requested and 45 written")
+    with pytest.raises(KeyError), core.named_errors("x.npy"):
+        {}["a"]
+
+
+def test_places_that_cannot_be_written_to(tmp_path):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / ("n" * 300)):
+        with pytest.raises(StorageError, match="do: "):
+            core.check_out(out)
+        with pytest.raises(core.CortexlitError):
+            write(out, "x")
+    core.check_out(tmp_path / "new" / "deep")
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(StorageError):
+        core.claim(tmp_path / "file", {})
+    with pytest.raises(core.CortexlitError), core.locked("/proc/nowhere"):
+        pass
+
+
+@linux
+def test_a_full_disk_does_not_end_the_process(tmp_path):
+    def limited(work):
+        def run() -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+            work()
+
+        return run
+
+    def h5() -> None:
+        with core.h5_file(tmp_path / "a.h5") as file:
+            file["x"] = np.zeros(100_000)
+
+    def mapped() -> None:
+        core.new_array(tmp_path / "a.npy", np.float32, (100_000,))[:] = 1
+
+    def plain() -> None:
+        core.save_array(tmp_path / "b.npy", np.zeros(100_000))
+
+    for work in (h5, mapped, plain):
+        assert child(limited(work)) == 3, work
+        assert child(work) == 0, work
+    assert not hidden(tmp_path)
+
+
+# A run goes on from wherever it was killed ------------------------------------------------------------------
+
+
+class Stop(Exception):
+    "Ends a run after an epoch."
+
+
+def stop_after(epochs: int):
+    def stop(history) -> None:
+        if len(history) == epochs:
+            raise Stop
+
+    return stop
+
+
+def run(out: Path, **options):
+    return fit(
+        tiny_model(),
+        tiers(),
+        out=out,
+        **{"last": LAST, "epochs": 3, "batch_size": 4, "progress": False} | options,
+    )
+
+
+def same(one: Path, other: Path) -> bool:
+    a, b = weights(one / "best"), weights(other / "best")
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize(
+    "options", [{"schedule": "linear"}, {"schedule": "linear", "epochs": (2, 2), "adapt": "lora", "adapters": Adapters(2, "fused")}, {"schedule": "plateau"}]
+)  # fmt: skip
+def test_every_schedule_is_resumed_to_the_same_bits(tmp_path, options):
+    run(tmp_path / "whole", **options)
+    with pytest.raises(Stop):
+        run(tmp_path / "cut", on_epoch=stop_after(1), **options)
+    run(tmp_path / "cut", **options)
+    assert same(tmp_path / "whole", tmp_path / "cut")
+
+
+@linux
+@pytest.mark.parametrize("name", ["config.json", "provenance.json", "best"])
+def test_killed_in_the_first_seconds_and_before_the_best_is_saved(tmp_path, name):
+    out = tmp_path / "cut"
+    killed_at(lambda: run(out, epochs=1), "os.rename", lambda a: str(a[1]) == str(out / name))
+    run(out, epochs=1)
+    run(tmp_path / "whole", epochs=1)
+    assert same(tmp_path / "whole", out) and not hidden(out)
+    assert best_folder(out) == out / "best" and (out / "provenance.json").is_file()
+
+
+def test_a_damaged_checkpoint_is_named_and_what_to_delete(tmp_path):
+    with pytest.raises(Stop):
+        run(tmp_path / "cut", on_epoch=stop_after(2))
+    checkpoint = trainer._last_checkpoint(tmp_path / "cut").name
+    for k, name in enumerate(
+        ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "model.safetensors")
+    ):
+        for how in ("missing", "differs"):
+            out = tmp_path / f"{k}-{how}"
+            shutil.copytree(tmp_path / "cut", out)
+            path = out / checkpoint / name
+            data = path.read_bytes()
+            path.unlink() if how == "missing" else path.write_bytes(data[: len(data) // 2])
+            with pytest.raises(DataError, match=f"{name} of this checkpoint .*{how}") as error:
+                run(out)
+            assert f"delete {checkpoint}" in str(error.value)
+    (tmp_path / "cut/checkpoint-x").mkdir()
+    (tmp_path / "cut/checkpoint-x/complete").touch()
+    shutil.rmtree(out / checkpoint)  # as the message says
+    done, control = run(out), run(tmp_path / "cut")
+    assert same(done.folder, control.folder)
+    path = control.folder / "best/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(DataError, match="model.safetensors of this best differs"):
+        best_folder(control.folder)
+
+
+def test_a_trial_without_a_sign_of_life_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(lora, "_HEARTBEAT", 1)
+    study = optuna.create_study(storage=lora.open_storage(lora.database(tmp_path / "a.db")))
+    lost, alive = study.ask(), study.ask()
+    study._storage.record_heartbeat(alive._trial_id)
+    seen: dict[int, float] = {}
+    lora.fail_lost(study, seen)
+    assert [t.state for t in study.trials] == [TrialState.RUNNING] * 2
+    seen[lost._trial_id] -= 5
+    seen[alive._trial_id] -= 5
+    lora.fail_lost(study, seen)
+    assert [t.state for t in study.trials] == [TrialState.FAIL, TrialState.RUNNING]
+
+
+# Options are looked at before anything is trained -----------------------------------------------------------
+
+WRONG = [{"lr": -1}, {"lr": float("nan")}, {"lr": "fast"}, {"weight_decay": -1}, {"betas": (0.9,)}, {"betas": (0.9, 1.0)},
+         {"eps": 0}, {"seed": -1}, {"epochs": 0}, {"epochs": ()}, {"epochs": 1.5}, {"batch_size": 0}, {"last": 0},
+         {"patience": 0}, {"schedule": "cosin"}, {"precision": "float64"}, {"core_lr": 0.0}, {"learning_rate": 1}]  # fmt: skip
+
+
+@pytest.mark.parametrize("option", WRONG, ids=str)
+def test_wrong_options_are_named(option, tmp_path):
+    (name,) = option
+    with pytest.raises(DataError, match=name):
+        check_options(**{"adapt": "full"} | option)
+    check_options(
+        epochs=np.int64(3), last=np.int64(2), seed=np.int32(1), lr=np.float32(0.1), betas=[0.9, 0.99]
+    )
+
+
+def test_every_way_to_train_looks_first(tmp_path, monkeypatch):
+    from cortexlit.training import decoders
+
+    for module in (lora, trainer, tuning, decoders):
+        monkeypatch.setattr(module, "fit" if module is not trainer else "_train", None)
+    folder = build_dataset(
+        toys.toy_recording(), tmp_path / "ds", clip_frames=20, size=(10, 14), split="stimuli", gap=5
+    )
+    tiny_model(core_state=False).save_core(tmp_path / "core")
+    bad = lora.Configuration("bad", Adapters(2, "fused"), 0.1, "cosin", (1,))
+    layer = lora.Configuration("layer", Adapters(2, ("nowhere",)), 0.1, "cosine", (1,))
+    for configuration in (bad, layer):
+        with pytest.raises(DataError, match="cosin|nowhere"):
+            lora.Grid(folder, [configuration], [0], core=tmp_path / "core", last=LAST, out=tmp_path / "grid")
+        with pytest.raises(DataError, match="cosin|nowhere"):
+            lora.cross_validate(folder, configuration, core=tmp_path / "core", last=LAST)
+    good = lora.Configuration("good", Adapters(2, "fused"), 0.1, "cosine", (1,))
+    for options in ({"lr_": 1}, {"head": {"lr": -1}}, {"weight_decay": -1}, {"seeds": [-1]}):
+        with pytest.raises(DataError):
+            lora.Grid(folder, [good], core=tmp_path / "core", last=LAST, **options)
+    with pytest.raises(DataError, match="lr="):
+        tuning.tune(
+            lambda p: tiny_model(), tiers(), tuning.Space({"lr": tuning.Range(-1.0, 1.0)}), out=tmp_path / "t"
+        )
+    with pytest.raises(DataError, match="batch_size="):
+        run(tmp_path / "r", batch_size=10**9)
+    with pytest.raises(DataError, match="last="):
+        run(tmp_path / "r", last=1000)
+    assert not any((tmp_path / name).exists() for name in ("grid", "t", "r"))
+
+
+def test_numbers_of_numpy_are_numbers():
+    space = tuning.Space(
+        {"depth": tuning.Range(np.int64(3), np.int64(8)), "wide": tuning.Choice((np.int64(2), 4))}
+    )
+    assert space.parameters["depth"].whole and space.parameters["wide"].values == (2, 4)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(0))
+    found = [space.suggest(study.ask())["depth"] for _ in range(5)]
+    assert all(type(v) is int for v in found)
+    for low, high in (("1", "2"), (True, 2), (None, 1)):
+        with pytest.raises(DataError):
+            tuning.Range(low, high)
+
+
+# Results belong to what made them ---------------------------------------------------------------------------
+
+
+def test_two_mice_with_one_split_are_two_grids(tmp_path):
+    tiny_model(core_state=False).save_core(tmp_path / "core")
+    good = lora.Configuration("good", Adapters(2, "fused"), 0.1, "cosine", (1,))
+    names = []
+    for k, seed in enumerate((0, 1, 0)):
+        folder = build_dataset(
+            toys.toy_recording(seed=seed),
+            tmp_path / f"d{k}",
+            clip_frames=20,
+            size=(10, 14),
+            split="stimuli",
+            gap=5,
+        )
+        names.append(lora.Grid(folder, [good], [0], core=tmp_path / "core", last=LAST).name)
+    assert names[0] == names[2] != names[1]
+    other = tiny_model(core_state=False)
+    with torch.no_grad():
+        next(other.core.parameters()).view(-1)[0] += 1e-6
+    other.save_core(tmp_path / "core2")
+    assert lora.Grid(folder, [good], [0], core=tmp_path / "core2", last=LAST).name not in names
+
+
+def test_kept_arrays_belong_to_what_made_them(tmp_path):
+    path = tmp_path / "a.npy"
+    assert core.made_once(path, {"data": "x"}, lambda: np.ones(2)).sum() == 2
+    assert core.made_once(path, {"data": "x"}, None).sum() == 2
+    with pytest.raises(DataError, match="other data"):
+        core.made_once(path, {"data": "y"}, None)
+    good = path.read_bytes()
+    for damage in (good[:-4], good[:-1] + b"\x07", b"", b"<html>"):
+        path.write_bytes(damage)
+        with pytest.raises(DataError, match="differs"):
+            core.made_once(path, {"data": "x"}, None)
+    path.with_suffix(".json").unlink()  # killed before the record was written: made again
+    assert core.made_once(path, {"data": "x"}, lambda: np.zeros(2)).sum() == 0
+
+
+def test_a_run_is_scored_on_its_own_dataset_only(tmp_path):
+    class Carded(list):
+        card = {"name": "m", "files": {"a.npy": "1"}, "split_hash": "s"}
+
+    train, validation = (Carded(tier.items) for tier in tiers())
+    done = fit(
+        tiny_model(),
+        (train, validation),
+        out=tmp_path / "run",
+        last=LAST,
+        epochs=1,
+        batch_size=4,
+        progress=False,
+    )
+    check_trained_on(done.folder, validation)
+    other = Carded(validation)
+    other.card = Carded.card | {"split_hash": "t"}
+    with pytest.raises(DataError, match="another dataset or with another split"):
+        check_trained_on(done.folder, other)
+    (done.folder / "provenance.json").unlink()
+    with pytest.raises(MissingError, match="does not say"):
+        check_trained_on(done.folder, validation)
+
+
+def test_adapters_are_whole_and_on_their_own_base(tmp_path):
+    which = Adapters(2, "fused", head=True)
+    save_adapters(add_adapters(tiny_model(), which), which, tmp_path / "a")
+    load_adapters(tiny_model(), tmp_path / "a")  # control
+    name = "adapter_model.safetensors"
+    parts = load_file(tmp_path / "a" / name)
+    first = sorted(parts)[0]
+    edits = {
+        "lacks": {k: v for k, v in parts.items() if k != first},
+        "renamed": {k.replace("base_model.model.", ""): v for k, v in parts.items()},
+        "beyond": parts | {first.replace("blocks.0", "blocks.7"): parts[first].clone()},
+    }
+    for how, tensors in edits.items():
+        shutil.copytree(tmp_path / "a", tmp_path / how)
+        save_file(tensors, tmp_path / how / name)
+        model = tiny_model()
+        with pytest.raises(DataError, match="parts, such as"):
+            load_adapters(model, tmp_path / how)
+        assert not any("lora" in k for k in model.state_dict())
+    for file, error in ((name, MissingError), ("head.safetensors", MissingError)):
+        shutil.copytree(tmp_path / "a", tmp_path / f"no-{file}")
+        (tmp_path / f"no-{file}" / file).unlink()
+        with pytest.raises(error, match=file):
+            load_adapters(tiny_model(), tmp_path / f"no-{file}")
+    (tmp_path / "lacks" / name).write_bytes(b"x" * 20)
+    with pytest.raises(DataError, match="damaged"):
+        load_adapters(tiny_model(), tmp_path / "lacks")
+    other = tiny_model()
+    with torch.no_grad():
+        next(other.core.parameters()).view(-1)[0] += 1e-3
+    with pytest.raises(DataError, match="other weights"):
+        load_adapters(other, tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", ["plain", "rank 8?", "50%20gain", "a#b", "{x}"])
+def test_a_database_lies_in_its_folder_whatever_that_is_called(tmp_path, name):
+    (tmp_path / name).mkdir()
+    lora.open_storage(lora.database(tmp_path / name / "grid.db"))
+    assert (tmp_path / name / "grid.db").is_file()
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    with pytest.raises(DataError, match="database URL"):
+        lora.open_storage(object())
+
+
+# What is printed --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text", ['pip install "cortexlit[allen]"', "runs/[a]/[/b]/x", "[/]", "[red]", "a" * 200 + "/b"]
+)
+def test_messages_keep_their_brackets(monkeypatch, capsys, text):
+    def app() -> None:
+        raise MissingError("gone", path=text)
+
+    monkeypatch.setattr(cli, "app", app)
+    monkeypatch.setattr(sys, "argv", ["cortexlit"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert text in capsys.readouterr().err
+    cli._show(text[:60], cli.pd.DataFrame({"[b]": ["[/c]"]}))
+    assert "[/c]" in capsys.readouterr().out
+
+
+def test_what_the_system_refuses_a_command_is_named(monkeypatch, capsys):
+    def app() -> None:
+        open("/nowhere/[x]")
+
+    monkeypatch.setattr(cli, "app", app)
+    monkeypatch.setattr(sys, "argv", ["cortexlit", "--json"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "/nowhere/[x]" in json.loads(capsys.readouterr().out)["error"]
