@@ -503,7 +503,8 @@ def _phases(epochs: Any) -> tuple[int, ...]:
     given = (epochs,) if isinstance(epochs, Integral) else epochs
     fits = isinstance(given, Sequence) and not isinstance(given, str) and len(given)
     if not fits or not all(isinstance(n, Integral) and not isinstance(n, bool) and n >= 1 for n in given):
-        raise DataError(f"epochs={epochs!r}", expected="a whole number from 1 up, or one for each phase")
+        told = list(given) if isinstance(given, tuple) else epochs
+        raise DataError(f"epochs={told!r}", expected="a whole number from 1 up, or one for each phase")
     return tuple(int(n) for n in given)
 
 
