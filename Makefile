@@ -65,7 +65,7 @@ $(READY): settings.ini setup.py constraints.txt
 	@# torch by pip, which knows about local wheels and TORCH_INDEX; uv, far faster, does the rest.
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	    $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt torch uv
-	@$(BIN)/uv pip install --quiet --refresh-package cortexlit -e '.[dev]' -c constraints.txt
+	@$(BIN)/uv pip install --quiet --compile-bytecode --refresh-package cortexlit -e '.[dev]' -c constraints.txt
 	@touch $@
 
 # The targets below run notebooks and tests two at a time, with one thread each.

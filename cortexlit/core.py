@@ -530,8 +530,10 @@ def check_out(
     folder = Path(os.path.abspath(folder))
     with named_errors(folder):
         for here in (folder, *folder.parents):
-            if not os.path.lexists(here):
-                continue
+            try:
+                os.lstat(here)
+            except (FileNotFoundError, NotADirectoryError):
+                continue  # a name that is too long is another error
             if not here.is_dir():
                 raise OSError(errno.EEXIST if here == folder else errno.ENOTDIR, "", str(here))
             if not os.access(here, os.W_OK | os.X_OK):

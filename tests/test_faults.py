@@ -452,7 +452,7 @@ def test_running_off_the_clock_is_left_out_and_named(session):
     opened = session(jump)()
     assert (
         opened.running is None
-        and "leave the two-photon clock at frame 1000" in opened.metadata["running_source"]
+        and "leave the two-photon clock at frame 100" in opened.metadata["running_source"]
     )
 
 
@@ -640,7 +640,9 @@ def test_a_tier_that_gaps_would_empty_is_refused(tmp_path):
 
 def test_channels_are_read_by_name_whatever_their_order(tmp_path):
     running_first = clips(tmp_path / "ours")
-    pupil_first = import_tree(export_tree(running_first, tmp_path / "tree"), tmp_path / "theirs")
+    pupil_first = import_tree(
+        export_tree(running_first, tmp_path / "tree"), tmp_path / "theirs", allow_shared_stimuli=True
+    )
     names = [check_folder(f)["channels"]["behavior"] for f in (running_first, pupil_first)]
     assert names == [["running", "pupil_area"], ["pupil_area", "running"]]
     for scheme in NORMALISATIONS:
@@ -652,7 +654,9 @@ def test_channels_are_read_by_name_whatever_their_order(tmp_path):
     low, high = raw.min(), raw.max()
     shown = MouseDataset(running_first, "train")[0]["behavior"][0].numpy()
     assert np.corrcoef(raw, shown)[0, 1] > 0.9999 and low < high
-    again = import_tree(export_tree(pupil_first, tmp_path / "study", "study1"), tmp_path / "back")
+    again = import_tree(
+        export_tree(pupil_first, tmp_path / "study", "study1"), tmp_path / "back", allow_shared_stimuli=True
+    )
     np.testing.assert_allclose(
         load_tier(again, "train").behavior, load_tier(running_first, "train").behavior, atol=1e-5
     )
@@ -885,6 +889,7 @@ def test_unpacked_volumes_and_nifti_2(part):
 
     root = part("volumes")
     want = things.open_things(root, "01")
+    responses = want.read()
     for k, path in enumerate(sorted(root.rglob("*.nii.gz"))):
         raw = gzip.decompress(path.read_bytes())
         if k % 2:
@@ -894,7 +899,7 @@ def test_unpacked_volumes_and_nifti_2(part):
         path.unlink()
     got = things.open_things(root, "01")
     pd.testing.assert_frame_equal(got.rois, want.rois)
-    np.testing.assert_array_equal(got.read(), want.read())
+    np.testing.assert_array_equal(got.read(), responses)
 
 
 def test_areas_that_were_interpolated(part):
@@ -1118,7 +1123,7 @@ def test_every_reader_answers_or_names_the_fault(bench, name):
     whole = path.read_bytes()
     read(path)  # the control
 
-    @settings(max_examples=12, suppress_health_check=list(HealthCheck), deadline=None)
+    @settings(max_examples=8, suppress_health_check=list(HealthCheck), deadline=None)
     @given(DAMAGES)
     def check(how):
         try:
@@ -1196,6 +1201,7 @@ CHANGES = st.sampled_from(
 )
 
 
+@settings(max_examples=20)
 @given(change=CHANGES, row=st.integers(0, 299))
 def test_a_stimulus_table_is_whole_numbers_within_the_trace(change, row):
     toy = toy_recording()
@@ -1209,7 +1215,7 @@ def test_a_stimulus_table_is_whole_numbers_within_the_trace(change, row):
         replace(toy, stimulus_tables={"one": table})
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(
     rows=st.lists(
         st.tuples(st.sampled_from(["mov", "other"]), st.integers(-5, 45), st.integers(-1, 5), st.sampled_from(["train", "test", "", None])),
@@ -1311,7 +1317,7 @@ def test_a_manifest_cannot_name_files_outside(tiny_cache, tmp_path, spec):
     path = tmp_path / "c/manifest.json"
     manifest = json.loads(path.read_text())
     for entry in manifest["manifest"]:
-        if entry["key"] == "EXPERIMENT_DATA":
+        if entry.get("key") == "EXPERIMENT_DATA":
             entry["spec"] = spec
             entry.pop("parent_key", None)
     path.write_text(json.dumps(manifest))

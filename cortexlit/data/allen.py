@@ -15,7 +15,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import urlsplit
 
 import h5py
 import numpy as np
@@ -24,7 +23,16 @@ import requests
 from tqdm.std import tqdm
 
 from ..core import DataError, MissingError, data_home, locked, read_json, sha256, write_json
-from .checks import finite, increasing, inside, load_arrays, reading, same_length, shaped
+from cortexlit.data.checks import (
+    encrypted,
+    finite,
+    increasing,
+    inside,
+    load_arrays,
+    reading,
+    same_length,
+    shaped,
+)
 from .recordings import Recording
 
 # %% auto #0
@@ -136,17 +144,6 @@ class _Again(Exception):
     "The transfer did not finish, another try may."
 
 
-def _secure(url: str) -> str:  # the same
-    "`DataError` for an address through which others could send their own bytes."
-    parts = urlsplit(url)
-    if parts.scheme != "https" and not (
-        parts.scheme == "http" and parts.hostname in ("127.0.0.1", "localhost", "::1")
-    ):
-        fix = "write https://; or fetch the file by hand, check it, and put it there"
-        raise DataError("the address is not encrypted", "https (http on this machine only)", fix, url)
-    return url
-
-
 def _receive(url: str, path: Path, part: Path, timeout: float, progress: bool) -> int | None:
     "One try: append to, or start, `part`. Returns the size that the server promised, if it did."
     notes = part.with_name(part.name + ".json")
@@ -164,7 +161,7 @@ def _receive(url: str, path: Path, part: Path, timeout: float, progress: bool) -
         if note["version"]:
             headers["If-Range"] = note["version"]
     with requests.get(url, headers=headers, stream=True, timeout=(10, timeout)) as answer:
-        _secure(answer.url)  # where redirections led
+        encrypted(answer.url)  # where redirections led
         if have and answer.status_code in (206, 416):
             sent = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("Content-Range", ""))
             if not sent or (int(sent[1]), int(sent[2])) != (have, note["size"]):
@@ -212,7 +209,7 @@ def download(
     "Fetch a file whole or not at all: resumes, checks size and content, notes its SHA-256."
     path = Path(path)
     part = path.with_name(path.name + ".part")
-    _secure(url)
+    encrypted(url)
     with locked(path):
         if path.exists():
             return path
@@ -309,12 +306,15 @@ def open_cache(
     "allensdk's cache object with timeouts and checked downloads; offline on an embedded folder."
     sdk = _sdk()
     manifest = _manifest(cache_dir)
-    base_uri = _secure(base_uri or "https://api.brain-map.org")
+    base_uri = encrypted(base_uri or "https://api.brain-map.org")
     if manifest.exists() and not isinstance(read_json(manifest), dict):
         raise DataError(
             "not a manifest", path=manifest, expected="a JSON object", fix="move it away: it is made anew"
         )
     root, marker = manifest.parent, synthetic_sessions(manifest.parent)
+    if (root / "card.json").exists():
+        fix = "name the folder of the sessions; one that does not exist is made"
+        raise DataError("this is a dataset folder, not a cache of allensdk", "a cache folder", fix, root)
 
     class Api(sdk.queries.BrainObservatoryApi):
         def retrieve_parsed_json_over_http(self, url: str, post: bool = False) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 from zipfile import ZipFile
 
 import numpy as np
@@ -29,7 +30,7 @@ from cortexlit.core import (
 
 # %% auto #0
 __all__ = ['KINDS', 'finite', 'whole', 'unique', 'same_length', 'shaped', 'increasing', 'jumps', 'by_name', 'reading',
-           'load_array', 'load_arrays', 'load_table', 'described', 'inside', 'seal', 'read_card', 'verify']
+           'load_array', 'load_arrays', 'load_table', 'described', 'inside', 'encrypted', 'seal', 'read_card', 'verify']
 
 # %% ../../neuro_nbs/00a_checks.ipynb #34bef54f
 def finite(
@@ -317,6 +318,19 @@ def inside(
             f"the file {str(name)!r} would lie outside the folder", expected=wish, path=path, fix=fix
         )
     return found
+
+
+def encrypted(
+    url: str,  # of a download
+) -> str:  # the same
+    "`DataError` for an address through which others could send their own bytes."
+    parts = urlsplit(url)
+    if parts.scheme != "https" and not (
+        parts.scheme == "http" and parts.hostname in ("127.0.0.1", "localhost", "::1")
+    ):
+        fix = "write https://; or fetch the file by hand, check it, and put it there"
+        raise DataError("the address is not encrypted", "https (http on this machine only)", fix, url)
+    return url
 
 # %% ../../neuro_nbs/00a_checks.ipynb #f5118b88
 KINDS = {

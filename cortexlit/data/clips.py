@@ -696,10 +696,7 @@ def build_dataset(
     shapes |= {name: (len(samples), len(labels), clip_frames) for name, (_, labels) in measured.items()}
     _need_space(out, sum(4 * int(np.prod(s)) for s in shapes.values()))
     with atomic_folder(out, overwrite) as folder:
-        arrays = {
-            k: new_array(folder / f"{k}.npy", np.float32, s)
-            for k, s in shapes.items()
-        }
+        arrays = {k: new_array(folder / f"{k}.npy", np.float32, s) for k, s in shapes.items()}
         for movie, rows in clips.groupby("movie", sort=False):
             template = recording.templates[movie]
             shaped(f"the template of {movie}", template, {"frames": None, "height": None, "width": None})
@@ -1161,12 +1158,12 @@ def _tree_neurons(root: Path, n: int) -> pd.DataFrame:
         return neurons
     ids, where = root / "meta/neurons/unit_ids.npy", root / "meta/neurons/cell_motor_coordinates.npy"
     neurons = pd.DataFrame({"cell_id": np.arange(n)})
-    if ids.is_file():
+    if ids.exists():
         found = load_array(ids, kinds="iuf")
         same_length("neurons", {"unit_ids": found.size, "responses": n}, ids)
         neurons["cell_id"] = whole("unit_ids", found, low=None, path=ids)
     xyz = np.full((n, 3), np.nan)
-    if where.is_file():
+    if where.exists():
         xyz = load_array(where)
         same_length("neurons", {"cell_motor_coordinates": len(np.atleast_1d(xyz)), "responses": n}, where)
         shaped("cell_motor_coordinates", xyz, {"neurons": n, "x, y, depth": 3}, where)

@@ -14,7 +14,7 @@ import pandas as pd
 from scipy.io import loadmat
 
 from ..core import DataError, MissingError, data_home, sha256
-from .checks import finite, increasing, reading, same_length
+from .checks import encrypted, finite, increasing, reading, same_length
 from .recordings import Recording
 
 # %% auto #0
@@ -120,8 +120,7 @@ def fetch(
     if not path.is_file():
         import pooch
 
-        if not entry.url.startswith("https://"):
-            raise DataError("the address is not encrypted", path=entry.url, expected="https")
+        encrypted(entry.url)
 
         try:
             pooch.retrieve(

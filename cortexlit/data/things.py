@@ -647,7 +647,7 @@ def _numeric(table: pd.DataFrame, columns: Sequence[str], path: Path) -> pd.Data
             bad |= np.isinf(numbers)
             wish = f"numbers; nothing, or one of {' '.join(_MISSING[1:7])}, where missing"
             what = (
-                f"column {column!r}, row {table.index[bad][0]}: {table[column][bad].iloc[0]!r} is no number"
+                f"column {column!r}, row {int(bad.to_numpy().argmax())}: {table[column][bad].iloc[0]!r} is no number"
             )
             raise DataError(what, wish, "correct the cell", path)
         out[column] = numbers

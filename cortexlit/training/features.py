@@ -128,7 +128,7 @@ def source(
 ) -> dict[str, Any] | None:  # name, content (16 hex digits) and hash of the split; None without a card
     "The dataset folder behind a dataset, by content: all tiers, whatever part of them is used."
     for name in ("dataset", "data"):
-        if not hasattr(dataset, "card") and hasattr(dataset, name):
+        if hasattr(dataset, name) and not isinstance(dataset, torch.Tensor):
             return source(getattr(dataset, name))
     if not hasattr(dataset, "card"):
         parts = getattr(dataset, "datasets", None)

@@ -300,6 +300,8 @@ def _verify(folder: Path, known: Mapping[str, str], fix: str) -> None:
 
 
 def _save_best(folder: Path, step: int, save: Callable[[Path], None]) -> None:
+    if (folder / "best/config.json").is_file() and not (folder / "best/card.json").is_file():
+        write_json(folder / "best/card.json", {"kind": "model"})  # made by an earlier version
     with atomic_folder(folder / "best", overwrite=True) as tmp:
         save(tmp)
         write_json(tmp / "card.json", {"kind": "model", "step": step, "files": _hashes(tmp)})
@@ -501,7 +503,8 @@ def _phases(epochs: Any) -> tuple[int, ...]:
     given = (epochs,) if isinstance(epochs, Integral) else epochs
     fits = isinstance(given, Sequence) and not isinstance(given, str) and len(given)
     if not fits or not all(isinstance(n, Integral) and not isinstance(n, bool) and n >= 1 for n in given):
-        raise DataError(f"epochs={epochs!r}", expected="a whole number from 1 up, or one for each phase")
+        told = list(given) if isinstance(given, tuple) else epochs
+        raise DataError(f"epochs={told!r}", expected="a whole number from 1 up, or one for each phase")
     return tuple(int(n) for n in given)
 
 
@@ -585,6 +588,15 @@ def _mice(model: PreTrainedModel, dataset: Any) -> tuple[dict[str, Any], dict[st
             raise DataError(
                 f"mouse {mouse}: labels of {found} neurons", expected=f"{wanted}, as in the model"
             )
+    named = {m: data.channels for m, data in train.items() if isinstance(data, MouseDataset)}
+    for mouse, channels in named.items():  # one core reads them all
+        first = next(iter(named))
+        if channels != named[first]:
+            raise DataError(
+                f"mouse {mouse} has the behaviour channels {channels}, mouse {first} {named[first]}",
+                expected="the same channels, by name, in every mouse",
+                fix="leave out what was not measured in all, or name the channels alike",
+            )
     return train, validation
 
 # %% ../../neuro_nbs/06b_trainer.ipynb #18d21a84
@@ -652,6 +664,8 @@ def _repair_best(
 ) -> None:
     "Save the best model if the run was killed after the checkpoint that holds it, and before it was saved."
     card = folder / "best" / "card.json"
+    if (folder / "best").is_dir() and not card.is_file():
+        return  # by an earlier version, which saved it before the checkpoint
     if card.is_file() and read_json(card).get("step") == state.best_global_step:
         return
     if state.best_global_step == state.global_step:
@@ -859,8 +873,10 @@ def fit(
         load_model(best, best_folder(folder) / "model.safetensors")
         done = Fit(best.to(args.device).eval(), _history(state), folder)
         if args.process_index == 0:
-            with atomic_file(folder / "history.csv") as tmp:
-                done.history.to_csv(tmp, index=False)
+            path, table = folder / "history.csv", done.history.to_csv(index=False, lineterminator="\n").encode()
+            if not path.is_file() or path.read_bytes() != table:  # missing or damaged: made again
+                with atomic_file(path) as tmp:
+                    tmp.write_bytes(table)
             figure = done.curves()
             with atomic_file(folder / "curves.png") as tmp:
                 figure.savefig(tmp, format="png")
