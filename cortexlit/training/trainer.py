@@ -873,7 +873,10 @@ def fit(
         load_model(best, best_folder(folder) / "model.safetensors")
         done = Fit(best.to(args.device).eval(), _history(state), folder)
         if args.process_index == 0:
-            path, table = folder / "history.csv", done.history.to_csv(index=False, lineterminator="\n").encode()
+            path, table = (
+                folder / "history.csv",
+                done.history.to_csv(index=False, lineterminator="\n").encode(),
+            )
             if not path.is_file() or path.read_bytes() != table:  # missing or damaged: made again
                 with atomic_file(path) as tmp:
                     tmp.write_bytes(table)
