@@ -73,10 +73,12 @@ demo test testdata results: export OMP_NUM_THREADS := 1
 test testdata: export CORTEXLIT_SCALE := demo
 
 demo: setup ## Run the studies on the embedded session; pages and scores go to _demo/
+	@$(BIN)/python tools/loopback.py
 	@$(BIN)/python tools/demo.py --out _demo
 
 # Fast checks first, so that a slip is reported after seconds.
 test: setup ## Check everything: sync, pages and links, tests, all notebooks
+	@$(BIN)/python tools/loopback.py
 	$(call step,1 of 4: library and notebooks agree; notebooks are clean,$(BIN)/python tools/check_sync.py)
 	$(call step,2 of 4: pages and links of the site,$(BIN)/python tools/check_docs.py)
 	$(call step,3 of 4: tests,$(PYTEST))

@@ -9,11 +9,14 @@ from torch import nn
 from cortexlit.core import DataError
 from cortexlit.data.things import read_nifti, write_nifti
 from cortexlit.evaluation.attention_maps import (
+    as_smooth_as,
     atlas_regions,
     auc,
+    auc_against,
     enrichment,
     gradient_times_input,
     occlusion,
+    random_maps,
     record_attention,
 )
 
@@ -231,3 +234,56 @@ def test_auc_is_the_chance_of_the_right_order():
     assert auc(informative.astype(float), informative) == 1 and auc(np.ones(5), informative) == 0.5
     with pytest.raises(DataError, match="both kinds"):
         auc(values, np.ones(5, bool))
+
+
+def ball(side=9):
+    place = np.argwhere(np.ones((side, side, side)))
+    inside = np.linalg.norm(place - (side - 1) / 2, axis=1) < side / 2
+    return inside.reshape(side, side, side)
+
+
+def test_random_maps_are_equally_strong_everywhere_and_one_side_does_not_see_the_other():
+    mask = ball()
+    maps = random_maps(mask, 1.5, 600, seed=3)
+    assert maps.shape == (600, mask.sum()) and np.array_equal(maps, random_maps(mask, 1.5, 600, seed=3))
+    spread = maps.std(0)
+    assert spread.max() / spread.min() < 1.4  # sampling only: no weak border
+    x = np.argwhere(mask)[:, 0]
+    ends = np.corrcoef(maps[:, x == 0].mean(1), maps[:, x == 8].mean(1))[0, 1]
+    assert abs(ends) < 0.15
+    near = np.corrcoef(maps[:, x == 3].mean(1), maps[:, x == 4].mean(1))[0, 1]
+    assert near > 0.6
+
+
+@pytest.mark.parametrize("width", [0, 0.8, 1.5])
+def test_random_maps_become_as_smooth_as_the_map(width):
+    mask = ball()
+    found = [as_smooth_as(one, mask, draws=2)[1] for one in random_maps(mask, width, 5, seed=4)]
+    assert abs(np.median(found) - width) <= 0.4
+
+
+def test_auc_against_counts_the_null_by_hand():
+    informative = np.array([True, True, False, False, False])
+    null = np.array(
+        [[5, 4, 3, 2, 1], [1, 2, 3, 4, 5], [5, 1, 2, 3, 4], [1, 1, 1, 1, 1]], float
+    )  # 1, 0, .5, .5
+    found = auc_against(np.array([2.0, 2, 1, 2, 0]), informative, null)
+    assert found[0] == pytest.approx(5 / 6)
+    assert found[3] == pytest.approx(2 / 5)  # one of four reaches it, and the map itself
+    assert found[1:3] == pytest.approx(np.quantile([0, 0.5, 0.5, 1], [0.025, 0.975]))
+
+
+def test_auc_against_leaves_out_what_the_map_does_not_know():
+    informative = np.array([True, False, True, False])
+    null = np.array([[9.0, 0, 1, 2], [0, 9, 1, 2]])
+    assert auc_against(np.array([3.0, 1, np.nan, 2]), informative, null)[3] == pytest.approx(2 / 3)
+
+
+def test_nulls_refuse_what_does_not_fit():
+    mask = ball()
+    with pytest.raises(DataError, match="voxels in the mask"):
+        as_smooth_as(np.ones(3), mask)
+    with pytest.raises(DataError, match="finite value"):
+        as_smooth_as(np.full(mask.sum(), np.nan), mask)
+    with pytest.raises(DataError, match="draws"):
+        auc_against(np.arange(4.0), np.array([True, False, True, False]), np.ones((5, 3)))

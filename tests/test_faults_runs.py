@@ -450,7 +450,7 @@ def test_adapters_are_whole_and_on_their_own_base(tmp_path):
     edits = {
         "lacks": {k: v for k, v in parts.items() if k != first},
         "renamed": {k.replace("base_model.model.", ""): v for k, v in parts.items()},
-        "beyond": parts | {first.replace("blocks.0", "blocks.7"): parts[first]},
+        "beyond": parts | {first.replace("blocks.0", "blocks.7"): parts[first].clone()},
     }
     for how, tensors in edits.items():
         shutil.copytree(tmp_path / "a", tmp_path / how)

@@ -320,9 +320,7 @@ def test_rows_of_the_sheet(folder):
         (labels[image == i].sum(0) - y) / ((image == i).sum() - 1) for i, y in zip(test.image, test.labels, strict=True)
     ])  # fmt: skip
     oracle = np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(others.T, test.labels.T, strict=True)])
-    np.testing.assert_allclose(
-        table.loc[("other repeats", CORRELATIONS[0]), "value"], oracle, rtol=1e-4
-    )
+    np.testing.assert_allclose(table.loc[("other repeats", CORRELATIONS[0]), "value"], oracle, rtol=1e-4)
     joint, alone = (
         table.loc[(m, CORRELATIONS[0]), "value"] for m in ("energy + behaviour", "behaviour ridge")
     )

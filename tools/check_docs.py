@@ -4,10 +4,12 @@ nbdev's half of the documentation build runs on a temporary copy of the project,
 the pages end up in _proc/, where `make docs` lets Quarto render them. Checked are, on every page: a title of
 its own, links and their anchors, pictures, rendered signatures, saved errors, names in backticks that should
 have become links; and that the sidebar lists every notebook once. README.md and CONTRIBUTING.md are checked
-for links to files and headings. Exit status 1 and a list of problems if there are any.
+for links to files and headings. The table of concepts must name every section of the course, and no other.
+Exit status 1 and a list of problems if there are any.
 """
 
 import ast
+import csv
 import json
 import re
 import shutil
@@ -31,6 +33,13 @@ refresh_quarto_yml()
 proc_nbs(n_workers=2)
 """
 GUIDES = ("README.md", "CONTRIBUTING.md")
+CONCEPTS = "nbs/00b_concepts.ipynb"  # the table of the course's concepts
+STANDING = (
+    re.compile(  # sections that every chapter has, or that are about the library: no concept of their own
+        r"What it does for neurons|Easily got wrong|Exercises|Five (sentences|questions)|Where it is used|"
+        r"Further reading|For the library"
+    )
+)
 
 
 @dataclass
@@ -225,6 +234,56 @@ def guide_problems(name: str) -> list[str]:
     return problems
 
 
+# ---- the concepts of the course --------------------------------------------------------------------------
+
+
+def concept_rows(cells: list[dict]) -> list[dict[str, str]] | None:
+    "Rows of the table that a cell of the page assigns to CONCEPTS; None if none does."
+    for source in (text_of(c["source"]) for c in cells if c["cell_type"] == "code"):
+        if re.search(r"^CONCEPTS\s*=", source, flags=re.M):
+            nodes = [n for n in ast.parse(source).body if isinstance(n, ast.Assign)]
+            table = next(n.value.value for n in nodes if n.targets[0].id == "CONCEPTS")
+            return list(csv.DictReader(table.splitlines()))
+    return None
+
+
+def concept_problems(
+    root: Path = ROOT,  # a checkout
+) -> list[str]:  # concepts that lead nowhere, sections that no concept names, a page not run since
+    "Compare the table of concepts with the sections of the chapters, and with the page's own output."
+    page = root / CONCEPTS
+    if not page.exists():
+        return [f"{CONCEPTS}: missing"]
+    cells = json.loads(page.read_text(encoding="utf-8"))["cells"]
+    rows = concept_rows(cells)
+    if not rows:
+        return [f"{CONCEPTS}: no cell assigns the table CONCEPTS"]
+    shown = "\n".join(
+        text_of(o.get("data", {}).get("text/markdown")) for c in cells for o in c.get("outputs", [])
+    )
+    targets, problems = set(links(shown)), []
+    for path in sorted(page.parent.glob("[0-9][0-9]_*.ipynb")):
+        chapter = path.name[:2]
+        if chapter == "00":
+            continue
+        source = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        text = "\n\n".join(text_of(c["source"]) for c in source if c["cell_type"] == "markdown")
+        headings = re.findall(r"^##[ \t]+(.+?)[ \t]*$", without_code(text, inline=False), flags=re.M)
+        named = [row["heading"] for row in rows if row["chapter"] == chapter]
+        for heading in dict.fromkeys(named):
+            target = f"{path.name}#{slug(heading)}"
+            if heading not in headings:
+                problems.append(f"{CONCEPTS}: {path.name} has no section {heading!r}")
+            elif target not in targets:
+                problems.append(f"{CONCEPTS}: run it again, its output has no link to {target}")
+        problems += [
+            f"{CONCEPTS}: no concept of the section {heading!r} of {path.name}"
+            for heading in headings
+            if heading not in named and not STANDING.match(heading)
+        ]
+    return problems
+
+
 # ---- the whole -------------------------------------------------------------------------------------------
 
 
@@ -263,7 +322,7 @@ def check(proc: Path) -> tuple[list[Page], list[str]]:
     problems += sidebar_problems(pages, yaml.safe_load((proc / "_quarto.yml").read_text(encoding="utf-8")))
     for name in GUIDES:
         problems += guide_problems(name)
-    return pages, problems
+    return pages, problems + concept_problems()
 
 
 def main() -> int:

@@ -336,7 +336,7 @@ NOT_READ = (
 )
 
 
-def damages(scratch: Path, draw: random.Random, until: float) -> dict[str, Any]:
+def damages(scratch: Path, draw: random.Random, seconds: float) -> dict[str, Any]:
     "Damage one file of a finished folder at a time, and read it."
     made, table, faults = {}, {name: Counter() for name in READERS}, []
     for name, (make, read) in READERS.items():
@@ -347,8 +347,8 @@ def damages(scratch: Path, draw: random.Random, until: float) -> dict[str, Any]:
         shutil.copytree(folder, copy, symlinks=True)
         os.chdir(copy)
         made[name] = forked(partial(read, copy / "out"))[1]["value"]
-    number = 0
-    while time.monotonic() < until:
+    number, until = 0, time.monotonic() + seconds
+    while number < len(READERS) or time.monotonic() < until:
         name = list(READERS)[number % len(READERS)]
         number += 1
         folder = scratch / f"bad-{number}"
@@ -392,7 +392,7 @@ def main() -> None:
     tiny_model(core_state=False).save_core(scratch / "core")
     write_things(scratch / "things", "tiny", layouts=("figshare",))
     killed = kills(scratch, draw, started + 30 * asked.minutes)
-    damaged = damages(scratch, draw, max(time.monotonic() + 10, started + 60 * asked.minutes))
+    damaged = damages(scratch, draw, 30 * asked.minutes)
     os.chdir(home)
     shutil.rmtree(scratch)
     for title, part in (("kills", killed), ("damaged files", damaged)):

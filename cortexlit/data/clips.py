@@ -696,10 +696,7 @@ def build_dataset(
     shapes |= {name: (len(samples), len(labels), clip_frames) for name, (_, labels) in measured.items()}
     _need_space(out, sum(4 * int(np.prod(s)) for s in shapes.values()))
     with atomic_folder(out, overwrite) as folder:
-        arrays = {
-            k: new_array(folder / f"{k}.npy", np.float32, s)
-            for k, s in shapes.items()
-        }
+        arrays = {k: new_array(folder / f"{k}.npy", np.float32, s) for k, s in shapes.items()}
         for movie, rows in clips.groupby("movie", sort=False):
             template = recording.templates[movie]
             shaped(f"the template of {movie}", template, {"frames": None, "height": None, "width": None})

@@ -646,9 +646,7 @@ def _numeric(table: pd.DataFrame, columns: Sequence[str], path: Path) -> pd.Data
         if (bad := numbers.isna() & table[column].notna()).any() or np.isinf(numbers).any():
             bad |= np.isinf(numbers)
             wish = f"numbers; nothing, or one of {' '.join(_MISSING[1:7])}, where missing"
-            what = (
-                f"column {column!r}, row {int(bad.to_numpy().argmax())}: {table[column][bad].iloc[0]!r} is no number"
-            )
+            what = f"column {column!r}, row {int(bad.to_numpy().argmax())}: {table[column][bad].iloc[0]!r} is no number"
             raise DataError(what, wish, "correct the cell", path)
         out[column] = numbers
     return pd.DataFrame(out, index=table.index)

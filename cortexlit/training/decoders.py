@@ -199,7 +199,9 @@ def _fold(
     if record.is_file():
         done = read_json(record)
         if not isinstance(done, dict) or not {"plan", "row"} <= done.keys():
-            raise DataError("not the record of a fold", path=record, fix="delete it; the fold is predicted again")
+            raise DataError(
+                "not the record of a fold", path=record, fix="delete it; the fold is predicted again"
+            )
         if done["plan"] != plan:
             changed = next(
                 name for name in [*plan, *done["plan"]] if done["plan"].get(name) != plan.get(name)

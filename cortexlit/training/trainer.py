@@ -507,7 +507,8 @@ def _phases(epochs: Any) -> tuple[int, ...]:
     given = (epochs,) if isinstance(epochs, Integral) else epochs
     fits = isinstance(given, Sequence) and not isinstance(given, str) and len(given)
     if not fits or not all(isinstance(n, Integral) and not isinstance(n, bool) and n >= 1 for n in given):
-        raise DataError(f"epochs={epochs!r}", expected="a whole number from 1 up, or one for each phase")
+        told = list(given) if isinstance(given, tuple) else epochs
+        raise DataError(f"epochs={told!r}", expected="a whole number from 1 up, or one for each phase")
     return tuple(int(n) for n in given)
 
 
@@ -876,8 +877,13 @@ def fit(
         load_model(best, best_folder(folder) / "model.safetensors")
         done = Fit(best.to(args.device).eval(), _history(state), folder)
         if args.process_index == 0:
-            with atomic_file(folder / "history.csv") as tmp:
-                done.history.to_csv(tmp, index=False)
+            path, table = (
+                folder / "history.csv",
+                done.history.to_csv(index=False, lineterminator="\n").encode(),
+            )
+            if not path.is_file() or path.read_bytes() != table:  # missing or damaged: made again
+                with atomic_file(path) as tmp:
+                    tmp.write_bytes(table)
             figure = done.curves()
             with atomic_file(folder / "curves.png") as tmp:
                 figure.savefig(tmp, format="png")
