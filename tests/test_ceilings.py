@@ -44,13 +44,14 @@ def recordings(draw):
 
 def loop_oracle(y, clip, last):
     out = np.full(y.shape[:2], np.nan)
+    y = y[..., -last:].astype(float)
+    others = np.zeros(y.shape)
     for s in range(len(y)):
-        others = [t for t in range(len(y)) if clip[t] == clip[s] and t != s]
-        for n in range(y.shape[1]):
-            mean = np.mean([y[t, n, -last:].astype(float) for t in others], 0)
-            trial = y[s, n, -last:].astype(float)
-            if mean.var() > 1e-10 and trial.var() > 1e-10:
-                out[s, n] = np.corrcoef(mean, trial)[0, 1]
+        others[s] = np.mean([y[t] for t in range(len(y)) if clip[t] == clip[s] and t != s], 0)
+    for n in range(y.shape[1]):
+        varies = [a.var(-1) > 1e-12 * (a**2).mean() for a in (others[:, n], y[:, n])]
+        for s in np.flatnonzero(varies[1]):
+            out[s, n] = np.corrcoef(others[s, n], y[s, n])[0, 1] if varies[0][s] else 0
     return out
 
 

@@ -62,7 +62,7 @@ def loop_single(p, y, last, skip=False):
                 keep = ~(np.isnan(a) | np.isnan(b))
                 a, b = a[keep], b[keep]
             traces.append((a, b))
-        scales = [mean_square(each) for each in zip(*traces)]
+        scales = [mean_square(each) for each in zip(*traces, strict=True)]
         out[:, n] = [pearson(a, b, scales) for a, b in traces]
     return out
 

@@ -26,7 +26,7 @@ def leave_one_out_oracle(
     labels: np.ndarray,  # (samples, neurons, frames)
     clip: Sequence | np.ndarray,  # (samples,) clip id; equal ids are repeats, two or more of each
     last: int | None = None,  # correlate the last so many frames; None: all
-) -> np.ndarray:  # (samples, neurons); NaN where the trial or the mean of the others is constant
+) -> np.ndarray:  # (samples, neurons); NaN where the trial is constant, 0 where only the others' mean is
     "Correlation of each repeat with the mean of the other repeats of its clip."
     (labels,) = _window(last, labels=labels)
     _require_finite(labels=labels)

@@ -149,7 +149,6 @@ def _correlation(responses: np.ndarray, labels: np.ndarray) -> float:
     count, per_sample = known.sum(-1), r.sum(-1)
     return float((per_sample[count > 0] / count[count > 0]).mean()) if count.any() else math.nan
 
-
 # %% ../../neuro_nbs/06b_trainer.ipynb #658e1fa5
 @dataclass(frozen=True)
 class _Spec:
