@@ -29,6 +29,12 @@ PRELOAD = (
     "matplotlib.pyplot",
     "h5py",
     "nbdev.test",
+    "transformers.modeling_utils",
+    "transformers.trainer",
+    "peft",
+    "optuna",
+    "allensdk.core.brain_observatory_cache",
+    "nibabel",
 )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = ['RECIPE', 'CONTROLS', 'fresh_head', 'reverse_correlate', 'ShuffledLabels', 'train_head', 'head_predictions']
 
 # %% ../../neuro_nbs/08_head_training.ipynb #114a97cc
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -75,19 +76,18 @@ def fresh_head(
 
 # %% ../../neuro_nbs/08_head_training.ipynb #cb8b3cbf
 def _clip_means(model: ViV1T, dataset: Any, last: int) -> tuple[torch.Tensor, torch.Tensor]:
-    "Map of each distinct video (clips, C, T, H, W), and the mean response to it (clips, N, T)."
-    groups: dict[bytes, list[int]] = {}
-    items = [dataset[i] for i in range(len(dataset))]
-    for i, item in enumerate(items):
-        groups.setdefault(item["video"].numpy().tobytes(), []).append(i)
-    maps, responses = [], []
-    for rows in groups.values():
-        first = items[rows[0]]
-        state = [first[name][None] if name in first else None for name in ("behavior", "pupil_center")]
-        with torch.no_grad():
-            maps.append(model.encode(first["video"][None], *state, last=last)[0])
-        responses.append(torch.stack([items[i]["labels"][:, -last:] for i in rows]).mean(0))
-    return torch.stack(maps), torch.stack(responses)
+    "Each distinct map of the core (maps, C, T, H, W), from its cache, and the mean response to it (maps, N, T)."
+    kept = dataset
+    if "features" not in dataset[0]:
+        kept = cached_features(model, dataset, last=last, batch_size=8, progress=False)
+    maps: dict[bytes, torch.Tensor] = {}
+    responses: dict[bytes, list[torch.Tensor]] = {}
+    for i in range(len(kept)):
+        item = kept[i]
+        known = hashlib.sha256(item["features"].numpy()).digest()
+        maps.setdefault(known, item["features"])
+        responses.setdefault(known, []).append(item["labels"][:, -last:])
+    return torch.stack([*maps.values()]), torch.stack([torch.stack(r).mean(0) for r in responses.values()])
 
 
 def _at(maps: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
