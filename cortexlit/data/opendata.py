@@ -5,6 +5,7 @@
 # %% ../../neuro_nbs/02a_open_recordings.ipynb #a70a14f2
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,7 @@ def fetch(
         import pooch
 
         encrypted(entry.url)
-
+        pooch.get_logger().setLevel("WARNING")  # what is fetched, and what failed, is said here
         try:
             pooch.retrieve(
                 entry.url,
@@ -131,6 +132,8 @@ def fetch(
                 downloader=pooch.HTTPDownloader(progressbar=True, timeout=10),  # s without an answer
             )
         except OSError as error:  # no network, no such page, no room, no permission
+            with contextlib.suppress(OSError):
+                path.parent.rmdir()  # if it is empty
             raise MissingError(
                 f"{name} is not on this machine and could not be downloaded ({type(error).__name__})",
                 path=path,
