@@ -337,6 +337,7 @@ KINDS = {
     "clips": "a dataset folder of movie clips (build_dataset, import_tree)",
     "scenes": "a dataset folder of still pictures (build_scenes, import_sensorium2022, import_arrays)",
     "things": "a cached fMRI subject (build_things)",
+    "folds": "folds of one session (build_folds), each a dataset folder of movie clips below it: 0, 1, ...",
 }
 
 

@@ -764,6 +764,7 @@ _FILES = {
     "clips": ("videos.npy", "responses.npy", "samples.csv", "neurons.csv", "statistics.json"),
     "scenes": ("images.npy", "responses.npy", "samples.csv", "neurons.csv", "statistics.json"),
     "things": ("responses.npy", "metadata.npz"),
+    "folds": ("samples.csv",),
 }
 
 # %% ../../neuro_nbs/03_dataset.ipynb #a633b653
