@@ -25,9 +25,9 @@ from . import core
 
 # %% auto #0
 __all__ = ['app', 'Json', 'Cache', 'Embedded', 'METRICS', 'Scale', 'Core', 'Last', 'scenes', 'things', 'Rois', 'Ratings',
-           'Properties', 'Folds', 'Cached', 'DECODERS', 'PARK', 'sessions', 'build', 'score', 'fit', 'grid',
-           'scenes_build', 'scenes_fit', 'scenes_score', 'things_build', 'things_fit', 'things_score', 'real_files',
-           'data', 'run_demo', 'show_demo', 'demo', 'pretrain', 'main']
+           'Properties', 'Folds', 'Cached', 'DECODERS', 'PARK', 'sessions', 'build', 'score', 'fit', 'grid', 'design',
+           'folds', 'scenes_build', 'scenes_fit', 'scenes_score', 'things_build', 'things_fit', 'things_score',
+           'real_files', 'data', 'run_demo', 'show_demo', 'demo', 'pretrain', 'main']
 
 # %% ../neuro_nbs/19_cli.ipynb #797b884d
 app = typer.Typer(
@@ -162,11 +162,15 @@ def build(
     ],
     out: Annotated[Path, typer.Option(help="Dataset folder to write.")],
     split: Annotated[
-        str, typer.Option(help="repeats (as published) or stimuli (held-out movie time).")
+        str,
+        typer.Option(
+            help="repeats (as published), stimuli (held-out movie time), or folds (every clip tested once)."
+        ),
     ] = "repeats",
     alignment: Annotated[str, typer.Option(help="stimulus-table or hand-counted.")] = "stimulus-table",
     clip_frames: Annotated[int, typer.Option(help="Frames per clip.")] = 140,
-    gap: Annotated[int, typer.Option(help="Frames between tiers of --split stimuli.")] = 25,
+    gap: Annotated[int, typer.Option(help="Frames between tiers of --split stimuli and folds.")] = 25,
+    folds: Annotated[int | None, typer.Option(help="With --split folds: how many; default 5.")] = None,
     resample: Annotated[str, typer.Option(help="antialiased, or bilinear as published.")] = "antialiased",
     pupil: Annotated[str, typer.Option(help="if-present, required or ignore.")] = "if-present",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
@@ -180,21 +184,20 @@ def build(
       cortexlit build 501729039 --out _data/501729039 --split stimuli
       cortexlit build 900000001 --embedded demo --out _data/demo
       cortexlit build park_230809 --clip-frames 49 --out _data/park
+      cortexlit build 501729039 --split folds --out _data/folds
     """
     from cortexlit.data.clips import build_dataset
+    from cortexlit.data.folds import build_folds
 
+    if folds is not None and split != "folds":
+        raise core.DataError(f"--folds {folds} with --split {split}", expected="--split folds")
+    options = {"clip_frames": clip_frames, "alignment": alignment, "gap": gap, "resample": resample, "pupil": pupil,
+               "overwrite": overwrite}  # fmt: skip
     recording = _open(session, cache, embedded)
-    build_dataset(
-        recording,
-        out,
-        clip_frames=clip_frames,
-        split=split,
-        alignment=alignment,
-        gap=gap,
-        resample=resample,
-        pupil=pupil,
-        overwrite=overwrite,
-    )
+    if split == "folds":
+        build_folds(recording, out, 5 if folds is None else folds, **options)
+    else:
+        build_dataset(recording, out, split=split, **options)
     _tell_card(
         out, as_json, "name", "source", "signal", "options", "counts", "audit", "split_hash", "warnings"
     )
@@ -403,6 +406,84 @@ def grid(
     else:
         _show(f"{len(table)} runs in {whole.folder}", table)
         _out.print(f"best on the validation tier, over seeds: {whole.best()}")
+
+# %% ../neuro_nbs/19_cli.ipynb #19c00002
+@app.command()
+def design(
+    dataset: Annotated[
+        Path, typer.Argument(help="A dataset folder, or one of folds; its test tier stays closed.")
+    ],
+    effect: Annotated[float, typer.Option(help="Difference of two models, single-trial correlation.")] = 0.01,
+    power: Annotated[float, typer.Option(help="Wanted probability of settling it.")] = 0.8,
+    last: Annotated[
+        int | None, typer.Option(help="Frames scored at the end of each clip, as `score`.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """How many clips and neurons settle an effect, and what this session can settle.
+
+    Examples:
+      cortexlit design _data/demo --effect .01
+    """
+    from cortexlit.evaluation.design import design as plan
+
+    found = plan(dataset, effect, power, last)
+    if as_json:
+        told = {
+            k: getattr(found, k)
+            for k in ("effect", "power", "clips", "neurons", "repeats", "score", "protocol")
+        }
+        _print_json(told | {"statement": found.statement, "table": found.table.to_dict("records")})
+        return
+    columns = [c for c in found.table if c.startswith(("smallest", "power", "clips", "neurons"))]
+    _show(f"{dataset.name}: what settles a difference", found.table[["score", "pair", "effect", *columns]])
+    _out.print(found.statement, markup=False, highlight=False)
+
+
+@app.command()
+def folds(
+    dataset: Annotated[Path, typer.Argument(help="A folder made by `build --split folds`.")],
+    adapt: Annotated[
+        list[str] | None, typer.Option(help="head, lora or full (repeat the option); default head.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="How many seeds, from 0.")] = 1,
+    controls: Annotated[
+        bool, typer.Option("--controls", help="Also a random core and shuffled labels.")
+    ] = False,
+    core_folder: Core = None,
+    scale: Scale = None,
+    last: Last = 66,
+    out: Annotated[Path | None, typer.Option(help="Folder for scores.csv and scores.json.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train on every fold of a session and score all of its clips, beside the baselines.
+
+    Examples:
+      cortexlit folds _data/folds
+      cortexlit folds _data/folds --adapt head --adapt lora --adapt full --seeds 2 --controls
+    """
+    from cortexlit.evaluation.baselines import score_dataset
+    from cortexlit.training.folds import HEAD, fold_predictions
+    from cortexlit.training.heads import CONTROLS
+    from cortexlit.training.lora import FULL, STUDY, at_scale
+    from cortexlit.training.trainer import ADAPT
+
+    wanted = list(dict.fromkeys(adapt or ["head"]))
+    if unknown := [a for a in wanted if a not in ADAPT]:
+        raise core.DataError(f"--adapt {unknown[0]}", expected=f"one of {', '.join(ADAPT)}")
+    if seeds < 1:
+        raise core.DataError(f"--seeds {seeds}", expected="1 or more")
+    head_options, options = _options(scale, core_folder)
+    core.check_out(out)
+    given = {"head": (HEAD, None)}
+    for name, configurations in (("lora", STUDY[:1]), ("full", (FULL,))):
+        (chosen,) = at_scale(configurations, scale)
+        given[name] = (chosen.name, options | chosen.options)
+    models = fold_predictions(
+        dataset, dict(given[a] for a in wanted), core_folder, range(seeds), CONTROLS if controls else (), last,
+        head_options, progress=not as_json,
+    )  # fmt: skip
+    _tell_sheet(score_dataset(dataset, last=last, models=models), out, as_json, _show_scores)
 
 # %% ../neuro_nbs/19_cli.ipynb #10532a15
 scenes = typer.Typer(help="Natural scenes: a static dataset, V1T, scores.", no_args_is_help=True)

@@ -20,9 +20,10 @@ ALLOWED = {
     "evaluation": {"core"},
     "cli": {"core", "plots", "data", "models", "training", "evaluation"},
 }
-# Exceptions, module by module: baselines can read a dataset folder; figures take a recording.
+# Exceptions, module by module: baselines and design can read a dataset folder; figures take a recording.
 ALSO = {
-    "evaluation.baselines": {"data.clips"},
+    "evaluation.baselines": {"data.clips", "data.folds"},
+    "evaluation.design": {"data.checks", "data.clips", "data.folds"},
     "evaluation.scenes": {"data.clips", "data.scenes"},
     "plots": {"data.recordings"},
 }

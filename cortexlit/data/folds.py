@@ -96,7 +96,9 @@ def fold_tiers(
     return np.where(clips["fold"] == fold, "test", np.where(chooses, "validation", "train"))
 
 # %% ../../neuro_nbs/03b_folds.ipynb #03b00019
-def _changing(recording: Recording, index: Mapping[str, np.ndarray], clips: pd.DataFrame, frames: int) -> Recording:
+def _changing(
+    recording: Recording, index: Mapping[str, np.ndarray], clips: pd.DataFrame, frames: int
+) -> Recording:
     "Without the neurons that never change in the training tier of some fold."
     keep = np.ones(recording.n_neurons, bool)
     for fold in range(clips["fold"].max() + 1):
@@ -124,7 +126,11 @@ def _shared(source: Path, target: Path) -> None:
 
 
 def _write_fold(
-    whole_folder: Path, folder: Path, tiers: Sequence[str], card: dict[str, Any], grey: tuple[float, float] | None
+    whole_folder: Path,
+    folder: Path,
+    tiers: Sequence[str],
+    card: dict[str, Any],
+    grey: tuple[float, float] | None,
 ) -> None:
     "One fold as a dataset folder: arrays shared, tiers and statistics its own."
     folder.mkdir()
@@ -152,21 +158,32 @@ def _write_fold(
 def _summary(samples: pd.DataFrame, card: Mapping[str, Any]) -> str:
     "What a reader should know of the folds, as text."
     tested = samples.drop_duplicates("clip").groupby("fold").size()
-    lines = [f"# Folds of session {card['name']}", "", f"Source: {card['source']}. Signal: {card['signal']}.", ""]
+    lines = [
+        f"# Folds of session {card['name']}",
+        "",
+        f"Source: {card['source']}. Signal: {card['signal']}.",
+        "",
+    ]
     lines += [f"{k}: {v}" for k, v in card["options"].items()]
     lines += ["", "| fold | clips tested | folder |", "|---|---|---|"]
     lines += [f"| {k} | {n} | {k}/ |" for k, n in tested.items()]
     return "\n".join([*lines, *(f"- {w}" for w in card["warnings"])]) + "\n"
 
 
-def _finish(folder: Path, samples: pd.DataFrame, clips: pd.DataFrame, card: dict[str, Any], folds: int) -> None:
+def _finish(
+    folder: Path, samples: pd.DataFrame, clips: pd.DataFrame, card: dict[str, Any], folds: int
+) -> None:
     "Table, card and its text of the folder that holds the folds."
     samples = samples.drop(columns="tier")
     samples.to_csv(folder / "samples.csv", index=False)
     (folder / "card.md").write_text(_summary(samples, card), encoding="utf-8")
     names = ["samples.csv", "card.md", *(f"{k}/card.json" for k in range(folds))]
     counts = {"unique clips": int(samples["clip"].nunique()), "samples": len(samples), "folds": folds}
+    audits = [
+        {"fold": k} | row for k in range(folds) for row in read_json(folder / str(k) / "card.json")["audit"]
+    ]
     card |= {
+        "audit": audits,
         "kind": "folds",
         "counts": counts,
         "split_hash": digest(samples[["movie", "start", "repeat", "fold"]].to_dict("list")),
@@ -203,11 +220,16 @@ def build_folds(
                               movies=movies, gap=gap, **options)  # fmt: skip
         card, samples = read_json(built / "card.json"), load_table(built / "samples.csv")
         samples = samples.merge(clips, on=["movie", "start"], how="left")
-        card = {k: card[k] for k in ("name", "source", "signal", "rate", "channels", "metadata", "warnings", "options")}
+        card = {
+            k: card[k]
+            for k in ("name", "source", "signal", "rate", "channels", "metadata", "warnings", "options")
+        }
         card["options"] |= {"split": "folds", "folds": folds}
         key = pd.MultiIndex.from_frame(clips[["movie", "start"]])
         for k in range(folds):
-            tiers = pd.Series(fold_tiers(clips, k), key).loc[list(zip(samples["movie"], samples["start"], strict=True))]
+            tiers = pd.Series(fold_tiers(clips, k), key).loc[
+                list(zip(samples["movie"], samples["start"], strict=True))
+            ]
             one = card | {"options": card["options"] | {"fold": k}, "warnings": list(card["warnings"])}
             _write_fold(built, folder / str(k), tiers.tolist(), one, _grey(recording, movies))
         shutil.rmtree(built)
@@ -238,7 +260,9 @@ def pool(
     "Predictions of all folds as those of one session, each sample from the fold that tests it."
     folders, out = fold_folders(root), None
     if len(parts) != len(folders):
-        raise DataError(f"predictions of {len(parts)} folds", expected=f"{len(folders)}, one for each", path=Path(root))
+        raise DataError(
+            f"predictions of {len(parts)} folds", expected=f"{len(folders)}, one for each", path=Path(root)
+        )
     for folder, part in zip(folders, parts, strict=True):
         test = MouseDataset(folder, "test")
         spread = np.asarray(test.statistics["responses"]["std"], np.float32)

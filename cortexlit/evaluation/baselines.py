@@ -16,6 +16,7 @@ from sklearn.preprocessing import StandardScaler
 
 from ..core import DataError, MissingError
 from ..data.clips import TierArrays, check_folder, load_tier
+from ..data.folds import fold_folders, fold_of, pool, pooled_tier
 from .ceilings import split_half_reliability
 from cortexlit.evaluation.metrics import (
     correlation_to_average,
@@ -262,30 +263,43 @@ def _oracle(parts: dict[str, TierArrays], tier: str) -> np.ndarray | None:
     )
 
 
+def _within(x: np.ndarray, fold: np.ndarray) -> np.ndarray:
+    "(samples, neurons, frames) less each neuron's mean over the samples of a fold: folds have levels of their own."
+    out = np.empty(x.shape)
+    for k in np.unique(fold):
+        part = np.asarray(x[fold == k], float)
+        varies = np.ptp(part, axis=(0, 2), keepdims=True) > 0
+        out[fold == k] = np.where(varies, part - part.mean((0, 2), keepdims=True), 0)
+    return out
+
+
 def _metrics(
-    predictions: np.ndarray, data: TierArrays, last: int
+    predictions: np.ndarray, data: TierArrays, last: int, fold: np.ndarray | None = None
 ) -> dict[str, tuple[np.ndarray, np.ndarray] | None]:
     "metric -> (rows, neurons) table and the clip of each row; None where the tier has no repeats."
     y, clip = data.labels[..., -predictions.shape[-1] :], data.clip
     repeated, each = np.unique(clip, return_counts=True)[1].min() > 1, np.unique(clip)
+    p, z = (predictions, y) if fold is None else (_within(a[..., -last:], fold) for a in (predictions, y))
     return {
         "single-trial correlation": (single_trial_correlation(predictions, y, last, reduce=None), clip),
-        "flattened correlation": (flattened_correlation(predictions, y, last, reduce="table"), clip),
-        "correlation to average": (correlation_to_average(predictions, y, clip, last, reduce="table"), each)
+        "flattened correlation": (flattened_correlation(p, z, last, reduce="table"), clip),
+        "correlation to average": (correlation_to_average(p, z, clip, last, reduce="table"), each)
         if repeated
         else None,
         "FEVE": (feve(predictions, y, clip, last, reduce="table"), clip) if repeated else None,
     }
 
-
 # %% ../../neuro_nbs/05_baseline.ipynb #4d4ff7ba
 def clip_baselines(
-    root: str | Path,  # a dataset folder
+    root: str | Path,  # a dataset folder, or one by `build_folds`
 ) -> dict[
     str, np.ndarray | str
 ]:  # name -> (samples, neurons, frames) predictions of the test tier, or why there are none
     "Fit all baselines on train, choose penalties on validation, predict the test tier."
-    rate = check_folder(root)["rate"] or 30.0
+    card = check_folder(root)
+    if card.get("kind") == "folds":
+        return _pooled_baselines(root)
+    rate = card["rate"] or 30.0
     train, validation, test = (load_tier(root, tier) for tier in ("train", "validation", "test"))
     predictions: dict[str, np.ndarray | str] = {
         "train mean": train_mean(train, test),
@@ -303,8 +317,15 @@ def clip_baselines(
     return predictions
 
 
+def _pooled_baselines(root: str | Path) -> dict[str, np.ndarray | str]:
+    "Baselines fitted in every fold, each sample predicted by the fold that tests it."
+    each = [clip_baselines(folder) for folder in fold_folders(root)]
+    none = {name: next((e[name] for e in each if isinstance(e[name], str)), None) for name in each[0]}
+    return {name: pool(root, [e[name] for e in each]) if why is None else why for name, why in none.items()}
+
+
 def score_dataset(
-    root: str | Path,  # a dataset folder
+    root: str | Path,  # a dataset folder, or one by `build_folds`: predictions of all folds, pooled
     last: int
     | None = None,  # frames scored at the end of each clip; default 66 of 140, in proportion for other lengths
     models: Mapping[str | tuple[str, int], np.ndarray]
@@ -317,7 +338,9 @@ def score_dataset(
 ) -> ScoreSheet:
     "Baselines, other repeats, ceilings and any further predictions on the test tier of a dataset folder."
     card = check_folder(root)
-    parts = {tier: load_tier(root, tier) for tier in ("train", "validation", "test")}
+    folds = fold_of(root) if card.get("kind") == "folds" else None
+    tiers = ("train", "validation", "test")
+    parts = {t: load_tier(root, t) for t in tiers} if folds is None else {"test": pooled_tier(root)}
     test = parts["test"]
     last = round(66 / 140 * test.labels.shape[-1]) if last is None else last
     predictions: dict[str | tuple[str, int], np.ndarray | str] = dict(baselines or clip_baselines(root))
@@ -325,13 +348,13 @@ def score_dataset(
     oracle = _oracle(parts, "test")
     predictions[ORACLE] = "some clip was shown once" if oracle is None else oracle
     predictions |= {} if truth is None else {TRUTH: truth}
-    return _sheet(predictions, parts, last, card, name or card["name"])
+    return _sheet(predictions, parts, last, card, name or card["name"], folds)
 
 # %% ../../neuro_nbs/05_baseline.ipynb #d510da21
 ORACLE, TRUTH = "other repeats", "truth: noiseless response"
 
 
-def _halves(parts: Mapping[str, TierArrays], last: int) -> dict[str, float]:
+def _halves(parts: Mapping[str, TierArrays], last: int, fold: np.ndarray | None = None) -> dict[str, float]:
     "Ceilings from split halves: mean over neurons of the root of the reliability; empty where a clip was shown once."
     test = parts["test"]
     labels, clip = (np.concatenate([getattr(d, k) for d in parts.values()]) for k in ("labels", "clip"))
@@ -342,6 +365,7 @@ def _halves(parts: Mapping[str, TierArrays], last: int) -> dict[str, float]:
         ("correlation to average", test.labels, test.clip, None),
     ):
         if np.unique(c, return_counts=True)[1].min() > 1:
+            y = y if fold is None else _within(y[..., -last:], fold)
             reliability = split_half_reliability(y, c, last=last, repeats=repeats)
             found[metric] = mean_score(np.sign(reliability) * np.sqrt(abs(reliability)))
     return found
@@ -353,10 +377,13 @@ def _sheet(
     last: int,
     card: Mapping,
     name: str,
+    fold: np.ndarray | None = None,
 ) -> ScoreSheet:
     "Rows for all predictions; a text in place of a prediction says why there is none."
     test = parts["test"]
-    tables = {label: p if isinstance(p, str) else _metrics(p, test, last) for label, p in predictions.items()}
+    tables = {
+        label: p if isinstance(p, str) else _metrics(p, test, last, fold) for label, p in predictions.items()
+    }
     means = {
         label: None if isinstance(t, str) else {m: mean_score(v[0]) for m, v in t.items() if v is not None}
         for label, t in tables.items()
@@ -368,7 +395,7 @@ def _sheet(
     known = dict.fromkeys(
         ("single-trial correlation", "flattened correlation", "correlation to average"), np.nan
     )
-    ceilings = known | (means[TRUTH] if TRUTH in means else _halves(parts, last)) | {"FEVE": 1.0}
+    ceilings = known | (means[TRUTH] if TRUTH in means else _halves(parts, last, fold)) | {"FEVE": 1.0}
     for metric, ceiling in ceilings.items():
         limits = {"baseline": means[reference].get(metric, np.nan), "ceiling": ceiling}
         for label, table in tables.items():

@@ -10,7 +10,7 @@ __all__ = ['RECIPE', 'CONTROLS', 'fresh_head', 'reverse_correlate', 'ShuffledLab
 
 # %% ../../neuro_nbs/08_head_training.ipynb #114a97cc
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +193,8 @@ def train_head(
     control: str | None = None,  # one of CONTROLS
     seed: int = 0,  # of the head, the order of samples, and the control
     last: int = 66,  # frames at the end of each clip that are fitted and scored
+    keep: Callable[[Any, Any], Any]
+    | None = None,  # (model, dataset) -> dataset with `features`; None: `fit` keeps them
     **options: Any,  # of `fit`, in place of those in RECIPE
 ) -> Fit:
     "Train a fresh head on a frozen core, or on a control."
@@ -202,6 +204,9 @@ def train_head(
     model = fresh_head(root, core, seed=seed, random_core=control == "random core")
     train, validation = (MouseDataset(root, tier) for tier in ("train", "validation"))
     train = ShuffledLabels(train, seed) if control == "shuffled labels" else train
+    if keep is not None:
+        train, validation = keep(model, train), keep(model, validation)
+        options = options | {"cache": False}
     reverse_correlate(model, train, validation, last)
     return fit(model, (train, validation), adapt="head", seed=seed, last=last, **RECIPE | options)
 
