@@ -23,6 +23,7 @@ from cortexlit.core import DataError, MissingError, StorageError
 from cortexlit.data.clips import build_dataset
 from cortexlit.models.adapters import Adapters, add_adapters, load_adapters, save_adapters
 from cortexlit.training import lora, trainer, tuning
+from cortexlit.training.features import cached_features
 from cortexlit.training.trainer import best_folder, check_options, check_trained_on, fit
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="forks and limits as Linux has them")
@@ -274,6 +275,45 @@ def test_killed_in_the_first_seconds_and_before_the_best_is_saved(tmp_path, name
     assert best_folder(out) == out / "best" and (out / "provenance.json").is_file()
 
 
+def test_a_run_that_would_go_on_has_no_best_model_yet(tmp_path):
+    with pytest.raises(Stop):
+        run(tmp_path / "run", on_epoch=stop_after(2))
+    with pytest.raises(DataError, match="not finished: 2 of 3 epochs"):
+        best_folder(tmp_path / "run")
+    run(tmp_path / "run")
+    assert best_folder(tmp_path / "run").is_dir()
+    early = run(tmp_path / "early", epochs=9, lr=0.1, patience=1)  # ends sooner, and is finished
+    assert len(early.history) < 9 and best_folder(tmp_path / "early").is_dir()
+
+
+@linux
+def test_what_gets_its_name_is_on_the_disk_before(tmp_path, monkeypatch):
+    safe: set[str] = set()
+    names = []
+
+    def fsync(number: int, real=os.fsync) -> None:
+        safe.add(os.readlink(f"/proc/self/fd/{number}"))
+        real(number)
+
+    def replace(new, path, real=os.replace) -> None:
+        parts = [new, *Path(new).rglob("*")] if Path(new).is_dir() else [new]
+        assert {str(p) for p in parts} <= safe, f"{path} gets its name before its content is safe"
+        names.append(Path(path).name)
+        real(new, path)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(os, "rename", replace)
+    write(tmp_path / "data", "x")
+    core.save_array(tmp_path / "a.npy", np.ones(3))
+    cached_features(tiny_model(), tiers()[0], tmp_path / "kept", last=LAST, progress=False)
+    assert str(tmp_path) in safe and str(tmp_path / "kept") in safe  # the names, too
+    assert {"data", "a.npy", "card.json"} < set(names) and len(names) > 5
+    run(tmp_path / "run", epochs=1)
+    (mark,) = (tmp_path / "run").glob("checkpoint-*/complete")
+    assert {str(p) for p in mark.parent.iterdir() if p != mark} <= safe
+
+
 def test_a_damaged_checkpoint_is_named_and_what_to_delete(tmp_path):
     with pytest.raises(Stop):
         run(tmp_path / "cut", on_epoch=stop_after(2))
@@ -318,7 +358,7 @@ def test_a_trial_without_a_sign_of_life_is_given_up(tmp_path, monkeypatch):
 # Options are looked at before anything is trained -----------------------------------------------------------
 
 WRONG = [{"lr": -1}, {"lr": float("nan")}, {"lr": "fast"}, {"weight_decay": -1}, {"betas": (0.9,)}, {"betas": (0.9, 1.0)},
-         {"eps": 0}, {"seed": -1}, {"epochs": 0}, {"epochs": ()}, {"epochs": 1.5}, {"batch_size": 0}, {"last": 0},
+         {"eps": 0}, {"seed": -1}, {"seed": 2**32}, {"seed": 0.5}, {"epochs": 0}, {"epochs": ()}, {"epochs": 1.5}, {"batch_size": 0}, {"last": 0},
          {"patience": 0}, {"schedule": "cosin"}, {"precision": "float64"}, {"core_lr": 0.0}, {"learning_rate": 1}]  # fmt: skip
 
 
@@ -374,6 +414,34 @@ def test_numbers_of_numpy_are_numbers():
     for low, high in (("1", "2"), (True, 2), (None, 1)):
         with pytest.raises(DataError):
             tuning.Range(low, high)
+
+
+@pytest.mark.parametrize("tier", [0, 1])
+@pytest.mark.parametrize("field", ["labels", "video", "behavior"])
+def test_every_sample_is_looked_at_before_anything_is_trained(tmp_path, tier, field):
+    data = tiers()
+    data[tier].items[-1][field].view(-1)[-1] = float("nan")
+    with pytest.raises(DataError, match=f"{field} of {('train', 'validation')[tier]} sample .*not finite"):
+        fit(tiny_model(), data, out=tmp_path / "r", last=LAST, epochs=1, progress=False)
+    data = tiers()
+    data[tier].items[-1]["labels"] = data[tier].items[-1]["labels"][:3]
+    with pytest.raises(DataError, match="labels of .* sample .: 3"):
+        fit(tiny_model(), data, out=tmp_path / "r", last=LAST, epochs=1, progress=False)
+    data = tiers()
+    data[tier].items.clear()
+    with pytest.raises(DataError, match=r"no (training|validation) samples|has no samples"):
+        fit(tiny_model(), data, out=tmp_path / "r", last=LAST, epochs=1, progress=False)
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("seed", [-1, 0.5, None, "0", True])
+def test_seeds_are_whole_numbers_from_zero_up(seed):
+    for call in (core.rng, core.seed_everything):
+        with pytest.raises(DataError, match="seed="):
+            call(seed)
+    with pytest.raises(DataError, match="seed=4294967296"):
+        core.seed_everything(2**32)
+    assert core.rng(np.int64(3), "a").random() == core.rng(3, "a").random()
 
 
 # Results belong to what made them ---------------------------------------------------------------------------

@@ -22,14 +22,22 @@ import pandas as pd
 import requests
 from tqdm.std import tqdm
 
-from ..core import DataError, MissingError, data_home, locked, read_json, sha256, write_json
+from cortexlit.core import (
+    DataError,
+    MissingError,
+    data_home,
+    locked,
+    read_json,
+    reading,
+    sha256,
+    write_json,
+)
 from cortexlit.data.checks import (
     encrypted,
     finite,
     increasing,
     inside,
     load_arrays,
-    reading,
     same_length,
     shaped,
 )

@@ -31,15 +31,17 @@ from cortexlit.core import (
     digest,
     generated,
     h5_file,
+    load_array,
     locked,
     new_array,
     provenance,
     read_json,
+    reading,
     rng,
     sha256,
     write_json,
 )
-from .checks import finite, load_array, load_arrays, reading, same_length, seal, unique, whole
+from .checks import finite, load_arrays, same_length, seal, unique, whole
 from .clips import _need_space, check_folder
 from .opendata import OpenFile, fetch
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,19 +23,21 @@ from cortexlit.core import (
     clear_leftovers,
     digest,
     generated,
+    load_array,
     locked,
-    named_errors,
     need_space,
     new_array,
     provenance,
     read_json,
+    settle,
     sha256,
     write_json,
 )
 from ..models.adapters import tensors_digest
 
 # %% auto #0
-__all__ = ['STATE', 'STAGES', 'core_inputs', 'fingerprint', 'weights_digest', 'source', 'CachedFeatures', 'cached_features']
+__all__ = ['STATE', 'STAGES', 'core_inputs', 'fingerprint', 'weights_digest', 'config_options', 'source', 'CachedFeatures',
+           'cached_features']
 
 # %% ../../neuro_nbs/06a_features.ipynb #8d2d2d55
 @torch.inference_mode()
@@ -122,6 +123,25 @@ def weights_digest(
     "Content hash of all parameters and buffers of a module."
     return tensors_digest(module.state_dict())
 
+
+_INCIDENTAL = ("transformers_version", "architectures", "dtype", "use_cache", "loss", "loss_frames")
+_HEAD = ("neurons", "shifter", "positions", "state_encoder", "modulator", "output")  # and what begins so
+
+
+def config_options(
+    model: Any,  # with a config
+) -> dict[str, Any]:  # JSON-able
+    "The options of a model that differ from its defaults; versions and the loss are not among them."
+    return {k: v for k, v in model.config.to_diff_dict().items() if k not in _INCIDENTAL}
+
+
+def _core_options(model: Any) -> dict[str, Any] | None:
+    "Options that the output of the core may depend on, where weights do not tell: heads, strides, ..."
+    if not hasattr(model, "config"):
+        return None
+    given = config_options(model).items()
+    return {k: v for k, v in given if not k.startswith(_HEAD) and "drop" not in k}  # dropout: never here
+
 # %% ../../neuro_nbs/06a_features.ipynb #5d2e8c63
 def source(
     dataset: Any,  # of the library, or a part or a change of one; others have no card
@@ -174,8 +194,7 @@ class CachedFeatures:
             raise DataError(
                 f"the dataset has {len(dataset)} samples", path=path, expected=f"{self.card['samples']}"
             )
-        with named_errors(path):
-            self._rows = np.load(path, mmap_mode="r")
+        self._rows = load_array(path, mmap=True)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -246,7 +265,7 @@ def _build(
         work / "card.json", plan | {"sha256": sha256(work / "features.npy"), "provenance": provenance()}
     )
     flags.unlink()
-    os.replace(work, path)
+    settle(work, path)
 
 # %% ../../neuro_nbs/06a_features.ipynb #a8bd9e31
 def cached_features(
@@ -271,6 +290,7 @@ def cached_features(
     plan = {
         "stage": stage,
         "core": weights_digest(model.core if stage == "features" else model.core.tokenizer),
+        "config": _core_options(model),
         "data": digest(row),
         "samples": len(row),
         "row": [place[name] for name in row],
@@ -290,7 +310,7 @@ def cached_features(
         raise DataError(
             "this core gives other features for the first sample than those kept",
             path=path,
-            expected="the same core: equal weights and equal configuration, such as number of heads and strides",
+            expected="the same core, computed in the same way",
             fix="delete the folder, and it is made again",
         )
     return cache
