@@ -473,7 +473,7 @@ def list_sessions(
                 "container_cells": per_container.get(e["experiment_container_id"]),
             }
             for e in records
-            if e.get("stimulus_name") in sdk.stimulus_info.SESSION_STIMULUS_MAP
+            if e["stimulus_name"] in sdk.stimulus_info.SESSION_STIMULUS_MAP
         ]
     if not rows:
         raise MissingError("the list holds no Visual Coding session", path=cache.manifest_path)
