@@ -3,17 +3,21 @@
 import errno
 import json
 import os
+import random
 import resource
 import shutil
 import signal
 import sys
 from pathlib import Path
 
+import malformed
 import numpy as np
 import optuna
 import pytest
 import torch
 import toys
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from optuna.trial import TrialState
 from safetensors.torch import load_file, save_file
 from toy_training import LAST, tiers, tiny_model, weights
@@ -22,7 +26,7 @@ from cortexlit import cli, core
 from cortexlit.core import DataError, MissingError, StorageError
 from cortexlit.data.clips import build_dataset
 from cortexlit.models.adapters import Adapters, add_adapters, load_adapters, save_adapters
-from cortexlit.training import lora, trainer, tuning
+from cortexlit.training import lora, pretraining, trainer, tuning
 from cortexlit.training.features import cached_features
 from cortexlit.training.trainer import best_folder, check_options, check_trained_on, fit
 
@@ -113,6 +117,13 @@ def test_a_file_stays_and_a_link_leads_to_what_is_replaced(tmp_path):
 
 def test_foreign_scores_stay(tmp_path):
     from cortexlit.evaluation.scores import ScoreSheet
+
+    for folder in (tmp_path / "demo", tmp_path / "demo2/decoding"):
+        folder.mkdir(parents=True)
+        (folder / "scores.csv").write_text("student,grade\n")
+        with pytest.raises(DataError, match="has not written"):
+            cli.run_demo(tmp_path / folder.relative_to(tmp_path).parts[0], print)
+        assert (folder / "scores.csv").read_text() == "student,grade\n"
 
     ScoreSheet().save(tmp_path / "ours")
     ScoreSheet().save(tmp_path / "ours")
@@ -580,3 +591,66 @@ def test_what_the_system_refuses_a_command_is_named(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         cli.main()
     assert "/nowhere/[x]" in json.loads(capsys.readouterr().out)["error"]
+
+
+# Every command ----------------------------------------------------------------------------------------------
+
+COMMANDS = ["sessions", "build", "score", "fit", "grid", "scenes build", "scenes fit", "scenes score", "things build",
+            "things fit", "things score", "data", "pretrain", "demo"]  # fmt: skip
+SLOW = ("sessions", "build", "scenes build")
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory):
+    "Command lines that are right, and values that are not."
+    from cortexlit.data.synthetic import embedded_session
+
+    root = tmp_path_factory.mktemp("lines")
+    (root / "settings.ini").write_text("lib_name = cortexlit\n")  # `_data/` and `_runs/` lie here
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        embedded_session("tiny")
+        found = malformed.commands(root)
+    assert list(found) == COMMANDS, "list the new command here"
+    words = {" ".join(c.split()) for c in _commands(cli.app)}
+    assert words == set(COMMANDS), "give the new command wrong values in tests/malformed.py"
+    return root, found
+
+
+def _commands(app, before: str = "") -> list[str]:
+    "Names of all commands of a typer application."
+    own = [before + (c.name or c.callback.__name__) for c in app.registered_commands]
+    return own + [n for g in app.registered_groups for n in _commands(g.typer_instance, f"{before}{g.name} ")]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_refuses_by_name(lines, command, monkeypatch, capsys):
+    root, every = lines
+    monkeypatch.chdir(root)
+
+    def enough(*_, **__):
+        raise DataError("all options are accepted")  # what takes long is not what is tested here
+
+    from cortexlit.evaluation import baselines, decoding, scenes
+
+    for where, name in ((trainer, "_train"), (lora.Grid, "run"), (pretraining, "pretrain"), (cli, "run_demo"),
+                        (baselines, "score_dataset"), (scenes, "score_scenes"), (decoding, "score_subject")):  # fmt: skip
+        monkeypatch.setattr(where, name, enough)
+
+    @settings(
+        max_examples=3 if command in SLOW else 6, suppress_health_check=list(HealthCheck), deadline=None
+    )
+    @given(st.integers(0, 10**6))
+    def check(seed):
+        line = malformed.words(command, *every[command], random.Random(seed))
+        monkeypatch.setattr(sys, "argv", ["cortexlit", *line])
+        try:
+            cli.main()
+        except SystemExit as end:
+            assert end.code in (0, 1, 2)
+        finally:
+            shutil.rmtree(root / "new", ignore_errors=True)
+        assert "Traceback" not in capsys.readouterr().err
+        assert (root / "file").read_text() == "precious" and (root / "thesis/chapter1.tex").is_file()
+
+    check()

@@ -226,6 +226,10 @@ def load_table(
         raise DataError(
             f"no column {', '.join(missing)}", path=path, expected=wish, fix="make the table again"
         )
+    if not len(table):
+        raise DataError(
+            "the table has no rows", path=path, expected="one or more", fix="make the table again"
+        )
     return table
 
 # %% ../../neuro_nbs/00a_checks.ipynb #7b170314

@@ -1048,7 +1048,7 @@ def export_tree(
     if layout not in writers:
         raise DataError(f"layout {layout!r}", expected=f"one of {sorted(writers)}")
     card = check_folder(root, "clips")
-    tiers = sorted(pd.read_csv(Path(root) / "samples.csv")["tier"].unique(), key=_tier_order)
+    tiers = sorted(load_table(Path(root) / "samples.csv", ["tier"])["tier"].unique(), key=_tier_order)
     with atomic_folder(out, overwrite) as folder:
         writers[layout]({t: MouseDataset(root, t) for t in tiers}, folder)
         shutil.copy(Path(root) / "neurons.csv", folder / "neurons.csv")

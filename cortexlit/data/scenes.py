@@ -571,7 +571,7 @@ def export_sensorium2022(
     "Write a static dataset folder in the Sensorium 2022 layout, which published V1T code reads unchanged."
     root, data = Path(root), ScenesDataset(root, "train")
     card = data.card
-    samples = pd.read_csv(root / "samples.csv")
+    samples = load_table(root / "samples.csv", ["tier"])
     fields = {k: np.asarray(a) for k, a in data._arrays.items()}
     stats = {k: dict(s) for k, s in data.statistics.items()}
     for name, wanted in _LAYOUT.items():

@@ -617,6 +617,10 @@ def _read_table(path: Path) -> pd.DataFrame:
     except OSError:
         with reading(path, wish):
             raise
+    if not len(table):
+        raise DataError(
+            "the table has no rows", path=path, expected="a header and rows", fix="fetch the file again"
+        )
     for column in table.columns.difference(_TEXT):
         if table[column].dtype == object and sep != ",":  # 1,25 of a spreadsheet
             given = table[column].dropna().astype(str)
