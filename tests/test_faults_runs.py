@@ -90,6 +90,18 @@ def test_only_a_folder_of_the_same_kind_is_replaced(tmp_path):
     assert (tmp_path / "data/a.txt").read_text() == "new" and not hidden(tmp_path)
 
 
+def test_of_two_builders_the_second_is_refused(tmp_path):
+    with pytest.raises(DataError, match="exists already"), core.atomic_folder(tmp_path / "data") as slow:
+        (slow / "a.txt").write_text("slow")
+        write(tmp_path / "data", "fast")  # by another process, meanwhile
+    assert (tmp_path / "data/a.txt").read_text() == "fast" and not hidden(tmp_path)
+    with core.atomic_folder(tmp_path / "data", overwrite=True) as slow:
+        core.write_json(slow / "card.json", {"kind": "toy", "files": {"a.txt": ""}})
+        (slow / "a.txt").write_text("slow")
+        write(tmp_path / "data", "fast", overwrite=True)
+    assert (tmp_path / "data/a.txt").read_text() == "slow" and not hidden(tmp_path)
+
+
 @pytest.mark.parametrize("card", [None, "{}", "[1]", "{", '{"name": "mine"}'])
 def test_a_foreign_folder_stays(tmp_path, card):
     thesis = tmp_path / "thesis"
@@ -412,6 +424,24 @@ def test_every_way_to_train_looks_first(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="last="):
         run(tmp_path / "r", last=1000)
     assert not any((tmp_path / name).exists() for name in ("grid", "t", "r"))
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--rank", "7"], ["--targets", "everything"], ["--seed", "-1"], ["--last", "1000"]]
+)
+def test_the_head_is_not_trained_before_the_rest_is_looked_at(tmp_path, monkeypatch, wrong):
+    from cortexlit.training import heads
+
+    folder = build_dataset(
+        toys.toy_recording(), tmp_path / "d", clip_frames=20, size=(10, 14), split="stimuli", gap=5
+    )
+    tiny_model(core_state=False).save_core(tmp_path / "core")
+    given = ["fit", str(folder), "--core", str(tmp_path / "core"), "--adapt", "lora", *wrong]
+    monkeypatch.setattr(sys, "argv", ["cortexlit", *given])
+    monkeypatch.setattr(heads, "fit", None)
+    monkeypatch.setattr(trainer, "fit", None)
+    with pytest.raises(SystemExit):
+        cli.main()
 
 
 def test_numbers_of_numpy_are_numbers():
