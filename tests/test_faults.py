@@ -970,6 +970,15 @@ def test_ratings_of_spreadsheets(tmp_path):
         ratings(tmp_path, RATINGS.assign(uniqueID=["kite", "", "fern"]))
 
 
+@pytest.mark.parametrize("table", ["sub-01_StimulusMetadata.csv", "sub-01_VoxelMetadata.csv"])
+def test_a_table_without_rows(part, table):
+    root = part("figshare")
+    path = one(root, table)
+    path.write_text(path.read_text().splitlines()[0] + "\n")
+    with pytest.raises(DataError, match=rf"(?s)no rows.*{table}"):
+        things.open_things(root, "01")
+
+
 def test_a_trial_without_a_concept(part):
     root = part("figshare")
     path = one(root, "sub-01_StimulusMetadata.csv")

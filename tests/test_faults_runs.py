@@ -583,6 +583,56 @@ def test_adapters_are_whole_and_on_their_own_base(tmp_path):
         load_adapters(other, tmp_path / "a")
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return malformed.models(tmp_path_factory.mktemp("saved"))
+
+
+DAMAGES = {
+    "a weight less": (lambda w, k: {n: v for n, v in w.items() if n != k}, "1 missing"),
+    "a weight more": (lambda w, k: w | {"x": torch.zeros(2)}, "1 unexpected"),
+    "NaN": (lambda w, k: w | {k: w[k] * float("nan")}, "not finite"),
+    "another shape": (lambda w, k: w | {k: w[k][None]}, "mismatched|damaged"),
+    "cut": (None, "damaged"),
+    "options": (None, "damaged"),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("name", ["viv1t", "v1t", "vit3d", "cnn_vit", "classifier"])
+def test_a_saved_model_is_read_back_whole(saved, tmp_path, name, how):
+    kind, folder = saved[name]
+    want = kind.from_pretrained(folder).state_dict()  # the control
+    first = load_file(folder / "model.safetensors")
+    assert all(torch.equal(want[k], v) for k, v in first.items())
+    shutil.copytree(folder, tmp_path / "m")
+    path, (change, why) = tmp_path / "m/model.safetensors", DAMAGES[how]
+    if how == "options":
+        (tmp_path / "m/config.json").write_text("[1]")
+    elif how == "cut":
+        path.write_bytes(path.read_bytes()[:-9])
+    else:
+        key = next(k for k in sorted(first) if first[k].is_floating_point() and first[k].ndim)
+        save_file(change(first, key), path, metadata={"format": "pt"})
+    with pytest.raises(DataError, match=rf"(?s)({why}).*{tmp_path}"):
+        kind.from_pretrained(tmp_path / "m")
+    with pytest.raises(MissingError, match="no local folder"):
+        kind.from_pretrained(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "- 1", "x", "a: [", "!!python/object/apply:os.system ['true']", "core_emb_dim: {}"]
+)
+def test_the_options_of_a_published_run_are_named_if_they_are_none(tmp_path, text):
+    from cortexlit.models.viv1t import ViV1T
+
+    run = malformed.published(tmp_path / "run")
+    ViV1T.from_published(run)  # the control
+    (run / "args.yaml").write_text(text)
+    with pytest.raises(DataError, match="args.yaml|run"):
+        ViV1T.from_published(run)
+
+
 @pytest.mark.parametrize("name", ["plain", "rank 8?", "50%20gain", "a#b", "{x}"])
 def test_a_database_lies_in_its_folder_whatever_that_is_called(tmp_path, name):
     (tmp_path / name).mkdir()
