@@ -629,7 +629,7 @@ def test_the_options_of_a_published_run_are_named_if_they_are_none(tmp_path, tex
     run = malformed.published(tmp_path / "run")
     ViV1T.from_published(run)  # the control
     (run / "args.yaml").write_text(text)
-    with pytest.raises(DataError, match="args.yaml|run"):
+    with pytest.raises(DataError, match="args.yaml|run|emb_dim"):
         ViV1T.from_published(run)
 
 

@@ -29,6 +29,7 @@ from cortexlit.core import (
     new_array,
     provenance,
     read_json,
+    reading,
     settle,
     sha256,
     write_json,
@@ -162,6 +163,9 @@ def source(
     return {"name": name, "content": digest(card | {"files": files}), "split_hash": card.get("split_hash")}
 
 # %% ../../neuro_nbs/06a_features.ipynb #1cd21f6a
+_AGAIN = "delete the folder; it is made again"
+
+
 class CachedFeatures:
     "A dataset whose items hold `features` (or `tokens`) in place of `video`, read from a finished cache folder."
 
@@ -178,6 +182,14 @@ class CachedFeatures:
         ):
             raise DataError("not the card of kept features", path=self.folder / "card.json",
                             fix="delete the folder; it is made again")  # fmt: skip
+        with reading(self.folder / "card.json", "the card of kept features", _AGAIN):
+            row = np.asarray(self.card["row"])
+            fits = row.dtype.kind == "i" and row.shape == (self.card["samples"],) and (row >= 0).all()
+            fits &= self.card["dtype"] in _STORED and self.card["stage"] in STAGES
+            if not (fits and isinstance(self.card["sha256"], str)):
+                raise DataError(
+                    "the card of kept features is damaged", path=self.folder / "card.json", fix=_AGAIN
+                )
         path = self.folder / "features.npy"
         if not path.is_file():
             raise MissingError(
@@ -195,6 +207,8 @@ class CachedFeatures:
                 f"the dataset has {len(dataset)} samples", path=path, expected=f"{self.card['samples']}"
             )
         self._rows = load_array(path, mmap=True)
+        if self._rows.ndim < 2 or row.max(initial=0) >= len(self._rows):
+            raise DataError("the features are fewer than their card says", path=path, fix=_AGAIN)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -268,6 +282,14 @@ def _build(
     settle(work, path)
 
 # %% ../../neuro_nbs/06a_features.ipynb #a8bd9e31
+def _check_card(path: Path, plan: dict[str, Any]) -> None:
+    "Raise `DataError` unless features are what they are named after."
+    card = read_json(path)
+    if not isinstance(card, dict) or any(card.get(name) != value for name, value in plan.items()):
+        raise DataError("these features were made from other data, or their card is damaged", path=path,
+                        fix="delete the folder, and it is made again")  # fmt: skip
+
+
 def cached_features(
     model: Any,  # a `ViV1T`, or any model with `core` and `encode(video, behavior, pupil_center, last)`
     dataset: Any,  # map-style, with the items of `MouseDataset`
@@ -301,8 +323,8 @@ def cached_features(
     }
     path = (generated("features") if folder is None else Path(folder)) / digest(plan)
     with locked(path):
-        if path.exists() and read_json(path / "card.json").get("data") != plan["data"]:
-            raise DataError("these features were made from other data", path=path, fix="delete the folder")
+        if path.exists():
+            _check_card(path / "card.json", plan)
         if not path.exists():
             _build(path, model, dataset, plan, batch_size, progress)
     cache = CachedFeatures(dataset, path)
