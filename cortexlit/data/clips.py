@@ -24,9 +24,11 @@ from cortexlit.core import (
     SplitLeak,
     atomic_folder,
     digest,
+    load_array,
     new_array,
     provenance,
     read_json,
+    reading,
     rng,
     sha256,
     write_json,
@@ -37,7 +39,6 @@ from cortexlit.data.checks import (
     described,
     finite,
     jumps,
-    load_array,
     load_table,
     read_card,
     same_length,
@@ -822,6 +823,9 @@ def _frame_terms(name: str, x: np.ndarray, weight: np.ndarray, scheme: str) -> t
     return offset.astype(np.float32), scale.astype(np.float32)
 
 # %% ../../neuro_nbs/03_dataset.ipynb #4ee42aed
+_AGAIN = "build the dataset again (overwrite=True)"
+
+
 class _Tier:
     "One tier of a dataset folder: its tables, its memory-mapped arrays, its items as tensors."
 
@@ -844,14 +848,44 @@ class _Tier:
                 expected=f"one of {sorted(samples['tier'].astype(str).unique())}",
             )
         known = (self._seen[1], "responses", "behavior", "pupil_center")
+        if not isinstance(self.statistics, dict):
+            raise DataError(
+                "no statistics", f"of {known}", "build the dataset again", self.root / "statistics.json"
+            )
         if not set(known[:2]) <= set(self.statistics) <= set(known):
             found = sorted(self.statistics)
             raise DataError(f"statistics of {found}", f"of {known}", "build the dataset again", self.root)
         self._arrays = {k: load_array(self.root / f"{k}.npy", mmap=True) for k in self.statistics}
+        self._check_axes()
         whole("sample", samples["sample"], high=len(self._arrays["responses"]) - 1, path=path)
         whole(self._key, samples[self._key], high=len(self._arrays[self._seen[1]]) - 1, path=path)
         self._in_order = {k: self._order(k) for k in ("behavior", "pupil_center") if k in self._arrays}
         return samples
+
+    def _axes(self) -> dict[str, dict[str, int | None]]:
+        "Axes of each array, and how long they have to be."
+        frames = self._arrays["videos"].shape[1] if self._arrays["videos"].ndim == 4 else None
+        n = len(self._arrays["responses"]) if self._arrays["responses"].ndim else None
+        return {
+            "videos": {"clips": None, "frames": None, "rows": None, "columns": None},
+            "responses": {"samples": None, "neurons": len(self.neurons), "frames": frames},
+            "behavior": {"samples": n, "channels": None, "frames": frames},
+            "pupil_center": {"samples": n, "axes": 2, "frames": frames},
+        }
+
+    def _check_axes(self) -> None:
+        axes = self._axes()
+        for name, array in self._arrays.items():
+            shaped(name, array, axes[name], self.root / f"{name}.npy")
+
+    def _check_terms(self) -> None:
+        "Raise `DataError` unless the statistics fit the arrays they are of."
+        for name, array in self._arrays.items():
+            found, want = self.read(0, name).shape, array.shape[1:]
+            if len(found) != len(want) or found[-1] != want[-1]:
+                raise DataError(
+                    f"the statistics of {name} have another shape", path=self.root / "statistics.json"
+                )
 
     def _order(self, name: str) -> list[int]:
         "Rows of the channels in the order of `_wanted`, by their names; as they lie if they have names of their own."
@@ -901,7 +935,10 @@ class MouseDataset(_Tier):
         self.root, self.tier, self.normalisation = Path(root), tier, normalisation
         self.card = check_folder(root, "clips")
         samples = self._open(tier)
-        self._terms = {name: self._fit(name, samples[samples["tier"] == "train"]) for name in self._arrays}
+        with reading(self.root / "statistics.json", "mean, spread and range of each array", _AGAIN):
+            train = samples[samples["tier"] == "train"]
+            self._terms = {name: self._fit(name, train) for name in self._arrays}
+            self._check_terms()
 
     def _fit(self, name: str, train: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
         statistics = self.statistics[name]
@@ -1048,7 +1085,7 @@ def export_tree(
     if layout not in writers:
         raise DataError(f"layout {layout!r}", expected=f"one of {sorted(writers)}")
     card = check_folder(root, "clips")
-    tiers = sorted(pd.read_csv(Path(root) / "samples.csv")["tier"].unique(), key=_tier_order)
+    tiers = sorted(load_table(Path(root) / "samples.csv", ["tier"])["tier"].unique(), key=_tier_order)
     with atomic_folder(out, overwrite) as folder:
         writers[layout]({t: MouseDataset(root, t) for t in tiers}, folder)
         shutil.copy(Path(root) / "neurons.csv", folder / "neurons.csv")

@@ -27,8 +27,10 @@ from cortexlit.core import (
     SplitLeak,
     atomic_folder,
     digest,
+    load_array,
     provenance,
     read_json,
+    reading,
     rng,
     sha256,
     write_json,
@@ -37,13 +39,13 @@ from cortexlit.data.checks import (
     described,
     finite,
     jumps,
-    load_array,
     load_table,
     seal,
     shaped,
     whole,
 )
 from cortexlit.data.clips import (
+    _AGAIN,
     TIERS,
     _all_used,
     _behaviour,
@@ -461,7 +463,18 @@ class ScenesDataset(_Tier):
         self._rows = {
             k: self.samples["image" if k == "images" else "sample"].to_numpy() for k in self.statistics
         }
-        self._terms = {k: self._fit(k) for k in self.statistics}
+        with reading(self.root / "statistics.json", "mean and spread of each array", _AGAIN):
+            self._terms = {k: self._fit(k) for k in self.statistics}
+            self._check_terms()
+
+    def _axes(self) -> dict[str, dict[str, int | None]]:
+        n = len(self._arrays["responses"]) if self._arrays["responses"].ndim else None
+        return {
+            "images": {"pictures": None, "rows": None, "columns": None},
+            "responses": {"presentations": None, "neurons": len(self.neurons)},
+            "behavior": {"presentations": n, "channels": None},
+            "pupil_center": {"presentations": n, "axes": 2},
+        }
 
     def _fit(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         "Mean, offset and scale of one field."
@@ -571,7 +584,7 @@ def export_sensorium2022(
     "Write a static dataset folder in the Sensorium 2022 layout, which published V1T code reads unchanged."
     root, data = Path(root), ScenesDataset(root, "train")
     card = data.card
-    samples = pd.read_csv(root / "samples.csv")
+    samples = load_table(root / "samples.csv", ["tier"])
     fields = {k: np.asarray(a) for k, a in data._arrays.items()}
     stats = {k: dict(s) for k, s in data.statistics.items()}
     for name, wanted in _LAYOUT.items():

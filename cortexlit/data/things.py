@@ -31,15 +31,17 @@ from cortexlit.core import (
     digest,
     generated,
     h5_file,
+    load_array,
     locked,
     new_array,
     provenance,
     read_json,
+    reading,
     rng,
     sha256,
     write_json,
 )
-from .checks import finite, load_array, load_arrays, reading, same_length, seal, unique, whole
+from .checks import finite, load_arrays, same_length, seal, unique, whole
 from .clips import _need_space, check_folder
 from .opendata import OpenFile, fetch
 
@@ -615,6 +617,10 @@ def _read_table(path: Path) -> pd.DataFrame:
     except OSError:
         with reading(path, wish):
             raise
+    if not len(table):
+        raise DataError(
+            "the table has no rows", path=path, expected="a header and rows", fix="fetch the file again"
+        )
     for column in table.columns.difference(_TEXT):
         if table[column].dtype == object and sep != ",":  # 1,25 of a spreadsheet
             given = table[column].dropna().astype(str)

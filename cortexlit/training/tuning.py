@@ -460,7 +460,7 @@ class Tuning:
                 found = [predict(model, dataset, batch_size=batch_size, **options) for model in self.models()]
                 known = save_array(path, np.mean(found, 0))
                 write_json(record, wanted | {"sha256": known})
-        return load_array(path, known)
+        return load_array(path, known=known)
 
 # %% ../../neuro_nbs/15a_cnn_vit_optuna.ipynb #10a0834f
 def tune(
