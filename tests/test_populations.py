@@ -135,9 +135,9 @@ def test_running_suppresses_the_stated_cells(root):
 
 def test_fast_gratings_equal_the_film(mouse):
     kind, neurons, _ = mouse
-    film = syn.grating(35, 0.04, 2 * np.arange(60) / 30, 0.5)
+    film = syn.grating(35, 0.015, 2 * np.arange(60) / 30, 0.5)
     whole = kind.filter(film, neurons, [(0.0, 0.0)])[:, :, 0]
-    np.testing.assert_allclose(swept(kind, neurons, 35, 0.04, 2.0, 0.5), whole, atol=1e-4)
+    np.testing.assert_allclose(swept(kind, neurons, 35, 0.015, 2.0, 0.5), whole, atol=1e-5)
 
 
 # ---------------------------------------------------------------- a session of the same kind
