@@ -41,7 +41,7 @@ from cortexlit.core import (
     sha256,
     write_json,
 )
-from .checks import finite, load_arrays, same_length, seal, unique, whole
+from .checks import finite, load_arrays, same_length, seal, shaped, unique, whole
 from .clips import _need_space, check_folder
 from .opendata import OpenFile, fetch
 
@@ -1477,6 +1477,37 @@ def _metadata(things: Things, keep: np.ndarray) -> dict[str, np.ndarray]:
     return out
 
 # %% ../../neuro_nbs/12_things.ipynb #ce39826e
+def _check_cache(
+    meta: Mapping[str, np.ndarray], values: np.ndarray, card: Mapping[str, Any], folder: Path
+) -> None:
+    "Raise `DataError` unless each array of a cached subject has its axes."
+    path = folder / "metadata.npz"
+    shaped("responses", values, {"trials": None, "voxels": None}, folder / "responses.npy")
+    for name in ("session", "run", "trial", "volume", "image", "concept", "role"):
+        shaped(name, meta[name], {"trials": len(values)}, path)
+        if name in ("image", "concept", "role"):
+            if meta[name].dtype.kind != "U":
+                raise DataError(f"{name} has dtype {meta[name].dtype}", "text", "build it again", path)
+        else:
+            whole(name, meta[name], low=None, path=path)
+    if strange := sorted(set(meta["role"]) - set(ROLES)):
+        raise DataError(f"no such role as {strange[0]!r}", f"one of {ROLES}", "build it again", path)
+    unique("ROI", meta["roi_names"], path)
+    shaped("brain", meta["brain"], {"x": None, "y": None, "z": None}, path)
+    shaped("mask", meta["mask"], dict(zip("xyz", meta["brain"].shape, strict=True)), path)
+    shaped("affine", meta["affine"], {"rows": 4, "columns": 4}, path)
+    finite("affine", meta["affine"], path=path)
+    if meta["roi_names"].size:
+        shaped("roi_names", meta["roi_names"], {"ROIs": None}, path)
+        shaped("rois", meta["rois"], {"voxels": values.shape[1], "ROIs": len(meta["roi_names"])}, path)
+    if meta["mask"].dtype != bool or meta["rois"].dtype != bool or meta["brain"].dtype != bool:
+        raise DataError("masks and ROIs that are not true or false", path=path, fix="build it again")
+    if not isinstance(card.get("shape"), list) or len(card["shape"]) != 2:
+        raise DataError(
+            "the card names no shape", "trials and voxels", "build it again", folder / "card.json"
+        )
+
+
 class ThingsDataset:
     "Trials of a cached subject with the ratings of their concepts, for decoding."
 
@@ -1515,6 +1546,7 @@ class ThingsDataset:
         )
         self._values = load_array(folder / "responses.npy", kinds="f", mmap=True)
         again = "build it again: build_things(..., overwrite=True)"
+        _check_cache(meta, self._values, card, folder)
         sizes = {
             "responses": self._values.shape[0],
             "metadata": len(meta["image"]),
