@@ -15,6 +15,7 @@ from scipy.signal import lfilter
 from sklearn.preprocessing import StandardScaler
 
 from ..core import DataError, MissingError
+from ..data.audit import models_named, opened
 from ..data.clips import TierArrays, check_folder, load_tier
 from .ceilings import split_half_reliability
 from cortexlit.evaluation.metrics import (
@@ -325,7 +326,10 @@ def score_dataset(
     oracle = _oracle(parts, "test")
     predictions[ORACLE] = "some clip was shown once" if oracle is None else oracle
     predictions |= {} if truth is None else {TRUTH: truth}
-    return _sheet(predictions, parts, last, card, name or card["name"])
+    sheet = _sheet(predictions, parts, last, card, name or card["name"])
+    if count := opened(root, models_named(models), "score_dataset"):
+        sheet.opened[name or card["name"]] = count
+    return sheet
 
 # %% ../../neuro_nbs/05_baseline.ipynb #d510da21
 ORACLE, TRUTH = "other repeats", "truth: noiseless response"

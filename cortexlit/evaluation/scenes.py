@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core import DataError
+from ..data.audit import models_named, opened
 from ..data.clips import TierArrays, check_folder
 from ..data.scenes import SceneArrays, load_scenes
 from cortexlit.evaluation.baselines import (
@@ -266,4 +267,6 @@ def score_scenes(
         if metric in halves:
             note = "no interval: one value per neuron"
             sheet.add(SPLIT_HALVES, metric, halves[metric][None], note=note, **where, **limits)
+    if count := opened(root, models_named(predictions), "score_scenes"):
+        sheet.opened[where["dataset"]] = count
     return sheet
