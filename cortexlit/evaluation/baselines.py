@@ -17,7 +17,7 @@ from sklearn.preprocessing import StandardScaler
 from ..core import DataError, MissingError
 from ..data.audit import models_named, opened
 from ..data.clips import TierArrays, check_folder, load_tier
-from .ceilings import split_half_reliability
+from .ceilings import split_half_ceiling
 from cortexlit.evaluation.metrics import (
     correlation_to_average,
     feve,
@@ -28,7 +28,7 @@ from cortexlit.evaluation.metrics import (
 from .scores import ScoreSheet
 
 # %% auto #0
-__all__ = ['ALPHAS', 'WINDOWS', 'ORACLE', 'TRUTH', 'train_mean', 'repeat_mean', 'blind_mean', 'validated_ridge',
+__all__ = ['ALPHAS', 'WINDOWS', 'ORACLE', 'TRUTH', 'SPLIT_HALVES', 'train_mean', 'repeat_mean', 'blind_mean', 'validated_ridge',
            'behaviour_ridge', 'gabor_bank', 'motion_energy_ridge', 'clip_baselines', 'score_dataset', 'true_response']
 
 # %% ../../neuro_nbs/05_baseline.ipynb #d137e960
@@ -332,11 +332,11 @@ def score_dataset(
     return sheet
 
 # %% ../../neuro_nbs/05_baseline.ipynb #d510da21
-ORACLE, TRUTH = "other repeats", "truth: noiseless response"
+ORACLE, TRUTH, SPLIT_HALVES = "other repeats", "truth: noiseless response", "ceiling: split halves"
 
 
-def _halves(parts: Mapping[str, TierArrays], last: int) -> dict[str, float]:
-    "Ceilings from split halves: mean over neurons of the root of the reliability; empty where a clip was shown once."
+def _halves(parts: Mapping[str, TierArrays], last: int) -> dict[str, np.ndarray]:
+    "metric -> (clips, neurons) ceilings from split halves; empty where a clip was shown once."
     test = parts["test"]
     labels, clip = (np.concatenate([getattr(d, k) for d in parts.values()]) for k in ("labels", "clip"))
     shown = np.isin(clip, test.clip)
@@ -346,8 +346,7 @@ def _halves(parts: Mapping[str, TierArrays], last: int) -> dict[str, float]:
         ("correlation to average", test.labels, test.clip, None),
     ):
         if np.unique(c, return_counts=True)[1].min() > 1:
-            reliability = split_half_reliability(y, c, last=last, repeats=repeats)
-            found[metric] = mean_score(np.sign(reliability) * np.sqrt(abs(reliability)))
+            found[metric] = split_half_ceiling(y, c, last=last, repeats=repeats)
     return found
 
 # %% ../../neuro_nbs/05_baseline.ipynb #d9cae1c4
@@ -372,7 +371,9 @@ def _sheet(
     known = dict.fromkeys(
         ("single-trial correlation", "flattened correlation", "correlation to average"), np.nan
     )
-    ceilings = known | (means[TRUTH] if TRUTH in means else _halves(parts, last)) | {"FEVE": 1.0}
+    halves = _halves(parts, last)
+    estimated = {metric: mean_score(values) for metric, values in halves.items()}
+    ceilings = known | (means[TRUTH] if TRUTH in means else estimated) | {"FEVE": 1.0}
     for metric, ceiling in ceilings.items():
         limits = {"baseline": means[reference].get(metric, np.nan), "ceiling": ceiling}
         for label, table in tables.items():
@@ -391,6 +392,8 @@ def _sheet(
             where = {"tier": "test", "split": card["options"]["split"], "split_hash": card["split_hash"]}
             sheet.add(model, metric, values, dataset=name, clip=rows, samples=len(test.clip), seed=seed, note=note,
                       **where, **limits)  # fmt: skip
+        if metric in halves:
+            sheet.add(SPLIT_HALVES, metric, halves[metric], dataset=name, samples=len(test.clip), **where, **limits)
     return sheet
 
 # %% ../../neuro_nbs/05_baseline.ipynb #3cc290a7
