@@ -14,7 +14,15 @@ from toy_training import LAST, tiers, tiny_model
 from toys import toy_recording
 
 from cortexlit.core import DataError, SplitLeak, rng
-from cortexlit.data.audit import audit, known_tiers, opened, openings, same_frames, same_stimuli, sample_marks
+from cortexlit.data.audit import (
+    audit,
+    known_tiers,
+    note_opening,
+    openings,
+    same_frames,
+    same_stimuli,
+    sample_marks,
+)
 from cortexlit.data.clips import MouseDataset, audit_split, build_dataset, check_folder
 from cortexlit.data.scenes import ScenesDataset, import_arrays
 from cortexlit.evaluation.baselines import score_dataset
@@ -31,7 +39,10 @@ def slow_film(frames: int, seed: int = 0, pace: float = 0.05) -> np.ndarray:
     field = 128 + 50 * field / field.std()
     at = pace * np.arange(frames)
     low = np.floor(at).astype(int)
-    parts = [field[20:50, k : k + 52] * (1 - f) + field[20:50, k + 1 : k + 53] * f for k, f in zip(low, at - low, strict=True)]
+    parts = [
+        field[20:50, k : k + 52] * (1 - f) + field[20:50, k + 1 : k + 53] * f
+        for k, f in zip(low, at - low, strict=True)
+    ]
     return np.stack(parts).astype(np.float32)
 
 
@@ -43,7 +54,11 @@ def grey_level(film: np.ndarray) -> np.ndarray:
     return film + rng(0, "grey level").choice([-1, 1], film.shape)
 
 
-FILMS = {"slow": slow_film(600), "fast": slow_film(600, pace=0.3), "noise": rng(0, "noise").random((600, 12, 20))}
+FILMS = {
+    "slow": slow_film(600),
+    "fast": slow_film(600, pace=0.3),
+    "noise": rng(0, "noise").random((600, 12, 20)),
+}
 DISGUISES = {
     "identical": lambda film: film,
     "one frame later": lambda film: film[1:],
@@ -78,7 +93,9 @@ def test_neighbours_in_a_film_are_not_the_same(film, length):
 
 def test_a_scene_that_stands_still_across_the_cut_is_no_leak_and_a_still_shown_twice_is():
     film = FILMS["slow"][:160].copy()
-    film[60:100] = film[60]  # the camera rests from the last third of one clip into the first quarter of the next
+    film[60:100] = film[
+        60
+    ]  # the camera rests from the last third of one clip into the first quarter of the next
     assert same_stimuli(film[None, :80], film[None, 80:]).empty
     still = np.repeat(film[None, :1], 40, axis=1)
     assert len(same_stimuli(still, still + 1)) == 1
@@ -162,7 +179,9 @@ def test_a_tier_by_another_spelling_is_refused(tmp_path, name):
         build_dataset(recording, tmp_path / "out", 20, split=table, gap=0)
     pictures = rng(0, "p").random((6, 10, 12))
     with pytest.raises(DataError, match="a tier is called"):
-        import_arrays(pictures, rng(0, "r").normal(size=(6, 3)), tmp_path / "out", split=["train"] * 4 + [name] * 2)
+        import_arrays(
+            pictures, rng(0, "r").normal(size=(6, 3)), tmp_path / "out", split=["train"] * 4 + [name] * 2
+        )
     known_tiers(["train", "live_test_main", "none", "fold 3"])
 
 
@@ -227,13 +246,17 @@ def test_a_film_of_one_mouse_in_the_test_of_another(mice, tmp_path):
     fit(model, data, adapt="full", out=tmp_path / "good", **FAST)
     parts = {t: {m: MouseDataset(mice[m], t) for m in "AB"} for t in ("train", "validation")}
     report = audit(parts, allow_shared_stimuli=True).set_index("between")
-    assert report.loc["train of A / test of B", "same_stimuli"] == report.loc["train of A / test of B", "of"] > 0
+    assert (
+        report.loc["train of A / test of B", "same_stimuli"] == report.loc["train of A / test of B", "of"] > 0
+    )
 
 
 @pytest.mark.parametrize("change", [lambda f: f[1:], lambda f: f[..., ::-1], lambda f: f + 1])
 def test_the_film_of_another_mouse_in_disguise(mice, tmp_path, change):
     films = {"first": change(FILMS["slow"][:200]), "second": change(FILMS["fast"][:400])}
-    other = build_dataset(recording_of(films, seed=9, name="D"), tmp_path / "D", 20, (10, 14), split="repeats")
+    other = build_dataset(
+        recording_of(films, seed=9, name="D"), tmp_path / "D", 20, (10, 14), split="repeats"
+    )
     data = {"B": tiers_of(mice["B"]), "D": tiers_of(other)}
     with pytest.raises(SplitLeak, match="train of D / test of B"):
         audit({t: {m: pair[k] for m, pair in data.items()} for k, t in enumerate(("train", "validation"))})
@@ -279,7 +302,9 @@ def test_data_without_a_folder_are_known_by_their_content(tmp_path):
     film = dict(validation.items[0], video=train.items[0]["video"].flip(-1))
     with pytest.raises(SplitLeak, match="1 mirrored"):
         audit({"train": train, "validation": [film]})
-    assert audit({"train": train, "validation": [film]}, allow_shared_stimuli=True)["same_stimuli"].tolist() == [1]
+    assert audit({"train": train, "validation": [film]}, allow_shared_stimuli=True)[
+        "same_stimuli"
+    ].tolist() == [1]
     silent = [{"video": x["video"], "labels": torch.zeros(5, 20)} for x in train.items]
     assert sample_marks(silent) == [None] * 8  # no spike, no mark
 
@@ -311,7 +336,7 @@ def test_one_recording_in_two_folders(mice, tmp_path):
 
 def count_up(folder, n):
     for k in range(n):
-        opened(folder, f"process {os.getpid()} {k}", "a test")
+        note_opening(folder, f"process {os.getpid()} {k}", "a test")
 
 
 def test_two_processes_count_every_opening(mice, tmp_path):
@@ -323,19 +348,29 @@ def test_two_processes_count_every_opening(mice, tmp_path):
         job.join()
     table = openings(folder)
     assert len(table) == 30 and table["by"].nunique() == 30
-    assert opened(folder, "one more", "a test") == 31
+    assert note_opening(folder, "one more", "a test") == 31
     assert len(MouseDataset(folder, "test"))  # the folder is still whole
 
 
 def test_the_sheet_prints_the_count_and_keeps_it(mice, tmp_path):
     folder = shutil.copytree(mice["B"], tmp_path / "folder")
     first, second = score_dataset(folder, last=8), score_dataset(folder, last=8)
-    assert "mouse B: test tier opened 1 time\n" in f"{first!r}\n" and "test tier opened 2 times" in repr(second)
+    assert "mouse B: test tier opened 1 time\n" in f"{first!r}\n" and "test tier opened 2 times" in repr(
+        second
+    )
     assert "test tier opened 2 times" in second._repr_html_()
     assert openings(folder)[["by", "function"]].to_numpy().tolist() == [["baselines", "score_dataset"]] * 2
     assert ScoreSheet.load(second.save(tmp_path / "scores")).opened == {"mouse B": 2}
     films = {"one": FILMS["slow"][:200], "three": FILMS["fast"][:400]}
-    build_dataset(recording_of(films, seed=1, name="mouse B"), folder, 20, (10, 14), split="stimuli", gap=5, overwrite=True)
+    build_dataset(
+        recording_of(films, seed=1, name="mouse B"),
+        folder,
+        20,
+        (10, 14),
+        split="stimuli",
+        gap=5,
+        overwrite=True,
+    )
     assert "opened 3 times" in repr(score_dataset(folder, last=8))  # building it again is no way to forget
 
 
@@ -346,7 +381,7 @@ def test_a_folder_that_cannot_be_written_still_works(mice, tmp_path, monkeypatch
         raise PermissionError(13, "read-only")
 
     monkeypatch.setattr(os, "open", refuse)
-    assert opened(folder, "model", "a test") is None
+    assert note_opening(folder, "model", "a test") is None
     told = capsys.readouterr().out
     assert told.count("\n") == 1 and "cannot be written" in told
     monkeypatch.undo()

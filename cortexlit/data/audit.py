@@ -7,7 +7,7 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['GRID', 'fingerprints', 'same_stimuli', 'sample_marks', 'known_tiers', 'same_frames', 'audit', 'openings',
-           'models_named', 'opened']
+           'models_named', 'note_opening']
 
 # %% ../../neuro_nbs/03a_audit.ipynb #b4dc59e4
 import hashlib
@@ -36,14 +36,21 @@ def fingerprints(
     frames = np.asarray(frames)
     flat = frames.reshape(-1, 1, *frames.shape[-2:])
     if frames.shape[-2] * frames.shape[-1] < 64:
-        small = np.stack([np.zeros(GRID), *(rng(0, hashlib.sha256(f.tobytes()).hexdigest()).normal(size=GRID) for f in flat)])[1:]
+        small = np.stack(
+            [
+                np.zeros(GRID),
+                *(rng(0, hashlib.sha256(f.tobytes()).hexdigest()).normal(size=GRID) for f in flat),
+            ]
+        )[1:]
         small[~(flat != flat[:, :, :1, :1]).any((1, 2, 3))] = 0
         small /= np.maximum(np.linalg.norm(small, axis=(1, 2), keepdims=True), 1e-30)
         return small.astype(np.float32).reshape(*frames.shape[:-2], *GRID)
     small = np.empty((len(flat), GRID[0] * GRID[1]), np.float32)
     for start in range(0, len(flat), 1024):
         part = torch.from_numpy(np.array(flat[start : start + 1024], np.float32))
-        small[start : start + 1024] = torch.nn.functional.interpolate(part, GRID, mode="bilinear", antialias=True).flatten(1).numpy()
+        small[start : start + 1024] = (
+            torch.nn.functional.interpolate(part, GRID, mode="bilinear", antialias=True).flatten(1).numpy()
+        )
     small -= small.mean(1, keepdims=True)
     length = np.linalg.norm(small, axis=1, keepdims=True)
     least = max(1e-2 * np.max(length, initial=0), 1e-3 * float(np.max(np.abs(frames), initial=0)), 1e-30)
@@ -140,7 +147,9 @@ _PICTURE = 0.02  # largest distance of a picture from itself (r = .99)
 def same_stimuli(
     known: np.ndarray,  # (clips, frames, H, W), or (pictures, H, W): what a model learns from
     other: np.ndarray,  # the same of what it is judged by; its clips may have another length
-) -> pd.DataFrame:  # one row per clip of `other` that was found: clip, known (row), shift (frames), how ("mirrored", ...)
+) -> (
+    pd.DataFrame
+):  # one row per clip of `other` that was found: clip, known (row), shift (frames), how ("mirrored", ...)
     "Films and pictures found in others by content: shifted, brighter, mirrored."
     if np.ndim(known) != np.ndim(other) or np.ndim(known) not in (3, 4):
         raise DataError(
@@ -284,7 +293,9 @@ def _stimuli(part: _Part) -> tuple[dict[str, np.ndarray], np.ndarray] | None:
         name = f"{part.base._seen[1]}.npy"
         clips, place = np.unique(part.clips(), return_inverse=True)
         path = part.base.root / name
-        views = _folder_views(str(path.resolve()), str(part.base.card["files"].get(name)), np.load(path, mmap_mode="r").shape)
+        views = _folder_views(
+            str(path.resolve()), str(part.base.card["files"].get(name)), np.load(path, mmap_mode="r").shape
+        )
         return {how: seen[clips] for how, seen in views.items()}, place
     if not len(part.dataset) or not (fields := [f for f in ("video", "image") if f in part.dataset[0]]):
         return None
@@ -341,7 +352,11 @@ def same_frames(
         total = np.concatenate([[0], np.cumsum(used)])
         return int((total[end + 1] - total[start] > 2).sum())
     order = np.sort(first)
-    at = np.clip(np.searchsorted(order, start), 1, len(order) - 1) if len(order) > 1 else np.zeros(len(start), int)
+    at = (
+        np.clip(np.searchsorted(order, start), 1, len(order) - 1)
+        if len(order) > 1
+        else np.zeros(len(start), int)
+    )
     near = np.minimum(np.abs(start - order[at]), np.abs(start - order[at - 1]))
     return int((near < (end - start + 1) / 3).sum())
 
@@ -376,10 +391,13 @@ def audit(
                 f"{part.name}: {len(known) - len(set(known))} samples are there twice",
                 expected="each trial once, or it counts twice in the score", fix="drop the copies",
             )  # fmt: skip
-    report = pd.DataFrame(rows, columns=["between", "same_samples", "same_recording", "same_stimuli", "of", "how"])
+    report = pd.DataFrame(
+        rows, columns=["between", "same_samples", "same_recording", "same_stimuli", "of", "how"]
+    )
     if any(leaks):
         raise SplitLeak(
-            "what is learned from and what is judged by are not apart:\n" + report[leaks].to_string(index=False),
+            "what is learned from and what is judged by are not apart:\n"
+            + report[leaks].to_string(index=False),
             expected="other trials, other two-photon frames and other stimuli in each tier, of all mice",
             fix='build all folders with the same split="stimuli" and seed; or, if shared stimuli are meant, allow_shared_stimuli=True',
         )
@@ -407,22 +425,31 @@ def openings(
     rows = read_json(path) if path.is_file() else []
     columns = ["split_hash", "by", "function", "time"]
     if not isinstance(rows, list) or not all(isinstance(r, dict) and set(r) == set(columns) for r in rows):
-        raise DataError("the list of test openings is damaged", path=path, fix="correct it, or delete it: the count begins anew")
+        raise DataError(
+            "the list of test openings is damaged",
+            path=path,
+            fix="correct it, or delete it: the count begins anew",
+        )
     return pd.DataFrame(rows, columns=columns)
 
 
 def models_named(
     models: Iterable[Any] | None,  # names, or (name, seed)
-) -> str:  # for `opened`
+) -> str:  # for `note_opening`
     "The models of a sheet in a line."
-    return ", ".join(f"{m[0]} (seed {m[1]})" if isinstance(m, tuple) else str(m) for m in models or ()) or "baselines"
+    return (
+        ", ".join(f"{m[0]} (seed {m[1]})" if isinstance(m, tuple) else str(m) for m in models or ())
+        or "baselines"
+    )
 
 
-def opened(
+def note_opening(
     root: str | Path,  # a dataset folder
     by: str,  # model or run
     function: str,  # that scored it
-) -> int | None:  # times that the test tier of this split was opened, this one included; None: nothing can be written there
+) -> (
+    int | None
+):  # times that the test tier of this split was opened, this one included; None: nothing can be written there
     "Note that a test tier is opened; safe for several processes at once. A folder that cannot be written says so in a line."
     path = Path(root) / _LIST
     split = str(read_json(Path(root) / "card.json").get("split_hash"))
@@ -432,6 +459,8 @@ def opened(
             table.loc[len(table)] = [split, by, function, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())]
             write_json(path, table.to_dict("records"))
     except OSError as error:
-        print(f"{root}: cannot be written ({type(error).__name__}), so it is not counted that its test tier was opened")
+        print(
+            f"{root}: cannot be written ({type(error).__name__}), so it is not counted that its test tier was opened"
+        )
         return None
     return int((table["split_hash"] == split).sum())

@@ -504,7 +504,9 @@ def _recorded_apart(samples: pd.DataFrame) -> None:
     "No two-photon frame in two tiers, whatever is allowed; the ends of two samples may meet in one."
     if "first_frame" not in samples:
         return
-    shown = {t: (p["first_frame"].to_numpy(int), p["last_frame"].to_numpy(int)) for t, p in samples.groupby("tier")}
+    shown = {
+        t: (p["first_frame"].to_numpy(int), p["last_frame"].to_numpy(int)) for t, p in samples.groupby("tier")
+    }
     for a, b in combinations(sorted(shown, key=_tier_order), 2):
         if same := same_frames(shown[a], shown[b]):
             raise SplitLeak(
@@ -884,7 +886,10 @@ class _Tier:
     ) -> _Tier:
         "The same dataset of another tier; nothing is read again."
         other = copy.copy(self)
-        other.tier, other.samples = tier, self.all_samples[self.all_samples["tier"] == tier].reset_index(drop=True)
+        other.tier, other.samples = (
+            tier,
+            self.all_samples[self.all_samples["tier"] == tier].reset_index(drop=True),
+        )
         return other
 
     def _order(self, name: str) -> list[int]:

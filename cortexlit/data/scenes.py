@@ -33,6 +33,7 @@ from cortexlit.core import (
     sha256,
     write_json,
 )
+from .audit import known_tiers
 from cortexlit.data.checks import (
     described,
     finite,
@@ -43,7 +44,6 @@ from cortexlit.data.checks import (
     shaped,
     whole,
 )
-from .audit import known_tiers
 from cortexlit.data.clips import (
     TIERS,
     _all_used,

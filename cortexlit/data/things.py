@@ -1420,7 +1420,10 @@ def _used(statistics: np.ndarray | None, groups: np.ndarray, zscore: str) -> np.
         return np.zeros(len(groups), bool)
     used = np.ones(len(groups), bool) if statistics is None else np.asarray(statistics)
     if used.shape != groups.shape or used.dtype != bool:
-        raise DataError(f"statistics: {used.dtype} {used.shape}", expected=f"True or False for each trial: ({len(groups)},)")
+        raise DataError(
+            f"statistics: {used.dtype} {used.shape}",
+            expected=f"True or False for each trial: ({len(groups)},)",
+        )
     few = [g for g in np.unique(groups) if used[groups == g].sum() < 2]
     if few:
         raise DataError(
@@ -1436,7 +1439,8 @@ def build_things(
     out: str | Path,  # new folder: responses.npy, metadata.npz, card.json
     zscore: str = "session",  # within "session", "run", or "none"
     rois: str | Sequence[str] | None = None,  # keep these voxels only; None: the whole mask
-    statistics: np.ndarray | None = None,  # (trials,) bool: means and spreads are those of these, e.g. of training; None: all
+    statistics: np.ndarray
+    | None = None,  # (trials,) bool: means and spreads are those of these, e.g. of training; None: all
     overwrite: bool = False,
 ) -> Path:  # the folder
     "Write a subject's responses as float32 (trials, voxels), z-scored per voxel; needs well below 4 GB for any size."
@@ -1469,8 +1473,11 @@ def build_things(
             "subject": things.subject,
             "layout": things.layout.kind,
             "zscore": zscore,
-            "zscore_statistics": "none" if zscore == "none" else "all trials, also those held out later"
-            if used.all() else f"{int(used.sum())} of {len(used)} trials",
+            "zscore_statistics": "none"
+            if zscore == "none"
+            else "all trials, also those held out later"
+            if used.all()
+            else f"{int(used.sum())} of {len(used)} trials",
             "rois": rois,
             "shape": shape,
             "files": {p.name: sha256(p) for p in sorted(tmp.iterdir())},
@@ -1544,7 +1551,11 @@ class ThingsDataset:
         same_length("voxels", sizes | {"card": list(card["shape"])[1]}, path, again)
         self.folder, self.card, self.form = folder, card, form
         self.brain, self.affine = meta["brain"], meta["affine"]
-        used = np.load(path)["statistics"] if "statistics" in np.load(path) else np.ones(len(meta["image"]), bool)
+        used = (
+            np.load(path)["statistics"]
+            if "statistics" in np.load(path)
+            else np.ones(len(meta["image"]), bool)
+        )
         trials = pd.DataFrame(
             {k: meta[k] for k in ("session", "run", "trial", "volume", "image", "concept", "role")}
         )
@@ -1562,7 +1573,9 @@ class ThingsDataset:
         self.rois = all_rois.iloc[self._columns].reset_index(drop=True)
         self._rows = np.flatnonzero(wanted)
         self.trials = trials.iloc[self._rows].reset_index(drop=True)
-        self.statistics = used[self._rows]  # trials whose responses entered the z-scores, held-out ones too by default
+        self.statistics = used[
+            self._rows
+        ]  # trials whose responses entered the z-scores, held-out ones too by default
         place = np.argwhere(meta["mask"])[self._columns]
         self.mask = np.zeros(self.brain.shape, bool)
         self.mask[tuple(place.T)] = True
@@ -1710,7 +1723,8 @@ def audit_split(
     train: np.ndarray,  # rows
     test: np.ndarray,  # rows
     forbid: Sequence[str] = ("image", "concept"),  # what the two must not share
-    statistics: np.ndarray | None = None,  # (trials,) whose responses entered the z-scores, `ThingsDataset.statistics`
+    statistics: np.ndarray
+    | None = None,  # (trials,) whose responses entered the z-scores, `ThingsDataset.statistics`
 ) -> (
     pd.DataFrame
 ):  # per quantity: how many train and test have, share, and the fraction of test trials concerned
@@ -1731,7 +1745,15 @@ def audit_split(
         rows.append((name, a.nunique(), b.nunique(), len(shared), float(b.isin(shared).mean())))
     if statistics is not None:
         used = np.asarray(statistics, bool)
-        rows.append(("z-score", int(used[train].sum()), int(used[test].sum()), int(used[test].sum()), float(used[test].mean())))
+        rows.append(
+            (
+                "z-score",
+                int(used[train].sum()),
+                int(used[test].sum()),
+                int(used[test].sum()),
+                float(used[test].mean()),
+            )
+        )
     report = pd.DataFrame(rows, columns=["what", "train", "test", "shared", "test_trials"])
     for row in report.itertuples():
         if row.what in forbid and row.shared:

@@ -15,7 +15,7 @@ from scipy.signal import lfilter
 from sklearn.preprocessing import StandardScaler
 
 from ..core import DataError, MissingError
-from ..data.audit import models_named, opened
+from ..data.audit import models_named, note_opening
 from ..data.clips import TierArrays, check_folder, load_tier
 from .ceilings import split_half_ceiling
 from cortexlit.evaluation.metrics import (
@@ -278,7 +278,6 @@ def _metrics(
         "FEVE": (feve(predictions, y, clip, last, reduce="table"), clip) if repeated else None,
     }
 
-
 # %% ../../neuro_nbs/05_baseline.ipynb #4d4ff7ba
 def clip_baselines(
     root: str | Path,  # a dataset folder
@@ -327,7 +326,7 @@ def score_dataset(
     predictions[ORACLE] = "some clip was shown once" if oracle is None else oracle
     predictions |= {} if truth is None else {TRUTH: truth}
     sheet = _sheet(predictions, parts, last, card, name or card["name"])
-    if count := opened(root, models_named(models), "score_dataset"):
+    if count := note_opening(root, models_named(models), "score_dataset"):
         sheet.opened[name or card["name"]] = count
     return sheet
 
@@ -393,7 +392,9 @@ def _sheet(
             sheet.add(model, metric, values, dataset=name, clip=rows, samples=len(test.clip), seed=seed, note=note,
                       **where, **limits)  # fmt: skip
         if metric in halves:
-            sheet.add(SPLIT_HALVES, metric, halves[metric], dataset=name, samples=len(test.clip), **where, **limits)
+            sheet.add(
+                SPLIT_HALVES, metric, halves[metric], dataset=name, samples=len(test.clip), **where, **limits
+            )
     return sheet
 
 # %% ../../neuro_nbs/05_baseline.ipynb #3cc290a7

@@ -53,7 +53,12 @@ def split_half_reliability(
 
 
 def _halved(
-    labels: np.ndarray, clip: Sequence | np.ndarray, last: int | None, repeats: int | None, splits: int, seed: int
+    labels: np.ndarray,
+    clip: Sequence | np.ndarray,
+    last: int | None,
+    repeats: int | None,
+    splits: int,
+    seed: int,
 ) -> tuple[Iterator[np.ndarray], float]:
     "Means of two halves of each clip's repeats, (2, clips, neurons, frames) for each split; repeats wanted over repeats in a half."
     (labels,) = _window(last, labels=labels)
@@ -86,7 +91,8 @@ def split_half_ceiling(
     labels: np.ndarray,  # (samples, neurons, frames)
     clip: Sequence | np.ndarray,  # (samples,) clip id; equal ids are repeats, two or more of each
     last: int | None = None,  # use the last so many frames; None: all
-    repeats: float | None = 1,  # ceiling of the correlation with the mean of so many repeats; None: as many as there are
+    repeats: float
+    | None = 1,  # ceiling of the correlation with the mean of so many repeats; None: as many as there are
     splits: int = 20,  # random splits averaged
     seed: int = 0,  # of the splits
 ) -> np.ndarray:  # (clips, neurons), whose mean is the ceiling: for `score_interval` and `ScoreSheet.add`

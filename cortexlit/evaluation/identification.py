@@ -144,7 +144,8 @@ def score_identification(
     scores: np.ndarray,  # (trials, concepts)
     shown: np.ndarray,  # (trials,) column of the concept that was shown
     k: int = 10,  # guesses
-    sessions: np.ndarray | None = None,  # (trials,) required: session of each trial, the same number if there is one
+    sessions: np.ndarray
+    | None = None,  # (trials,) required: session of each trial, the same number if there is one
     groups: np.ndarray | None = None,  # (trials,) trials whose noise may be shared; None: all of a concept
     permutations: int = 1000,
     seed: int = 0,
@@ -219,7 +220,11 @@ def identification_rows(
                 seed=seed,
                 note=f"permutation p = {p:.3f}"
                 + (f", mean normalised rank {found.rank:.3f}" if metric == "pairs" else "")
-                + (f"; no interval: {found.shown} concepts shown, {MIN_CLIPS} or more are needed" if few else ""),
+                + (
+                    f"; no interval: {found.shown} concepts shown, {MIN_CLIPS} or more are needed"
+                    if few
+                    else ""
+                ),
             )  # fmt: skip
         )
     return rows

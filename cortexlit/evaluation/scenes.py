@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core import DataError
-from ..data.audit import models_named, opened
+from ..data.audit import models_named, note_opening
 from ..data.clips import TierArrays, check_folder
 from ..data.scenes import SceneArrays, load_scenes
 from cortexlit.evaluation.baselines import (
@@ -263,6 +263,6 @@ def score_scenes(
             sheet.add(model, metric, values, clip=clip, seed=seed, note=note, **where, **limits)
         if metric in halves:
             sheet.add(SPLIT_HALVES, metric, halves[metric], **where, **limits)
-    if count := opened(root, models_named(predictions), "score_scenes"):
+    if count := note_opening(root, models_named(predictions), "score_scenes"):
         sheet.opened[where["dataset"]] = count
     return sheet

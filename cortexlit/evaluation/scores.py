@@ -199,7 +199,8 @@ class ScoreSheet:
         self,
         model: str,  # name of the model
         metric: str,  # name of the metric
-        values: np.ndarray | None,  # (rows, neurons) of a metric with reduce=None or "table"; None: no score can exist
+        values: np.ndarray
+        | None,  # (rows, neurons) of a metric with reduce=None or "table"; None: no score can exist
         *,
         tier: str,  # e.g. "test"
         dataset: str,  # what was recorded, e.g. the session
@@ -259,7 +260,12 @@ class ScoreSheet:
         source = self.provenance or provenance()
         write_json(
             folder / "scores.json",
-            {"format": 1, "rows": [asdict(row) for row in self.rows], "opened": self.opened, "provenance": source},
+            {
+                "format": 1,
+                "rows": [asdict(row) for row in self.rows],
+                "opened": self.opened,
+                "provenance": source,
+            },
         )
         return folder
 
@@ -342,7 +348,9 @@ class ScoreSheet:
         return [f"{name}: test tier opened {n} time{'s' * (n != 1)}" for name, n in self.opened.items()]
 
     def __repr__(self) -> str:
-        return "\n".join([_readable(self.rows).to_string(index=False) if self.rows else "empty score sheet", *self.looks])
+        return "\n".join(
+            [_readable(self.rows).to_string(index=False) if self.rows else "empty score sheet", *self.looks]
+        )
 
     def _repr_html_(self) -> str:
         table = _readable(self.rows).to_html(index=False) if self.rows else "empty score sheet"

@@ -146,10 +146,11 @@ def _correlation(responses: np.ndarray, labels: np.ndarray) -> float:
     variance = [np.square(x).mean(-1) for x in (p, y)]
     known = variance[1] > 1e-12 * power[1]
     both = known & (variance[0] > 1e-12 * power[0])
-    r = np.where(both, (p * y).mean(-1) / np.sqrt(np.where(both, variance[0] * variance[1], 1)), 0).clip(-1, 1)
+    r = np.where(both, (p * y).mean(-1) / np.sqrt(np.where(both, variance[0] * variance[1], 1)), 0).clip(
+        -1, 1
+    )
     count, per_sample = known.sum(-1), r.sum(-1)
     return float((per_sample[count > 0] / count[count > 0]).mean()) if count.any() else math.nan
-
 
 # %% ../../neuro_nbs/06b_trainer.ipynb #658e1fa5
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ from cortexlit.core import (
     sha256,
     write_json,
 )
-from ..data.audit import _parts, opened, sample_marks
+from ..data.audit import _parts, note_opening, sample_marks
 from ..models.adapters import Adapters
 from .features import fingerprint
 from .lora import database, fail_lost, open_storage
@@ -476,7 +476,7 @@ class Tuning:
                 known = save_array(path, np.mean(found, 0))
                 for part in _parts({"test": dataset}):
                     if part.base is not None:
-                        opened(part.base.root, self.folder.name, "open_test")
+                        note_opening(part.base.root, self.folder.name, "open_test")
                 write_json(record, wanted | {"sha256": known})
         return load_array(path, known)
 
