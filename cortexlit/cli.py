@@ -95,6 +95,7 @@ def _tell_sheet(sheet: Any, out: Path | None, as_json: bool, show: Callable[[pd.
         _print_json([asdict(row) for row in sheet.rows])
     else:
         show(sheet.table())
+        print(*sheet.looks, sep="\n")
 
 
 def _is_number(session: str) -> bool:

@@ -506,6 +506,8 @@ def atomic_folder(
             flush(tmp)
             if overwrite and path.exists():
                 _replaceable(path, kind, tmp)
+                for note in path.glob(".*.json"):  # what was noted of the folder stays with it
+                    shutil.copy2(note, tmp)
                 _put(tmp, path)
             elif os.path.lexists(path):  # another process was faster
                 raise there

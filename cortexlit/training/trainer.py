@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['ADAPT', 'SCHEDULES', 'Diverged', 'best_folder', 'Fit', 'check_options', 'origin', 'model_content', 'check_trained_on',
-           'fit', 'predict']
+__all__ = ['ADAPT', 'SCHEDULES', 'Diverged', 'best_folder', 'Fit', 'check_options', 'audited', 'origin', 'model_content',
+           'check_trained_on', 'fit', 'predict']
 
 # %% ../../neuro_nbs/06b_trainer.ipynb #3d3af665
 import matplotlib.pyplot as plt
@@ -67,6 +67,7 @@ from cortexlit.core import (
     sha256,
     write_json,
 )
+from ..data.audit import audit
 from ..data.checks import finite
 from ..data.clips import MouseDataset
 from ..models.adapters import Adapters, add_adapters, check_targets, merged, save_adapters
@@ -156,7 +157,9 @@ def _correlation(responses: np.ndarray, labels: np.ndarray) -> float:
     variance = [np.square(x).mean(-1) for x in (p, y)]
     known = variance[1] > 1e-12 * power[1]
     both = known & (variance[0] > 1e-12 * power[0])
-    r = np.where(both, (p * y).mean(-1) / np.sqrt(np.where(both, variance[0] * variance[1], 1)), 0).clip(-1, 1)
+    r = np.where(both, (p * y).mean(-1) / np.sqrt(np.where(both, variance[0] * variance[1], 1)), 0).clip(
+        -1, 1
+    )
     count, per_sample = known.sum(-1), r.sum(-1)
     return float((per_sample[count > 0] / count[count > 0]).mean()) if count.any() else math.nan
 
@@ -632,6 +635,17 @@ def _mice(model: PreTrainedModel, dataset: Any) -> tuple[dict[str, Any], dict[st
     return train, validation
 
 # %% ../../neuro_nbs/06b_trainer.ipynb #18d21a84
+def audited(
+    model: PreTrainedModel,
+    dataset: Any,  # as for `fit`
+    allow_shared_stimuli: bool = False,
+) -> tuple[dict[str, Any], dict[str, Any]]:  # {mouse: training data}, {mouse: validation data}
+    "The data of a fit, checked against the model's heads and for what they share; raises `SplitLeak`."
+    train, validation = _mice(model, dataset)
+    audit({"train": train, "validation": validation}, allow_shared_stimuli)
+    return train, validation
+
+
 def origin(
     model: PreTrainedModel,  # with the weights at the start
     dataset: Any,  # as for `fit`
@@ -853,6 +867,7 @@ def fit(
     | None = None,  # run what is frozen once per sample and keep it; None: for the head of a `ViV1T`
     seed: int = 0,  # of adapters, sample order, dropout and readout sampling
     resume: bool = True,  # go on with the run in `out`, if there is one
+    allow_shared_stimuli: bool = False,  # train and validate on the same stimuli, where the folder does not say so
     on_epoch: Callable[[pd.DataFrame], None]
     | None = None,  # gets the history after each epoch; what it raises ends the run, which can be resumed
     progress: bool = True,  # progress bars
@@ -867,7 +882,7 @@ def fit(
         "cache": adapt == "head" and hasattr(model, "embed") if cache is None else cache and adapt != "full", "seed": seed,
     }  # fmt: skip
     _check(options)
-    train, validation = _mice(model, dataset)
+    train, validation = audited(model, dataset, allow_shared_stimuli)
     _fits(model, train, validation, options)
     model = copy.deepcopy(model)
     _set_loss(model, loss, last)
