@@ -1,6 +1,7 @@
 """Faults of runs and storage, by kind: what is killed goes on, what is not ours stays, what does not belong is refused by name."""
 
 import errno
+import functools
 import json
 import os
 import random
@@ -438,8 +439,13 @@ def test_the_head_is_not_trained_before_the_rest_is_looked_at(tmp_path, monkeypa
     tiny_model(core_state=False).save_core(tmp_path / "core")
     given = ["fit", str(folder), "--core", str(tmp_path / "core"), "--adapt", "lora", *wrong]
     monkeypatch.setattr(sys, "argv", ["cortexlit", *given])
-    monkeypatch.setattr(heads, "fit", None)
-    monkeypatch.setattr(trainer, "fit", None)
+
+    @functools.wraps(trainer.fit)
+    def never(*_, **__):
+        raise AssertionError("training has begun")
+
+    for module in (heads, trainer):
+        monkeypatch.setattr(module, "fit", never)
     with pytest.raises(SystemExit):
         cli.main()
 

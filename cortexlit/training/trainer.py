@@ -439,9 +439,14 @@ def best_folder(
             "no finished run", path=folder, expected="the folder of a run, with a best model in best/"
         )
     _check_finished(folder)
-    card = read_json(folder / "best" / "card.json") if (folder / "best" / "card.json").is_file() else {}
+    path = folder / "best" / "card.json"
+    card = read_json(path) if path.is_file() else {}
+    known = card.get("files", {}) if isinstance(card, dict) else None
+    if not isinstance(known, dict) or not all(isinstance(v, str) for v in known.values()):
+        raise DataError("not the card of a model that training has kept", "files and their SHA-256",
+                        "restore it from a copy, or train again", path)  # fmt: skip
     fix = f"delete {folder.name}/best and the checkpoints beside it, and train again"
-    _verify(folder / "best", card.get("files", {}), fix)
+    _verify(folder / "best", known, fix)
     return folder / "best"
 
 # %% ../../neuro_nbs/06b_trainer.ipynb #9ca20895
