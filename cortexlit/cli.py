@@ -95,7 +95,8 @@ def _tell_sheet(sheet: Any, out: Path | None, as_json: bool, show: Callable[[pd.
         _print_json([asdict(row) for row in sheet.rows])
     else:
         show(sheet.table())
-        print(*sheet.looks, sep="\n")
+        for line in sheet.looks:
+            print(line)
 
 
 def _is_number(session: str) -> bool:
