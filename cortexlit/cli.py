@@ -95,6 +95,8 @@ def _tell_sheet(sheet: Any, out: Path | None, as_json: bool, show: Callable[[pd.
         _print_json([asdict(row) for row in sheet.rows])
     else:
         show(sheet.table())
+        for line in sheet.looks:
+            print(line)
 
 
 def _is_number(session: str) -> bool:
@@ -987,9 +989,13 @@ def run_demo(out: Path, say: Callable[[str], None]) -> list[str]:
     import matplotlib
     import torch
 
+    from cortexlit.evaluation.scores import ScoreSheet
+
     matplotlib.use("Agg")  # no window
     torch.set_num_threads(1)  # as the notebooks do, which then find these runs finished
+    core.check_out(out)
     for folder in (out, out / "decoding"):
+        ScoreSheet._replaceable(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("scores.json", "scores.csv", "scores.png"):  # of an earlier run
             (folder / name).unlink(missing_ok=True)

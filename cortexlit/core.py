@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -27,28 +28,45 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 # %% auto #0
-__all__ = ['rng', 'seed_everything', 'CortexlitError', 'DataError', 'MissingError', 'StorageError', 'SplitLeak', 'named_errors',
-           'project_dir', 'data_home', 'generated', 'runs', 'scale', 'clear_leftovers', 'atomic_file', 'kind_of',
-           'atomic_folder', 'locked', 'need_space', 'new_array', 'h5_file', 'check_out', 'write_json', 'read_json',
-           'digest', 'sha256', 'claim', 'save_array', 'load_array', 'made_once', 'provenance']
+__all__ = ['check_seed', 'rng', 'seed_everything', 'CortexlitError', 'DataError', 'MissingError', 'StorageError', 'SplitLeak',
+           'named_errors', 'reading', 'project_dir', 'data_home', 'generated', 'runs', 'scale', 'clear_leftovers',
+           'flush', 'settle', 'atomic_file', 'kind_of', 'atomic_folder', 'locked', 'need_space', 'new_array', 'h5_file',
+           'check_out', 'write_json', 'read_json', 'digest', 'sha256', 'claim', 'save_array', 'load_array', 'made_once',
+           'provenance']
 
 # %% ../nbs/00_core.ipynb #4bf9be33
+def check_seed(
+    seed: Any,
+    most: int | None = None,  # the largest allowed; None: any
+) -> int:  # the same
+    "`DataError` unless it is a whole number from 0 up."
+    if (
+        not isinstance(seed, Integral)
+        or isinstance(seed, bool)
+        or seed < 0
+        or (most is not None and seed > most)
+    ):
+        wish = "a whole number from 0 " + ("up" if most is None else f"to {most}")
+        raise DataError(f"seed={seed!r}", expected=wish)
+    return int(seed)
+
+
 def rng(
     seed: int,  # the run's seed, 0 or larger
     *names: str | int,  # what the stream is for, e.g. "movie", or "noise", 3
 ) -> np.random.Generator:  # the same bits for the same seed and names, on any machine
     "An independent random generator for one named purpose."
     words = hashlib.sha256(json.dumps(names).encode()).digest()[:16]
-    return np.random.default_rng([int(seed), *np.frombuffer(words, dtype="<u4").tolist()])
+    return np.random.default_rng([check_seed(seed), *np.frombuffer(words, dtype="<u4").tolist()])
 
 # %% ../nbs/00_core.ipynb #a1f0a3f7
 def seed_everything(
-    seed: int,  # 0 or larger
+    seed: int,  # 0 to 2**32 - 1
 ) -> None:
     "Seed Python's, NumPy's and (when loaded) torch's global generators."
     import random
 
-    random.seed(seed)
+    random.seed(check_seed(seed, 2**32 - 1))  # NumPy takes no larger one
     np.random.seed(seed)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(seed)
@@ -153,6 +171,34 @@ def named_errors(
         if named is None:
             raise
         raise named from error
+
+# %% ../nbs/00_core.ipynb #5ea0d1e8
+@contextmanager
+def reading(
+    path: str | Path,  # the file that the block reads
+    expected: str | None = None,  # what a good file holds
+    fix: str = "fetch or make it again; compare its size and checksum with the source",  # for a damaged file
+) -> Iterator[None]:
+    "Whatever goes wrong in the block while it reads `path` becomes one of our errors, which names the file."
+    try:
+        with named_errors(path, content=False):
+            yield
+    except StorageError as error:
+        if "unable to lock file" in (text := str(error)):  # not held by anybody, or its cause would be named
+            remedy = "set HDF5_USE_FILE_LOCKING=FALSE, or copy it to a local disk"
+            raise StorageError("this file system cannot lock files", expected, remedy, path) from error
+        raise
+    except CortexlitError:
+        raise
+    except (Exception, MemoryError) as error:
+        text = str(error)
+        if "already open for write" in text:
+            remedy = (
+                "close that program; if a writer was killed, make the file again or run h5clear -s on a copy"
+            )
+            raise StorageError("the file is marked as open for writing", expected, remedy, path) from error
+        reason = f"{type(error).__name__}: {text}" if text else type(error).__name__
+        raise DataError(f"cut off or damaged, or of another kind ({reason})", expected, fix, path) from error
 
 # %% ../nbs/00_core.ipynb #ced40067
 def project_dir() -> Path:
@@ -297,6 +343,39 @@ def clear_leftovers(
         folders[:] = [name for name in folders if not _LEFT.search(name)]
 
 # %% ../nbs/00_core.ipynb #fba6fe27
+def flush(
+    *paths: str | Path,  # files, or folders with all that is in them
+) -> None:
+    "Wait until the disk itself has them: what is renamed before that may be empty after a power failure."
+    for path in map(Path, paths):
+        for here in (path, *(path.rglob("*") if path.is_dir() else ())):
+            _flush(here)
+
+
+def _flush(path: Path) -> None:
+    "One file, or the names in one folder."
+    if path.is_symlink() or (path.is_dir() and os.name == "nt"):
+        return
+    number = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF):  # the disk knows no such request
+            raise
+    finally:
+        os.close(number)
+
+
+def settle(
+    new: str | Path,  # a finished file or folder
+    path: str | Path,  # its name from now on; what was there is replaced
+) -> None:
+    "Rename, so that even a power failure leaves the old or the new, whole."
+    flush(new)
+    os.replace(new, path)
+    _flush(Path(path).parent)
+
+
 @contextmanager
 def atomic_file(
     path: str | Path,  # the file to be written or replaced
@@ -309,7 +388,7 @@ def atomic_file(
         tmp = _beside(path)
         try:
             yield tmp
-            os.replace(tmp, path)
+            settle(tmp, path)
         finally:
             tmp.unlink(missing_ok=True)
 
@@ -424,13 +503,17 @@ def atomic_folder(
         tmp.mkdir()
         try:
             yield tmp
+            flush(tmp)
             if overwrite and path.exists():
                 _replaceable(path, kind, tmp)
+                for note in path.glob(".*.json"):  # what was noted of the folder stays with it
+                    shutil.copy2(note, tmp)
                 _put(tmp, path)
             elif os.path.lexists(path):  # another process was faster
                 raise there
             else:
                 os.rename(tmp, path)
+            _flush(path.parent)
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and not overwrite and path.is_dir():
                 raise there from error
@@ -651,20 +734,31 @@ def save_array(
 
 
 def load_array(
-    path: str | Path,  # an .npy file
+    path: str | Path,  # .npy
+    kinds: str = "fiub",  # NumPy kinds allowed; "U" for text
+    mmap: bool = False,  # leave it on disk
     known: str | None = None,  # its SHA-256; None: it was not noted
 ) -> np.ndarray:
-    "Load an array; `DataError` if it is damaged or not what was written."
-    with named_errors(path):
-        if known is not None and sha256(path) != known:
-            raise DataError("the file differs from what was written", path=path, expected=f"SHA-256 {known[:16]}...",
-                            fix="it is damaged or was edited; delete it, and it is made again")  # fmt: skip
-        try:
-            return np.load(path, allow_pickle=False)
-        except (ValueError, EOFError) as error:
+    "An array saved with numpy.save; `MissingError`, or `DataError` naming the file. Nothing is ever unpickled."
+    path = Path(path)
+    if known is not None and sha256(path) != known:
+        raise DataError("the file differs from what was written", path=path, expected=f"SHA-256 {known[:16]}...",
+                        fix="it is damaged or was edited; delete it, and it is made again")  # fmt: skip
+    with reading(path, "an array saved with numpy.save"):
+        array = np.load(path, mmap_mode="r", allow_pickle=False) if path.stat().st_size else None
+        if not isinstance(array, np.memmap):
             raise DataError(
-                f"not an array: {error}", path=path, fix="delete it, and it is made again"
-            ) from None
+                "no array saved with numpy.save", path=path, expected="a .npy file", fix="make it again"
+            )
+        if array.offset + array.nbytes != path.stat().st_size:
+            raise DataError(
+                "bytes follow after the array", path=path, fix="the file is damaged; make it again"
+            )
+        array = array if mmap else np.array(array)
+    if array.dtype.kind not in kinds:
+        wish = "names (text)" if kinds == "U" else "real numbers"
+        raise DataError(f"the array has dtype {array.dtype}", path=path, expected=wish)
+    return array
 
 
 def made_once(
@@ -684,7 +778,7 @@ def made_once(
                 changed = sorted(k for k in {*made_from, *before} if before.get(k) != made_from.get(k))
                 raise DataError(f"this was made from other {', '.join(changed)}", path=path,
                                 fix="delete it, and it is made again; or choose another folder")  # fmt: skip
-            return load_array(path, known.get("sha256"))
+            return load_array(path, known=known.get("sha256"))
         record.unlink(missing_ok=True)
         array = make()
         write_json(record, {"made_from": made_from, "sha256": save_array(path, array)})

@@ -55,6 +55,10 @@ def test_without_the_truth_ceilings_come_from_split_halves_and_other_repeats_are
     r = split_half_reliability(labels, clip, last=9, repeats=1)
     expected = mean_score(np.sign(r) * np.sqrt(abs(r)))
     np.testing.assert_allclose(one(sheet, "flattened correlation", "ceiling"), expected)
+    ceiling = one(sheet, "flattened correlation", "value")["ceiling: split halves"]
+    assert ceiling == pytest.approx(expected)
+    low, high = (one(sheet, "flattened correlation", end)["ceiling: split halves"] for end in ("low", "high"))
+    assert np.isnan(low) == (len(np.unique(clip)) < 5) and not low > ceiling and not high < ceiling
     assert (
         one(sheet, "correlation to average", "ceiling").isna().all()
     )  # the test tier has one repeat of each clip

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cortexlit.core import DataError, rng
-from cortexlit.evaluation.ceilings import leave_one_out_oracle, split_half_reliability
+from cortexlit.evaluation.ceilings import leave_one_out_oracle, split_half_ceiling, split_half_reliability
+from cortexlit.evaluation.intervals import score_interval
 from cortexlit.evaluation.metrics import mean_score
 
 CHECKED = settings(max_examples=50, deadline=None)
@@ -165,3 +166,35 @@ def test_wrong_input_raises(ceiling, arguments, words):
 def test_counts_must_be_positive(options):
     with pytest.raises(DataError, match="1 or more"):
         split_half_reliability(Y, CLIP, **options)
+
+
+@pytest.mark.parametrize("repeats", [1, 4, None])
+def test_split_half_ceiling_is_the_root_of_the_reliability(repeats):
+    y, clip = gaussian(np.geomspace(0.02, 2, 6)[:, None], 12, 6, 6, 30)
+    table = split_half_ceiling(y, clip, last=20, repeats=repeats)
+    rho = split_half_reliability(y, clip, last=20, repeats=repeats)
+    assert table.shape == (12, 6)
+    np.testing.assert_allclose(table.mean(0), np.sign(rho) * np.sqrt(abs(rho)), atol=1e-9)
+
+
+def test_split_half_ceiling_of_constant_neurons_and_of_one_clip():
+    y, clip = gaussian(0.5, 6, 4, 3, 30)
+    y[:, 1] = 2.0
+    table = split_half_ceiling(y, clip)
+    assert np.isnan(table[:, 1]).all() and np.isfinite(table[:, [0, 2]]).all()
+    assert split_half_ceiling(y[clip == 0], clip[clip == 0]).shape == (1, 3)
+
+
+@pytest.mark.parametrize("clips", [6, 30])
+def test_the_interval_of_a_split_half_ceiling_covers_the_truth(clips):
+    "Neurons whose signal differs by clip and by neuron; the truth is that of many clips."
+    g, covered, runs = np.random.default_rng(0), 0, 60
+    for _ in range(runs):
+        strength = g.gamma(2, 0.2, (1, 20, 1)) * g.gamma(4, 0.25, (clips, 1, 1))
+        signal = np.sqrt(strength) * g.normal(size=(clips, 20, 40))
+        clip = np.tile(np.arange(clips), 8)
+        y = signal[clip] + g.normal(size=(len(clip), 20, 40))
+        low, high = score_interval(split_half_ceiling(y, clip, splits=5))
+        s = g.gamma(2, 0.2, 20000)  # mean strength over clips is 1
+        covered += low <= np.mean(np.sqrt(s / (s + 1))) <= high
+    assert covered >= 0.88 * runs

@@ -102,7 +102,7 @@ def test_noise_in_training_only_and_never_outside_the_brain():
 def test_selection_is_pair_accuracy():
     draw = rng(0, "pairs")
     scores, shown = draw.integers(0, 6, (30, 5)).astype(np.float32), draw.integers(0, 5, 30)
-    expected = score_identification(scores, shown, k=1, permutations=1).pairs
+    expected = score_identification(scores, shown, 1, np.zeros(len(shown)), permutations=1).pairs
     assert ConceptClassifier.correlation(scores, shown.astype(np.float32)) == pytest.approx(expected)
     assert ConceptClassifier.correlation(np.zeros((4, 3)), np.array([0, 1, 2, 0])) == 0.5
     assert ConceptClassifier.correlation(np.eye(3), np.arange(3)) == 1.0

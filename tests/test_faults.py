@@ -4,10 +4,12 @@ Each kind has a control: the same input without its fault gives the right number
 the kinds of runs.
 """
 
+import contextlib
 import gzip
 import json
 import os
 import pickle
+import random
 import shutil
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import h5py
+import malformed
 import numpy as np
 import pandas as pd
 import pytest
@@ -967,6 +970,15 @@ def test_ratings_of_spreadsheets(tmp_path):
         ratings(tmp_path, RATINGS.assign(uniqueID=["kite", "", "fern"]))
 
 
+@pytest.mark.parametrize("table", ["sub-01_StimulusMetadata.csv", "sub-01_VoxelMetadata.csv"])
+def test_a_table_without_rows(part, table):
+    root = part("figshare")
+    path = one(root, table)
+    pd.read_csv(path, nrows=0).to_csv(path, index=False)
+    with pytest.raises(DataError, match=rf"(?s)no rows.*{table}"):
+        things.open_things(root, "01")
+
+
 def test_a_trial_without_a_concept(part):
     root = part("figshare")
     path = one(root, "sub-01_StimulusMetadata.csv")
@@ -1018,123 +1030,59 @@ def test_events_that_are_none(tiny_cache, session, tmp_path):
         allen.checksum_file(path).unlink(missing_ok=True)
 
 
-DAMAGES = st.one_of(
-    st.tuples(st.just("cut"), st.floats(0, 0.999)),
-    st.tuples(st.just("flip"), st.floats(0, 0.999)),
-    st.tuples(st.just("junk"), st.binary(max_size=40)),
-    st.tuples(st.just("append"), st.binary(min_size=1, max_size=9)),
-    st.tuples(
-        st.just("text"), st.sampled_from(["", "[" * 5000, "<html>", "{}", "1,2\n3", "null", "a;b\n1;2;3\n"])
-    ),
-    st.tuples(st.just("array"), st.sampled_from(["object", "complex", "text", "scalar", "empty", "huge"])),
-)
-
-
-def damage(path: Path, whole: bytes, kind: str, how) -> None:
-    at = int(how * len(whole)) if isinstance(how, float) else 0
-    if kind == "cut":
-        path.write_bytes(whole[:at])
-    elif kind == "flip":
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :])
-    elif kind == "junk":
-        path.write_bytes(how)
-    elif kind == "append":
-        path.write_bytes(whole + how)
-    elif kind == "text":
-        path.write_text(how)
-    elif how == "huge":  # a header that promises 8 exabytes
-        with open(path, "wb") as file:
-            np.lib.format.write_array_header_1_0(
-                file, {"descr": "<f8", "fortran_order": False, "shape": (10**18,)}
-            )
-    else:
-        a = {"object": np.array([{}]), "complex": np.ones((3, 3), complex), "text": np.array(["a"]),
-             "scalar": np.float64(3), "empty": np.zeros((0, 3))}[how]  # fmt: skip
-        with open(path, "wb") as file:
-            np.save(file, a)
-
-
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory, study):
+def bench(tmp_path_factory, study, tiny_cache):
     "Files and folders of every kind, and the call that reads each; a reader answers, or names what is wrong."
-    root = tmp_path_factory.mktemp("bench")
-    made = {"clips": clips(root / "clips"), "scenes": scenes(root / "scenes")}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        made["things"] = things.build_things(things.open_things(study, "01", "figshare"), root / "things")
-    for layout in READERS:
-        made[layout] = tree(root / layout, layout)
-    for layout in ("figshare", "volumes"):
-        shutil.copytree(study / layout, root / f"fmri-{layout}")
-    shutil.copy(study / "ratings/animacy.csv", root)
-    np.save(root / "images.npy", np.random.default_rng(0).random((9, 4, 5)))
-    np.savez(root / "arrays.npz", a=np.arange(9.0), b=np.array(["x"]))
-    split = things.split_by_concept(things.ThingsDataset(made["things"]).trials)
-    split.save(root / "split.json")
-    out = root / "out"
-
-    def importing(call, *arguments, **options):
-        shutil.rmtree(out, ignore_errors=True)
-        return call(*arguments, out, **options)
-
-    def every(folder, kind):
-        data = kind(folder, "train")
-        return [data[i] for i in range(len(data))]
-
-    def voxels(layout):
-        return things.open_things(root / f"fmri-{layout}", "01", layout)
-
-    responses = np.random.default_rng(1).random((9, 2))
-    return {
-        "array": (root / "images.npy", lambda p: checks.load_array(p)),
-        "arrays": (root / "arrays.npz", lambda p: checks.load_arrays(p, ["a"])),
-        "table": (made["clips"] / "neurons.csv", lambda p: checks.load_table(p, ["cell_id"])),
-        "card": (made["clips"] / "card.json", lambda p: MouseDataset(p.parent, "train")),
-        "clips": (made["clips"] / "responses.npy", lambda p: every(p.parent, MouseDataset)),
-        "statistics": (made["clips"] / "statistics.json", lambda p: every(p.parent, MouseDataset)),
-        "scenes": (made["scenes"] / "samples.csv", lambda p: every(p.parent, ScenesDataset)),
-        "cache": (made["things"] / "responses.npy", lambda p: things.ThingsDataset(p.parent).responses),
-        "metadata": (made["things"] / "metadata.npz", lambda p: things.ThingsDataset(p.parent).responses),
-        "split": (root / "split.json", things.Split.load),
-        "tree": (made["sensorium"] / "data/responses/3.npy", lambda p: importing(import_tree, made["sensorium"])),
-        "tiers": (made["sensorium"] / "meta/trials/tiers.npy", lambda p: importing(import_tree, made["sensorium"])),
-        "study": (made["study1"] / "train/videos/3.npy", lambda p: importing(import_tree, made["study1"])),
-        "2022": (made["2022"] / "data/images/3.npy", lambda p: importing(import_sensorium2022, made["2022"])),
-        "ids": (made["2022"] / "meta/neurons/unit_ids.npy", lambda p: importing(import_sensorium2022, made["2022"])),
-        "laboratory": (root / "images.npy", lambda p: importing(import_arrays, p, responses)),
-        "ratings": (root / "animacy.csv", lambda p: things.load_properties(p, ["lives"])),
-        "volume": (one(root / "fmri-volumes", "sub-01*brainmask*"), things.read_nifti),
-        "mask": (one(root / "fmri-volumes", "sub-01*brainmask*"), lambda p: voxels("volumes")),
-        "conditions": (one(root / "fmri-volumes", "sub-01*_conditions.tsv"), lambda p: voxels("volumes")),
-        "stimuli": (one(root / "fmri-figshare", "sub-01_Stim*"), lambda p: voxels("figshare")),
-        "voxels": (one(root / "fmri-figshare", "sub-01_Voxel*"), lambda p: voxels("figshare")),
-        "responses": (one(root / "fmri-figshare", "sub-01_Resp*"), lambda p: voxels("figshare").read()),
-    }  # fmt: skip
+    found = malformed.readers(tmp_path_factory.mktemp("bench"), study, tiny_cache)
+    assert set(found) == set(NAMES), "list the new reader here"
+    return found
 
 
-NAMES = ["array", "arrays", "table", "card", "clips", "statistics", "scenes", "cache", "metadata", "split", "tree",
-         "tiers", "study", "2022", "ids", "laboratory", "ratings", "volume", "mask", "conditions", "stimuli", "voxels",
-         "responses"]  # fmt: skip
+NAMES = [
+    "array", "arrays", "table", "split", "tree", "tree, behaviour", "tree, pupil", "tree, tiers", "tree, neurons",
+    "study 1", "2022", "2022, responses", "2022, ids", "laboratory", "ratings", "volume", "mask", "region",
+    "areas", "betas", "conditions", "stimuli", "voxels", "responses", "score sheet", "adapters",
+    "adapters, options", "adapters, head", "features", "features, card", "run", "run, card", "published, options",
+    "published, weights", "core", "core, options", "model viv1t", "model viv1t, options", "model v1t",
+    "model v1t, options", "model vit3d", "model vit3d, options", "model cnn_vit", "model cnn_vit, options",
+    "model classifier", "model classifier, options", "clips, behavior.npy", "clips, card.json",
+    "clips, neurons.csv", "clips, responses.npy", "clips, samples.csv", "clips, statistics.json",
+    "clips, videos.npy", "scenes, behavior.npy", "scenes, card.json", "scenes, images.npy", "scenes, neurons.csv",
+    "scenes, responses.npy", "scenes, samples.csv", "scenes, statistics.json", "cache, card.json",
+    "cache, metadata.npz", "cache, responses.npy",
+    "session", "events", "session, cell_specimens.json", "session, experiment_containers.json",
+    "session, manifest.json", "session, ophys_experiments.json", "session, stimulus_mappings.json",
+    "checkpoint, optimizer.pt", "checkpoint, scheduler.pt", "checkpoint, rng_state.pth",
+    "checkpoint, trainer_state.json", "checkpoint, model.safetensors", "run, config.json", "run, provenance.json",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_reader_answers_or_names_the_fault(bench, name):
-    path, read = bench[name]
-    whole = path.read_bytes()
-    read(path)  # the control
+    reader = bench[name]
+    whole, card = reader.path.read_bytes(), reader.card and reader.card.read_bytes()
 
-    @settings(max_examples=8, suppress_health_check=list(HealthCheck), deadline=None)
-    @given(DAMAGES)
-    def check(how):
+    @settings(
+        max_examples=1 if name.startswith(malformed.SLOW) else 4,
+        suppress_health_check=list(HealthCheck),
+        deadline=None,
+    )
+    @given(st.integers(0, 10**6), st.booleans())
+    def check(seed, signed):
         try:
-            damage(path, whole, *how)
+            malformed.spoil(reader.path, whole, random.Random(seed))
+            if signed and card is not None:
+                with contextlib.suppress(Exception):  # the card itself is spoilt
+                    malformed.sign(reader.card, reader.path)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                read(path)
+                reader.read()
         except CortexlitError as error:
-            assert "do:" in str(error) or "expected:" in str(error)
+            assert str(error)
         finally:
-            path.write_bytes(whole)
+            reader.path.write_bytes(whole)
+            if card is not None:
+                reader.card.write_bytes(card)
 
     check()
 
@@ -1142,10 +1090,13 @@ def test_every_reader_answers_or_names_the_fault(bench, name):
 @pytest.mark.parametrize("change", ["missing", "folder", "unreadable"])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_reader_names_a_file_it_cannot_open(bench, name, change):
-    path, read = bench[name]
+    reader = bench[name]
     if change == "unreadable" and os.geteuid() == 0:
         pytest.skip("root may read everything")
-    aside = path.with_name("aside")
+    if name.startswith(malformed.SLOW) and change != "missing":
+        pytest.skip("as when it is missing")
+    path = reader.path
+    aside = path.parent.parent / "aside"
     path.rename(aside)
     try:
         if change == "folder":
@@ -1154,11 +1105,11 @@ def test_every_reader_names_a_file_it_cannot_open(bench, name, change):
             shutil.copy(aside, path)
             path.chmod(0)
         try:
-            read(path)
+            reader.read()
         except CortexlitError as error:
             assert str(error)
         else:
-            assert name in ("ids", "mask") and change == "missing", "read without its file"
+            assert name in OPTIONAL and change != "unreadable", "read without its file"
     finally:
         if path.is_dir():
             path.rmdir()
@@ -1166,23 +1117,8 @@ def test_every_reader_names_a_file_it_cannot_open(bench, name, change):
         aside.rename(path)
 
 
-@settings(max_examples=6, suppress_health_check=list(HealthCheck), deadline=None)
-@given(at=st.floats(0, 0.999), kind=st.sampled_from(["cut", "flip"]))
-def test_a_damaged_nwb_file_is_named_or_read(tiny_cache, tmp_path_factory, at, kind):
-    ident = sorted(allen.synthetic_sessions(tiny_cache))[0]
-    root = tmp_path_factory.mktemp("nwb")
-    for item in tiny_cache.iterdir():
-        if item.is_file():
-            shutil.copy(item, root)
-    path = root / "ophys_experiment_data" / f"{ident}.nwb"
-    path.parent.mkdir()
-    damage(path, (tiny_cache / "ophys_experiment_data" / path.name).read_bytes(), kind, at)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            allen.open_session(ident, root)
-        except CortexlitError as error:
-            assert path.name in str(error)
+OPTIONAL = {"tree, neurons", "2022, ids", "run, card", "region", "areas", "run, provenance.json", "session, cell_specimens.json",
+            "session, experiment_containers.json", "session, manifest.json", "session, stimulus_mappings.json"}  # fmt: skip
 
 
 # --- kind: recordings made of anything
@@ -1240,9 +1176,7 @@ def test_any_split_table_is_taken_or_named(tmp_path_factory, rows):
 
 @pytest.mark.parametrize("kind", ["clips", "scenes", "things"])
 def test_an_edited_card(bench, kind):
-    path = {"clips": bench["clips"], "scenes": bench["scenes"], "things": bench["cache"]}[kind][
-        0
-    ].parent / "card.json"
+    path = bench["cache, card.json" if kind == "things" else f"{kind}, card.json"].path
     whole = path.read_text()
     read = {"clips": lambda p: MouseDataset(p, "train"), "scenes": lambda p: ScenesDataset(p, "train"),
             "things": things.ThingsDataset}[kind]  # fmt: skip
@@ -1275,11 +1209,7 @@ def test_an_edited_card(bench, kind):
 
 
 def test_folders_of_another_kind(bench):
-    folder = {
-        "clips": bench["clips"][0].parent,
-        "scenes": bench["scenes"][0].parent,
-        "things": bench["cache"][0].parent,
-    }
+    folder = {k: bench[f"{'cache' if k == 'things' else k}, card.json"].path.parent for k in checks.KINDS}
     read = {"clips": lambda p: MouseDataset(p, "train"), "scenes": lambda p: ScenesDataset(p, "train"),
             "things": things.ThingsDataset}  # fmt: skip
     for kind, call in read.items():
@@ -1290,7 +1220,7 @@ def test_folders_of_another_kind(bench):
 
 
 def test_the_cache_of_a_subject_is_verified(bench):
-    path, read = bench["cache"]
+    path = bench["cache, responses.npy"].path
     whole, values = path.read_bytes(), np.load(path)
     try:
         for change in (
@@ -1301,10 +1231,10 @@ def test_the_cache_of_a_subject_is_verified(bench):
         ):
             np.save(path, np.ascontiguousarray(change))
             with pytest.raises(CortexlitError, match="responses.npy"):
-                read(path)
+                things.ThingsDataset(path.parent)
     finally:
         path.write_bytes(whole)
-    np.testing.assert_array_equal(read(path), values)
+    np.testing.assert_array_equal(things.ThingsDataset(path.parent).responses, values)
 
 
 # --- kind: manifests and addresses

@@ -1,19 +1,24 @@
 """Faults of runs and storage, by kind: what is killed goes on, what is not ours stays, what does not belong is refused by name."""
 
 import errno
+import functools
 import json
 import os
+import random
 import resource
 import shutil
 import signal
 import sys
 from pathlib import Path
 
+import malformed
 import numpy as np
 import optuna
 import pytest
 import torch
 import toys
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from optuna.trial import TrialState
 from safetensors.torch import load_file, save_file
 from toy_training import LAST, tiers, tiny_model, weights
@@ -22,7 +27,8 @@ from cortexlit import cli, core
 from cortexlit.core import DataError, MissingError, StorageError
 from cortexlit.data.clips import build_dataset
 from cortexlit.models.adapters import Adapters, add_adapters, load_adapters, save_adapters
-from cortexlit.training import lora, trainer, tuning
+from cortexlit.training import lora, pretraining, trainer, tuning
+from cortexlit.training.features import cached_features
 from cortexlit.training.trainer import best_folder, check_options, check_trained_on, fit
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="forks and limits as Linux has them")
@@ -85,6 +91,18 @@ def test_only_a_folder_of_the_same_kind_is_replaced(tmp_path):
     assert (tmp_path / "data/a.txt").read_text() == "new" and not hidden(tmp_path)
 
 
+def test_of_two_builders_the_second_is_refused(tmp_path):
+    with pytest.raises(DataError, match="exists already"), core.atomic_folder(tmp_path / "data") as slow:
+        (slow / "a.txt").write_text("slow")
+        write(tmp_path / "data", "fast")  # by another process, meanwhile
+    assert (tmp_path / "data/a.txt").read_text() == "fast" and not hidden(tmp_path)
+    with core.atomic_folder(tmp_path / "data", overwrite=True) as slow:
+        core.write_json(slow / "card.json", {"kind": "toy", "files": {"a.txt": ""}})
+        (slow / "a.txt").write_text("slow")
+        write(tmp_path / "data", "fast", overwrite=True)
+    assert (tmp_path / "data/a.txt").read_text() == "slow" and not hidden(tmp_path)
+
+
 @pytest.mark.parametrize("card", [None, "{}", "[1]", "{", '{"name": "mine"}'])
 def test_a_foreign_folder_stays(tmp_path, card):
     thesis = tmp_path / "thesis"
@@ -112,6 +130,13 @@ def test_a_file_stays_and_a_link_leads_to_what_is_replaced(tmp_path):
 
 def test_foreign_scores_stay(tmp_path):
     from cortexlit.evaluation.scores import ScoreSheet
+
+    for folder in (tmp_path / "demo", tmp_path / "demo2/decoding"):
+        folder.mkdir(parents=True)
+        (folder / "scores.csv").write_text("student,grade\n")
+        with pytest.raises(DataError, match="has not written"):
+            cli.run_demo(tmp_path / folder.relative_to(tmp_path).parts[0], print)
+        assert (folder / "scores.csv").read_text() == "student,grade\n"
 
     ScoreSheet().save(tmp_path / "ours")
     ScoreSheet().save(tmp_path / "ours")
@@ -274,6 +299,45 @@ def test_killed_in_the_first_seconds_and_before_the_best_is_saved(tmp_path, name
     assert best_folder(out) == out / "best" and (out / "provenance.json").is_file()
 
 
+def test_a_run_that_would_go_on_has_no_best_model_yet(tmp_path):
+    with pytest.raises(Stop):
+        run(tmp_path / "run", on_epoch=stop_after(2))
+    with pytest.raises(DataError, match="not finished: 2 of 3 epochs"):
+        best_folder(tmp_path / "run")
+    run(tmp_path / "run")
+    assert best_folder(tmp_path / "run").is_dir()
+    early = run(tmp_path / "early", epochs=9, lr=0.1, patience=1)  # ends sooner, and is finished
+    assert len(early.history) < 9 and best_folder(tmp_path / "early").is_dir()
+
+
+@linux
+def test_what_gets_its_name_is_on_the_disk_before(tmp_path, monkeypatch):
+    safe: set[str] = set()
+    names = []
+
+    def fsync(number: int, real=os.fsync) -> None:
+        safe.add(os.readlink(f"/proc/self/fd/{number}"))
+        real(number)
+
+    def replace(new, path, real=os.replace) -> None:
+        parts = [new, *Path(new).rglob("*")] if Path(new).is_dir() else [new]
+        assert {str(p) for p in parts} <= safe, f"{path} gets its name before its content is safe"
+        names.append(Path(path).name)
+        real(new, path)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(os, "rename", replace)
+    write(tmp_path / "data", "x")
+    core.save_array(tmp_path / "a.npy", np.ones(3))
+    cached_features(tiny_model(), tiers()[0], tmp_path / "kept", last=LAST, progress=False)
+    assert str(tmp_path) in safe and str(tmp_path / "kept") in safe  # the names, too
+    assert {"data", "a.npy", "card.json"} < set(names) and len(names) > 5
+    run(tmp_path / "run", epochs=1)
+    (mark,) = (tmp_path / "run").glob("checkpoint-*/complete")
+    assert {str(p) for p in mark.parent.iterdir() if p != mark} <= safe
+
+
 def test_a_damaged_checkpoint_is_named_and_what_to_delete(tmp_path):
     with pytest.raises(Stop):
         run(tmp_path / "cut", on_epoch=stop_after(2))
@@ -318,7 +382,7 @@ def test_a_trial_without_a_sign_of_life_is_given_up(tmp_path, monkeypatch):
 # Options are looked at before anything is trained -----------------------------------------------------------
 
 WRONG = [{"lr": -1}, {"lr": float("nan")}, {"lr": "fast"}, {"weight_decay": -1}, {"betas": (0.9,)}, {"betas": (0.9, 1.0)},
-         {"eps": 0}, {"seed": -1}, {"epochs": 0}, {"epochs": ()}, {"epochs": 1.5}, {"batch_size": 0}, {"last": 0},
+         {"eps": 0}, {"seed": -1}, {"seed": 2**32}, {"seed": 0.5}, {"epochs": 0}, {"epochs": ()}, {"epochs": 1.5}, {"batch_size": 0}, {"last": 0},
          {"patience": 0}, {"schedule": "cosin"}, {"precision": "float64"}, {"core_lr": 0.0}, {"learning_rate": 1}]  # fmt: skip
 
 
@@ -363,6 +427,29 @@ def test_every_way_to_train_looks_first(tmp_path, monkeypatch):
     assert not any((tmp_path / name).exists() for name in ("grid", "t", "r"))
 
 
+@pytest.mark.parametrize(
+    "wrong", [["--rank", "7"], ["--targets", "everything"], ["--seed", "-1"], ["--last", "1000"]]
+)
+def test_the_head_is_not_trained_before_the_rest_is_looked_at(tmp_path, monkeypatch, wrong):
+    from cortexlit.training import heads
+
+    folder = build_dataset(
+        toys.toy_recording(), tmp_path / "d", clip_frames=20, size=(10, 14), split="stimuli", gap=5
+    )
+    tiny_model(core_state=False).save_core(tmp_path / "core")
+    given = ["fit", str(folder), "--core", str(tmp_path / "core"), "--adapt", "lora", *wrong]
+    monkeypatch.setattr(sys, "argv", ["cortexlit", *given])
+
+    @functools.wraps(trainer.fit)
+    def never(*_, **__):
+        raise AssertionError("training has begun")
+
+    for module in (heads, trainer):
+        monkeypatch.setattr(module, "fit", never)
+    with pytest.raises(SystemExit):
+        cli.main()
+
+
 def test_numbers_of_numpy_are_numbers():
     space = tuning.Space(
         {"depth": tuning.Range(np.int64(3), np.int64(8)), "wide": tuning.Choice((np.int64(2), 4))}
@@ -374,6 +461,34 @@ def test_numbers_of_numpy_are_numbers():
     for low, high in (("1", "2"), (True, 2), (None, 1)):
         with pytest.raises(DataError):
             tuning.Range(low, high)
+
+
+@pytest.mark.parametrize("tier", [0, 1])
+@pytest.mark.parametrize("field", ["labels", "video", "behavior"])
+def test_every_sample_is_looked_at_before_anything_is_trained(tmp_path, tier, field):
+    data = tiers()
+    data[tier].items[-1][field].view(-1)[-1] = float("nan")
+    with pytest.raises(DataError, match=f"{field} of {('train', 'validation')[tier]} sample .*not finite"):
+        fit(tiny_model(), data, out=tmp_path / "r", last=LAST, epochs=1, progress=False)
+    data = tiers()
+    data[tier].items[-1]["labels"] = data[tier].items[-1]["labels"][:3]
+    with pytest.raises(DataError, match="labels of .* sample .: 3"):
+        fit(tiny_model(), data, out=tmp_path / "r", last=LAST, epochs=1, progress=False)
+    data = tiers()
+    data[tier].items.clear()
+    with pytest.raises(DataError, match=r"no (training|validation) samples|has no samples"):
+        fit(tiny_model(), data, out=tmp_path / "r", last=LAST, epochs=1, progress=False)
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("seed", [-1, 0.5, None, "0", True])
+def test_seeds_are_whole_numbers_from_zero_up(seed):
+    for call in (core.rng, core.seed_everything):
+        with pytest.raises(DataError, match="seed="):
+            call(seed)
+    with pytest.raises(DataError, match="seed=4294967296"):
+        core.seed_everything(2**32)
+    assert core.rng(np.int64(3), "a").random() == core.rng(3, "a").random()
 
 
 # Results belong to what made them ---------------------------------------------------------------------------
@@ -474,6 +589,56 @@ def test_adapters_are_whole_and_on_their_own_base(tmp_path):
         load_adapters(other, tmp_path / "a")
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return malformed.models(tmp_path_factory.mktemp("saved"))
+
+
+DAMAGES = {
+    "a weight less": (lambda w, k: {n: v for n, v in w.items() if n != k}, "1 missing"),
+    "a weight more": (lambda w, k: w | {"x": torch.zeros(2)}, "1 unexpected"),
+    "NaN": (lambda w, k: w | {k: w[k] * float("nan")}, "not finite"),
+    "another shape": (lambda w, k: w | {k: w[k][None]}, "mismatched|damaged"),
+    "cut": (None, "damaged"),
+    "options": (None, "damaged"),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("name", ["viv1t", "v1t", "vit3d", "cnn_vit", "classifier"])
+def test_a_saved_model_is_read_back_whole(saved, tmp_path, name, how):
+    kind, folder = saved[name]
+    want = kind.from_pretrained(folder).state_dict()  # the control
+    first = load_file(folder / "model.safetensors")
+    assert all(torch.equal(want[k], v) for k, v in first.items())
+    shutil.copytree(folder, tmp_path / "m")
+    path, (change, why) = tmp_path / "m/model.safetensors", DAMAGES[how]
+    if how == "options":
+        (tmp_path / "m/config.json").write_text("[1]")
+    elif how == "cut":
+        path.write_bytes(path.read_bytes()[:-9])
+    else:
+        key = next(k for k in sorted(first) if first[k].is_floating_point() and first[k].ndim)
+        save_file(change(first, key), path, metadata={"format": "pt"})
+    with pytest.raises(DataError, match=rf"(?s)({why}).*{tmp_path}"):
+        kind.from_pretrained(tmp_path / "m")
+    with pytest.raises(MissingError, match="no local folder"):
+        kind.from_pretrained(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "- 1", "x", "a: [", "!!python/object/apply:os.system ['true']", "core_emb_dim: {}"]
+)
+def test_the_options_of_a_published_run_are_named_if_they_are_none(tmp_path, text):
+    from cortexlit.models.viv1t import ViV1T
+
+    run = malformed.published(tmp_path / "run")
+    ViV1T.from_published(run)  # the control
+    (run / "args.yaml").write_text(text)
+    with pytest.raises(DataError, match="args.yaml|run|emb_dim"):
+        ViV1T.from_published(run)
+
+
 @pytest.mark.parametrize("name", ["plain", "rank 8?", "50%20gain", "a#b", "{x}"])
 def test_a_database_lies_in_its_folder_whatever_that_is_called(tmp_path, name):
     (tmp_path / name).mkdir()
@@ -512,3 +677,66 @@ def test_what_the_system_refuses_a_command_is_named(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         cli.main()
     assert "/nowhere/[x]" in json.loads(capsys.readouterr().out)["error"]
+
+
+# Every command ----------------------------------------------------------------------------------------------
+
+COMMANDS = ["sessions", "build", "score", "fit", "grid", "scenes build", "scenes fit", "scenes score", "things build",
+            "things fit", "things score", "data", "pretrain", "demo"]  # fmt: skip
+SLOW = ("sessions", "build", "scenes build")
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory):
+    "Command lines that are right, and values that are not."
+    from cortexlit.data.synthetic import embedded_session
+
+    root = tmp_path_factory.mktemp("lines")
+    (root / "settings.ini").write_text("lib_name = cortexlit\n")  # `_data/` and `_runs/` lie here
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        embedded_session("tiny")
+        found = malformed.commands(root)
+    assert list(found) == COMMANDS, "list the new command here"
+    words = {" ".join(c.split()) for c in _commands(cli.app)}
+    assert words == set(COMMANDS), "give the new command wrong values in tests/malformed.py"
+    return root, found
+
+
+def _commands(app, before: str = "") -> list[str]:
+    "Names of all commands of a typer application."
+    own = [before + (c.name or c.callback.__name__) for c in app.registered_commands]
+    return own + [n for g in app.registered_groups for n in _commands(g.typer_instance, f"{before}{g.name} ")]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_refuses_by_name(lines, command, monkeypatch, capsys):
+    root, every = lines
+    monkeypatch.chdir(root)
+
+    def enough(*_, **__):
+        raise DataError("all options are accepted")  # what takes long is not what is tested here
+
+    from cortexlit.evaluation import baselines, decoding, scenes
+
+    for where, name in ((trainer, "_train"), (lora.Grid, "run"), (pretraining, "pretrain"), (cli, "run_demo"),
+                        (baselines, "score_dataset"), (scenes, "score_scenes"), (decoding, "score_subject")):  # fmt: skip
+        monkeypatch.setattr(where, name, enough)
+
+    @settings(
+        max_examples=3 if command in SLOW else 6, suppress_health_check=list(HealthCheck), deadline=None
+    )
+    @given(st.integers(0, 10**6))
+    def check(seed):
+        line = malformed.words(command, *every[command], random.Random(seed))
+        monkeypatch.setattr(sys, "argv", ["cortexlit", *line])
+        try:
+            cli.main()
+        except SystemExit as end:
+            assert end.code in (0, 1, 2)
+        finally:
+            shutil.rmtree(root / "new", ignore_errors=True)
+        assert "Traceback" not in capsys.readouterr().err
+        assert (root / "file").read_text() == "precious" and (root / "thesis/chapter1.tex").is_file()
+
+    check()

@@ -105,12 +105,21 @@ def test_fingerprint_tells_shape_type_and_place_apart():
     assert weights_digest(tiny_model()) != weights_digest(tiny_model(emb_dim=9))
 
 
-def test_equal_weights_in_another_configuration_are_noticed(tmp_path):
+def test_equal_weights_in_another_configuration_have_features_of_their_own(tmp_path, monkeypatch):
+    import cortexlit.training.features as module
+
     models = [tiny_model(heads=heads, head_dim=8 // heads) for heads in (2, 4)]
     for model in models:
         for name, weight in model.core.named_parameters():
             if "fused_linear" in name or "attn_out" in name:
                 weight.data *= 30  # attention has to matter
+    kept = [cached_features(model, Toy(3), tmp_path, **QUIET) for model in models]
+    assert kept[0].folder != kept[1].folder and not torch.equal(
+        kept[0][0]["features"], kept[1][0]["features"]
+    )
+    other_head = tiny_model(output="elu1", shifter_layers=2, readout_dropout=0.5, dropout=0.3)
+    assert module._core_options(other_head) == module._core_options(tiny_model())
+    monkeypatch.setattr(module, "_core_options", lambda model: None)  # a model whose options do not tell
     cached_features(models[0], Toy(3), tmp_path, **QUIET)
     with pytest.raises(DataError, match="other features for the first sample"):
         cached_features(models[1], Toy(3), tmp_path, **QUIET)

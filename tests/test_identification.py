@@ -67,7 +67,7 @@ def test_scores_against_a_plain_count():
     places = [list(np.argsort(-row)).index(c) for row, c in zip(scores, shown, strict=True)]
     assert (found.n, found.concepts, found.k) == (120, 30, 4)
     assert found.hits == sum(p < 4 for p in places)
-    assert (found.top, found.top_low, found.top_high) == binomial_interval(found.hits, 120)
+    assert found.top == found.hits / 120 and found.top_low < found.top < found.top_high
     assert found.chance == pytest.approx(4 / 30)
     assert found.rank == pytest.approx(np.mean(places) / 29) and found.pairs == pytest.approx(1 - found.rank)
     right = np.mean([(row[c] > np.delete(row, c)).mean() for row, c in zip(scores, shown, strict=True)])
@@ -78,41 +78,99 @@ def test_scores_against_a_plain_count():
 
 def test_a_perfect_and_a_constant_classifier():
     shown = np.arange(20) % 10
-    perfect = score_identification(np.eye(10)[shown], shown, k=1, permutations=99)
+    one = np.zeros(20)
+    perfect = score_identification(np.eye(10)[shown], shown, k=1, sessions=one, permutations=99)
     assert (perfect.hits, perfect.rank, perfect.pairs) == (20, 0, 1) and perfect.p_top <= 0.02
-    silent = score_identification(np.zeros((20, 10)), shown, k=1, permutations=99)
+    assert perfect.top_high == 1 and perfect.top_low == pytest.approx(0.025**0.1)  # ten concepts, all found
+    silent = score_identification(np.zeros((20, 10)), shown, k=1, sessions=one, permutations=99)
     assert (silent.hits, silent.rank, silent.p_top, silent.p_pairs) == (0, 0.5, 1, 1)
 
 
-def test_permutation_p_is_uniform_without_signal_even_for_a_classifier_with_favourites():
-    found = [
-        score_identification(*simulated(0.0, 2, 12, 2.0, s)[:2], k=3, permutations=99, resamples=10).p_pairs
-        for s in range(150)
-    ]
-    assert 0.4 < np.mean(found) < 0.6
-    assert np.mean(np.array(found) <= 0.1) < 0.18
+def shared_noise(seed, sessions=6, classes=12, shared=0.5):
+    "No signal; part of the noise of a trial is that of its concept, in all sessions."
+    draw = rng(seed, "shared noise")
+    shown = np.concatenate([draw.permutation(classes) for _ in range(sessions)])
+    scores = draw.normal(size=(len(shown), classes)) * np.sqrt(1 - shared) + 2 * draw.normal(size=classes)
+    scores += np.sqrt(shared) * draw.normal(size=(classes, classes))[shown]
+    return scores, shown, np.repeat(np.arange(sessions), classes)
 
 
-def test_labels_are_shuffled_within_sessions():
-    "A classifier that knows the session, and nothing else, gains nothing."
+@pytest.mark.parametrize("shared", [0.0, 0.5])
+@pytest.mark.parametrize("crossed", [True, False])
+def test_permutation_p_is_uniform_without_signal(shared, crossed):
+    "Favourites, noise shared by the trials of a concept, concepts in all sessions or in one only: 5 % below .05."
+    found = []
+    for seed in range(200):
+        scores, shown, sessions = shared_noise(seed, shared=shared)
+        if (
+            not crossed
+        ):  # the first half of the concepts in one session, the others in another, with a bias there
+            sessions = (shown >= 6).astype(int)
+            scores = scores + 3 * ((np.arange(12) >= 6) == sessions[:, None])
+        one = score_identification(scores, shown, k=3, sessions=sessions, permutations=99, seed=seed)
+        found.append((one.p_top, one.p_pairs))
+    assert (np.mean(np.array(found) <= 0.05, axis=0) < 0.1).all()  # 3 sd above .05
+    assert abs(np.mean(found, axis=0)[1] - 0.5) < 0.1  # hits have ties, which raise their p
+
+
+def test_moving_single_trials_would_find_what_is_not_there():
+    found = []
+    for seed in range(100):
+        scores, shown, sessions = shared_noise(seed)
+        each = np.arange(len(shown))  # every trial a group of its own
+        found.append(score_identification(scores, shown, 3, sessions, each, permutations=99).p_pairs)
+    assert np.mean(np.array(found) <= 0.05) > 0.1
+
+
+def test_intervals_hold_the_truth_when_noise_is_shared():
+    "The exact binomial interval, which takes trials as independent, holds chance in seven of ten experiments."
+    covered = np.zeros(3)
+    for seed in range(150):
+        scores, shown, sessions = shared_noise(seed, sessions=12, shared=0.8)
+        one = score_identification(scores, shown, k=3, sessions=sessions, permutations=1)
+        exact = binomial_interval(one.hits, one.n)
+        covered += (
+            one.top_low <= 0.25 <= one.top_high,
+            one.pairs_low <= 0.5 <= one.pairs_high,
+            exact[1] <= 0.25 <= exact[2],
+        )
+    assert (covered[:2] >= 0.9 * 150).all() and covered[2] < 0.9 * 150
+
+
+def test_sessions_are_required_and_who_leaves_them_out_is_told_why():
+    "A classifier that knows the session, and nothing else, gains nothing where labels stay in their sessions."
     draw = rng(0, "session")
     sessions = np.repeat([0, 1], 60)
     shown = np.where(sessions == 0, draw.integers(0, 10, 120), draw.integers(10, 20, 120))
     scores = draw.normal(size=(120, 20)) + 5 * ((np.arange(20) >= 10) == sessions[:, None])
-    assert score_identification(scores, shown, permutations=199).p_pairs < 0.01
+    with pytest.raises(DataError, match="only knows the session"):
+        score_identification(scores, shown, permutations=199)
+    assert score_identification(scores, shown, sessions=np.zeros(120), permutations=199).p_pairs < 0.01
     assert score_identification(scores, shown, sessions=sessions, permutations=199).p_pairs > 0.05
     order = draw.permutation(120)  # trials of a session need not be neighbours
     mixed = score_identification(scores[order], shown[order], sessions=sessions[order], permutations=199)
     assert mixed.p_pairs > 0.05
 
 
-def test_interval_draws_concepts_not_trials():
+def test_nothing_to_permute_is_refused():
+    shown, scores = np.arange(6), np.eye(6)
+    with pytest.raises(DataError, match="nothing to permute"):
+        score_identification(scores, shown, 1, sessions=shown)
+    with pytest.raises(DataError, match="several concepts"):
+        score_identification(scores, shown, 1, np.zeros(6), groups=np.zeros(6))
+    with pytest.raises(DataError, match="groups has shape"):
+        score_identification(scores, shown, 1, np.zeros(6), groups=np.zeros(5))
+
+
+def test_interval_counts_concepts_not_trials():
     "The same trials ten times over are not more evidence."
-    scores, shown, _ = simulated(0.5)
-    one = score_identification(scores, shown, permutations=1)
-    ten = score_identification(np.tile(scores, (10, 1)), np.tile(shown, 10), permutations=1)
-    width = [s.pairs_high - s.pairs_low for s in (one, ten)]
-    assert width[1] == pytest.approx(width[0])
+    scores, shown, sessions = simulated(0.5)
+    one = score_identification(scores, shown, sessions=sessions, permutations=1)
+    again = np.tile(scores, (10, 1)), np.tile(shown, 10)
+    ten = score_identification(*again, sessions=np.tile(sessions, 10), permutations=1)
+    for metric in ("top", "pairs"):
+        width = [getattr(s, f"{metric}_high") - getattr(s, f"{metric}_low") for s in (one, ten)]
+        assert width[1] >= width[0] - 1e-9
 
 
 def test_the_same_seed_gives_the_same_numbers():
@@ -126,7 +184,7 @@ def test_the_same_seed_gives_the_same_numbers():
 def test_rows_of_the_score_sheet():
     scores, shown, sessions = simulated(0.8)
     found = score_identification(scores, shown, k=4, sessions=sessions, permutations=99)
-    best = score_identification(simulated(3.0)[0], shown, k=4, permutations=9)
+    best = score_identification(simulated(3.0)[0], shown, k=4, sessions=sessions, permutations=9)
     known = dict(dataset="d", split="session", split_hash="h")
     top, pairs = ScoreSheet(
         identification_rows("m", found, baseline=found, ceiling=best, seed=3, **known)
@@ -162,11 +220,12 @@ def test_calibration_weighs_bins_by_their_trials():
     assert calibration_error(curve) == pytest.approx((2 * 0.1 + 1 * 0.3) / 3)
 
 
-def test_interval_counts_the_trials_of_the_drawn_concepts():
-    "One trial of a concept that is never found, nine of one that always is: a draw may hold only the first."
+def test_few_concepts_have_no_interval_and_their_row_says_so():
     scores, shown = np.tile([1.0, 0.0], (10, 1)), np.array([1] + [0] * 9)
-    found = score_identification(scores, shown, k=1, permutations=1)
-    assert (found.pairs, found.pairs_low, found.pairs_high) == (0.9, 0.0, 1.0)
+    found = score_identification(scores, shown, k=1, sessions=np.zeros(10), permutations=1)
+    assert found.pairs == 0.9 and np.isnan([found.pairs_low, found.top_low, found.top_high]).all()
+    rows = identification_rows("m", found, dataset="d", split="session", split_hash="h")
+    assert all("no interval: 2 concepts shown" in row.note for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -178,11 +237,11 @@ def test_interval_counts_the_trials_of_the_drawn_concepts():
         lambda: binomial_interval(3, 2),
         lambda: binomial_interval(-1, 2),
         lambda: binomial_interval(0, 0),
-        lambda: score_identification(np.eye(4), np.arange(3)),
-        lambda: score_identification(np.eye(4), np.arange(1, 5)),
-        lambda: score_identification(np.eye(4), np.arange(4) - 1),
-        lambda: score_identification(np.eye(4), np.arange(4.0)),
-        lambda: score_identification(np.eye(4), np.arange(4), k=4),
+        lambda: score_identification(np.eye(4), np.arange(3), 1, np.zeros(4)),
+        lambda: score_identification(np.eye(4), np.arange(1, 5), 1, np.zeros(4)),
+        lambda: score_identification(np.eye(4), np.arange(4) - 1, 1, np.zeros(4)),
+        lambda: score_identification(np.eye(4), np.arange(4.0), 1, np.zeros(4)),
+        lambda: score_identification(np.eye(4), np.arange(4), 4, np.zeros(4)),
         lambda: reliability_curve(np.eye(4), np.arange(4), bins=5),
     ],
 )

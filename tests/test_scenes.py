@@ -200,7 +200,9 @@ def test_audit_counts_by_hand():
             "last_frame": [9, 17, 39, 49],
         }
     )
-    row = audit_presentations(table, {0: 0, 1: 1, 2: 1}).iloc[0]
+    images = np.random.default_rng(0).random((3, 20, 24))
+    images[2] = images[1] + 0.01  # a little brighter
+    row = audit_presentations(table, images).iloc[0]
     assert (row["tiers"], row["shared_images"], row["of"], row["identical_images"]) == (
         "train / test",
         1,

@@ -856,6 +856,52 @@ def test_leaks_are_refused(trials):
         Split("session", repeated, trials).audit()
 
 
+def test_a_concept_is_not_hidden_by_capitals_or_blanks(trials):
+    order = np.argsort(trials["concept"].to_numpy(), kind="stable")
+    name = trials["concept"].iloc[order[40]]
+    rows = np.flatnonzero(trials["concept"] == name)
+    apart = np.setdiff1d(np.arange(96), rows)
+    train, test = np.concatenate([apart[:60], rows[:1]]), rows[1:]
+    for column, hide in (("concept", str.upper), ("concept", lambda s: f"{s} "), ("image", str.upper)):
+        hidden = trials.copy()
+        hidden.loc[rows[1:], "concept"] = hide(name) if column == "concept" else "other"
+        if column == "image":
+            hidden.loc[rows[1:], "image"] = hide(trials["image"].iloc[rows[0]])
+        with pytest.raises(SplitLeak, match=f"share 1 {column}"):
+            audit_split(hidden, train, test, forbid=(column,))
+    hidden = trials.copy()
+    hidden.loc[rows[1:], "concept"] = name.upper()
+    fold = split_by_concept(hidden).fold
+    assert len(set(fold[rows])) == 1
+    assert np.array_equal(fold, split_by_concept(trials).fold)
+
+
+def test_z_scores_from_training_rows_do_not_see_the_others(root, tmp_path):
+    things = open_things(root, "01", "figshare")
+    stimuli = things.index.stimuli
+    used = rng(0, "rows").random(len(stimuli)) < 0.7
+    everything = ThingsDataset(build_things(things, tmp_path / "all"))
+    honest = ThingsDataset(build_things(things, tmp_path / "train", statistics=used))
+    raw = ThingsDataset(build_things(things, tmp_path / "raw", zscore="none"))
+    session = stimuli["session"].to_numpy() == stimuli["session"].iloc[0]
+    known = raw.responses[session & used].astype(float)
+    expected = (raw.responses[session] - known.mean(0)) / known.std(0)
+    np.testing.assert_allclose(honest.responses[session], expected, rtol=1e-3, atol=1e-3)
+    assert np.abs(honest.responses - everything.responses).max() > 0.01
+    assert "held out later" in everything.card["zscore_statistics"]
+    assert honest.card["zscore_statistics"] == f"{used.sum()} of {len(used)} trials"
+    train, test = np.flatnonzero(used), np.flatnonzero(~used)
+    for data, seen in ((everything, len(test)), (honest, 0)):
+        report = audit_split(data.trials, train, test, forbid=(), statistics=data.statistics).set_index(
+            "what"
+        )
+        assert report.loc["z-score", "shared"] == seen
+    with pytest.raises(DataError, match="to take mean and spread from"):
+        build_things(things, tmp_path / "none", statistics=stimuli["session"].to_numpy() > 1)
+    with pytest.raises(DataError, match="True or False for each trial"):
+        build_things(things, tmp_path / "none", statistics=used[1:])
+
+
 def test_audit_counts(trials):
     train, test = np.flatnonzero(trials["session"] < 3), np.flatnonzero(trials["session"] == 3)
     report = audit_split(trials, train, test, forbid=()).set_index("what")

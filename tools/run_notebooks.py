@@ -301,6 +301,8 @@ def environment() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread for each of the workers
     os.environ.setdefault("CORTEXLIT_SCALE", "demo")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched behind the reader's back
+    quiet = "ignore:pkg_resources is deprecated:UserWarning"  # allensdk, each time it is imported
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), quiet]))
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # this checkout's library, also in grandchildren
 

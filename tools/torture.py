@@ -2,14 +2,17 @@
 
 Every job runs once undisturbed. Then it is killed (SIGKILL) at a random file-system call or at a random moment, started again,
 and compared bit by bit with the undisturbed one; what is left behind is counted. After that, files of finished folders are damaged
-at random and read: named (an error of this library), tolerated (the same result), foreign (another library's traceback), silent
-(another result and no word), hang, signal. Linux only: it forks.
+at random and read; then what files of every kind hold is changed (arrays, tables, JSON, archives, HDF5, NIfTI, weights: `tests/malformed.py`)
+and every reader of the library is called; then every command with a value that is not right. Each ends as named (an error of this
+library), tolerated (the same result), other (another result, where no reader could know better), foreign (another library's
+traceback), silent (another result and no word), ran (a command that found nothing wrong), hang, signal. Linux only: it forks.
 """
 
 import argparse
 import hashlib
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -27,6 +30,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import malformed  # noqa: E402
 import numpy as np  # noqa: E402
 import optuna  # noqa: E402
 import test_decoders  # noqa: E402
@@ -35,9 +39,10 @@ import torch  # noqa: E402
 from toy_training import FRAMES, LAST, Toy, tiers, tiny_model  # noqa: E402
 from toys import toy_recording  # noqa: E402
 
-from cortexlit import core  # noqa: E402
+from cortexlit import cli, core  # noqa: E402
 from cortexlit.data.clips import MouseDataset, build_dataset  # noqa: E402
 from cortexlit.data.scenes import ScenesDataset, import_arrays  # noqa: E402
+from cortexlit.data.synthetic import embedded_session, write_session  # noqa: E402
 from cortexlit.data.things import (  # noqa: E402
     ThingsDataset,
     build_things,
@@ -346,7 +351,9 @@ def damages(scratch: Path, draw: random.Random, seconds: float) -> dict[str, Any
         copy = scratch / f"read-{name}"
         shutil.copytree(folder, copy, symlinks=True)
         os.chdir(copy)
-        made[name] = forked(partial(read, copy / "out"))[1]["value"]
+        end, answer = forked(partial(read, copy / "out"))
+        assert end == "ok", (name, end, answer)
+        made[name] = answer["value"]
     number, until = 0, time.monotonic() + seconds
     while number < len(READERS) or time.monotonic() < until:
         name = list(READERS)[number % len(READERS)]
@@ -375,11 +382,120 @@ def damages(scratch: Path, draw: random.Random, seconds: float) -> dict[str, Any
     return {"table": {name: dict(count) for name, count in table.items()}, "faults": faults}
 
 
+def looked(read: Callable[[], Any]) -> str:
+    return hashlib.sha256(pickle.dumps(malformed.content(read()))).hexdigest()
+
+
+def sort(end: str, same: bool, known: bool) -> str:
+    "What a reader did with a file that was changed."
+    if end != "ok":
+        return end
+    return "tolerated" if same else "silent" if known else "other"
+
+
+def inputs(scratch: Path, draw: random.Random, seconds: float) -> dict[str, Any]:
+    "Spoil the content of one file at a time, for every reader; `other`: what no reader could know."
+    home = scratch / "inputs"
+    home.mkdir()
+    os.chdir(home)
+    (home / "settings.ini").write_text("lib_name = cortexlit\n")
+    cache = write_session(scratch / "session", size="tiny")
+    every = malformed.readers(home, write_things(scratch / "study", "tiny"), cache)
+    table, faults, others, good = {name: Counter() for name in every}, [], Counter(), {}
+    number, until = 0, time.monotonic() + seconds
+    while number < len(every) or time.monotonic() < until:
+        turn, at = divmod(number, len(every))
+        name = list(every)[at]
+        number += 1
+        if turn % 4 and name.startswith(malformed.SLOW):
+            continue
+        reader = every[name]
+        whole, card = reader.path.read_bytes(), reader.card and reader.card.read_bytes()
+        if name not in good:
+            end, answer = forked(partial(looked, reader.read))
+            assert end == "ok", (name, end, answer)
+            good[name] = answer["value"]
+        what, known = malformed.spoil(reader.path, whole, draw)
+        signed = bool(reader.card) and draw.random() < 0.5
+        if signed:
+            try:
+                malformed.sign(reader.card, reader.path)
+            except Exception:  # the card itself is spoilt
+                signed = False
+        end, answer = forked(partial(looked, reader.read))
+        bound = reader.card is not None and not signed
+        told = sort(end, end == "ok" and answer["value"] == good[name], (known or bound) and not reader.bare)
+        table[name][told] += 1
+        if told == "other":
+            others[f"{name}: {what}"[:100] + (" (signed)" if signed else "")] += 1
+        elif told not in ("named", "tolerated"):
+            faults.append(
+                [name, what[:100], "signed" if signed else "", told, answer and str(answer["value"])[:200]]
+            )
+        reader.path.write_bytes(whole)
+        if card is not None:
+            reader.card.write_bytes(card)
+    os.chdir(scratch)
+    shutil.rmtree(home)
+    return {
+        "table": {name: dict(count) for name, count in table.items()},
+        "faults": faults,
+        "other": dict(sorted(others.items())),
+    }
+
+
+def command(line: list[str]) -> str:
+    "Run `cortexlit LINE`; a refusal is an error of the library."
+    sys.argv = ["cortexlit", *line]
+    try:
+        cli.main()
+    except SystemExit as end:
+        if end.code not in (0, None):
+            raise core.DataError("refused") from None
+    return "ran"
+
+
+def lines(scratch: Path, draw: random.Random, seconds: float) -> dict[str, Any]:
+    "Call every command with a value that is not right."
+    home = scratch / "lines"
+    home.mkdir()
+    os.chdir(home)
+    (home / "settings.ini").write_text("lib_name = cortexlit\n")
+    every = malformed.commands(home)
+    embedded_session("tiny")
+    table, faults, ran = {name: Counter() for name in every}, [], Counter()
+    number, until = 0, time.monotonic() + seconds
+    while number < len(every) or time.monotonic() < until:
+        name = list(every)[number % len(every)]
+        number += 1
+        line = malformed.words(name, *every[name], draw)
+        end, answer = forked(partial(command, line))
+        told = "ran" if end == "ok" else end
+        if not (home / "thesis/chapter1.tex").is_file() or (home / "file").read_text() != "precious":
+            told = "lost"
+        table[name][told] += 1
+        short = " ".join(line).replace(str(home), ".")[:160]
+        if told == "ran":
+            ran[short] += 1
+        elif told != "named":
+            faults.append([short, told, answer and str(answer["value"])[:200]])
+        shutil.rmtree(home / "new", ignore_errors=True)
+    os.chdir(scratch)
+    shutil.rmtree(home)
+    return {
+        "table": {name: dict(count) for name, count in table.items()},
+        "faults": faults,
+        "ran": dict(sorted(ran.items())),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=15, help="in all; half for kills, half for damages")
+    parser.add_argument(
+        "--minutes", type=float, default=15, help="in all: 4 parts kills, 2 damages, 3 input, 1 commands"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file of the result")
     asked = parser.parse_args()
@@ -391,11 +507,15 @@ def main() -> None:
     build_dataset(toy_recording(), scratch / "data", **CLIPS)
     tiny_model(core_state=False).save_core(scratch / "core")
     write_things(scratch / "things", "tiny", layouts=("figshare",))
-    killed = kills(scratch, draw, started + 30 * asked.minutes)
-    damaged = damages(scratch, draw, 30 * asked.minutes)
+    part = 60 * asked.minutes / 10
+    killed = kills(scratch, draw, started + 4 * part)
+    damaged = damages(scratch, draw, 2 * part)
+    spoilt = inputs(scratch, draw, 3 * part)
+    called = lines(scratch, draw, part)
     os.chdir(home)
     shutil.rmtree(scratch)
-    for title, part in (("kills", killed), ("damaged files", damaged)):
+    parts = {"kills": killed, "damaged files": damaged, "malformed input": spoilt, "command lines": called}
+    for title, part in parts.items():
         total = sum(map(Counter, part["table"].values()), Counter())
         print(f"{title}: {dict(total)}")
         for name, count in part["table"].items():
@@ -403,10 +523,16 @@ def main() -> None:
         for fault in part["faults"]:
             print("  FAULT", fault)
         part["total"] = dict(total)
+        for name, count in [*part.get("other", {}).items(), *part.get("ran", {}).items()]:
+            print(f"  {count} times, with another result or simply done: {name}")
+    tried = [sum(map(Counter, parts[name]["table"].values()), Counter()) for name in list(parts)[1:]]
+    total = sum(tried, Counter())
+    share = total["foreign"] / max(1, sum(total.values()))
+    print(f"{sum(total.values())} inputs, {100 * share:.1f} % in the traceback of another library")
     if asked.out:
-        content = {
-            "kills": killed,
-            "damaged_files": damaged,
+        content = {name.replace(" ", "_"): part for name, part in parts.items()} | {
+            "inputs": dict(total),
+            "foreign_share": round(share, 4),
             "minutes": round((time.monotonic() - started) / 60, 1),
         }
         core.write_json(home / asked.out, content | {"provenance": core.provenance(seed=asked.seed)})

@@ -22,14 +22,22 @@ import pandas as pd
 import requests
 from tqdm.std import tqdm
 
-from ..core import DataError, MissingError, data_home, locked, read_json, sha256, write_json
+from cortexlit.core import (
+    DataError,
+    MissingError,
+    data_home,
+    locked,
+    read_json,
+    reading,
+    sha256,
+    write_json,
+)
 from cortexlit.data.checks import (
     encrypted,
     finite,
     increasing,
     inside,
     load_arrays,
-    reading,
     same_length,
     shaped,
 )
@@ -465,7 +473,7 @@ def list_sessions(
                 "container_cells": per_container.get(e["experiment_container_id"]),
             }
             for e in records
-            if e.get("stimulus_name") in sdk.stimulus_info.SESSION_STIMULUS_MAP
+            if e["stimulus_name"] in sdk.stimulus_info.SESSION_STIMULUS_MAP
         ]
     if not rows:
         raise MissingError("the list holds no Visual Coding session", path=cache.manifest_path)

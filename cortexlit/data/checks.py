@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,19 +17,18 @@ import numpy as np
 import pandas as pd
 
 from cortexlit.core import (
-    CortexlitError,
     DataError,
     MissingError,
-    StorageError,
     digest,
-    named_errors,
+    load_array,
     read_json,
+    reading,
     sha256,
 )
 
 # %% auto #0
-__all__ = ['KINDS', 'finite', 'whole', 'unique', 'same_length', 'shaped', 'increasing', 'jumps', 'by_name', 'reading',
-           'load_array', 'load_arrays', 'load_table', 'described', 'inside', 'encrypted', 'seal', 'read_card', 'verify']
+__all__ = ['KINDS', 'finite', 'whole', 'unique', 'same_length', 'shaped', 'increasing', 'jumps', 'by_name', 'load_arrays',
+           'load_table', 'described', 'inside', 'encrypted', 'seal', 'read_card', 'verify']
 
 # %% ../../neuro_nbs/00a_checks.ipynb #34bef54f
 def finite(
@@ -193,59 +191,7 @@ def by_name(
         )
     return [list(have).index(c) for c in want if c in have]
 
-# %% ../../neuro_nbs/00a_checks.ipynb #5ea0d1e7
-@contextmanager
-def reading(
-    path: str | Path,  # the file that the block reads
-    expected: str | None = None,  # what a good file holds
-    fix: str = "fetch or make it again; compare its size and checksum with the source",  # for a damaged file
-) -> Iterator[None]:
-    "Whatever goes wrong in the block while it reads `path` becomes one of our errors, which names the file."
-    try:
-        with named_errors(path, content=False):
-            yield
-    except StorageError as error:
-        if "unable to lock file" in (text := str(error)):  # not held by anybody, or its cause would be named
-            remedy = "set HDF5_USE_FILE_LOCKING=FALSE, or copy it to a local disk"
-            raise StorageError("this file system cannot lock files", expected, remedy, path) from error
-        raise
-    except CortexlitError:
-        raise
-    except (Exception, MemoryError) as error:
-        text = str(error)
-        if "already open for write" in text:
-            remedy = (
-                "close that program; if a writer was killed, make the file again or run h5clear -s on a copy"
-            )
-            raise StorageError("the file is marked as open for writing", expected, remedy, path) from error
-        reason = f"{type(error).__name__}: {text}" if text else type(error).__name__
-        raise DataError(f"cut off or damaged, or of another kind ({reason})", expected, fix, path) from error
-
 # %% ../../neuro_nbs/00a_checks.ipynb #55db618d
-def load_array(
-    path: str | Path,  # .npy
-    kinds: str = "fiub",  # NumPy kinds allowed; "U" for text
-    mmap: bool = False,  # leave it on disk
-) -> np.ndarray:
-    "An array saved with numpy.save; `MissingError`, or `DataError` naming the file. Nothing is ever unpickled."
-    path = Path(path)
-    with reading(path, "an array saved with numpy.save"):
-        array = np.load(path, mmap_mode="r", allow_pickle=False) if path.stat().st_size else None
-        if not isinstance(array, np.memmap):
-            raise DataError(
-                "no array saved with numpy.save", path=path, expected="a .npy file", fix="make it again"
-            )
-        if array.offset + array.nbytes != path.stat().st_size:
-            raise DataError(
-                "bytes follow after the array", path=path, fix="the file is damaged; make it again"
-            )
-        array = array if mmap else np.array(array)
-    if array.dtype.kind not in kinds:
-        wish = "names (text)" if kinds == "U" else "real numbers"
-        raise DataError(f"the array has dtype {array.dtype}", path=path, expected=wish)
-    return array
-
-
 def load_arrays(
     path: str | Path,  # .npz
     names: Sequence[str] = (),  # arrays it must hold
@@ -279,6 +225,10 @@ def load_table(
         wish = f"columns {', '.join(needs)}"
         raise DataError(
             f"no column {', '.join(missing)}", path=path, expected=wish, fix="make the table again"
+        )
+    if not len(table):
+        raise DataError(
+            "the table has no rows", path=path, expected="one or more", fix="make the table again"
         )
     return table
 

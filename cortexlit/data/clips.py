@@ -5,6 +5,7 @@
 # %% ../../neuro_nbs/03_dataset.ipynb #c8759f1b
 from __future__ import annotations
 
+import copy
 import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
@@ -24,20 +25,22 @@ from cortexlit.core import (
     SplitLeak,
     atomic_folder,
     digest,
+    load_array,
     new_array,
     provenance,
     read_json,
+    reading,
     rng,
     sha256,
     write_json,
 )
+from .audit import known_tiers, same_frames, same_stimuli
 from cortexlit.data.checks import (
     _kind,
     by_name,
     described,
     finite,
     jumps,
-    load_array,
     load_table,
     read_card,
     same_length,
@@ -254,6 +257,7 @@ def _split_table(table: pd.DataFrame, clip_frames: int) -> pd.DataFrame:
         raise DataError(
             f"split table, row {int((~named).argmax())} has no tier", expected=f"a name such as {TIERS}"
         )
+    known_tiers(table["tier"])
     twice = table.duplicated(["movie", "start", "repeat"])
     if twice.any():
         row = table[twice].iloc[0]
@@ -284,11 +288,11 @@ def _number_clips(samples: pd.DataFrame) -> pd.DataFrame:
 def audit_samples(
     samples: pd.DataFrame,  # columns clip, movie, start, tier
     clip_frames: int,  # frames per clip
-    same_picture: Mapping[int, int] | None = None,  # clip -> number shared by clips of identical content
+    videos: np.ndarray | None = None,  # (clips, frames, H, W): clips are compared by content, too
 ) -> (
     pd.DataFrame
 ):  # one row per pair of tiers: shared_frames, same_clips, gap (movie frames, NaN if no movie in common)
-    "Count what two tiers share: movie frames, identical clips, and how close they come in movie time."
+    "Count what two tiers share: movie frames, clips of the same content, and how close they come in movie time."
     clips = samples.drop_duplicates(["clip", "tier"])
     rows = []
     for a, b in combinations(sorted(clips["tier"].unique(), key=_tier_order), 2):
@@ -296,13 +300,17 @@ def audit_samples(
         pairs = in_a.merge(in_b, on="movie")
         distance = (pairs["start_x"] - pairs["start_y"]).abs() - clip_frames
         frames_a, frames_b = _movie_frames(in_a, clip_frames), _movie_frames(in_b, clip_frames)
-        content = [{(same_picture or {}).get(c, c) for c in part["clip"]} for part in (in_a, in_b)]
+        ours, theirs = (part["clip"].unique() for part in (in_a, in_b))
+        both = np.intersect1d(ours, theirs)
+        if videos is not None:
+            only = [np.setdiff1d(clips, both) for clips in (ours, theirs)]
+            both = np.concatenate([both, same_stimuli(*(videos[clips] for clips in only))["clip"]])
         rows.append(
             {
                 "tiers": f"{a} / {b}",
                 "shared_frames": len(frames_a & frames_b),
                 "of": min(len(frames_a), len(frames_b)),
-                "same_clips": len(content[0] & content[1]),
+                "same_clips": len(both),
                 "gap": float(distance.clip(lower=0).min()) if len(pairs) else np.nan,
             }
         )
@@ -459,11 +467,13 @@ def _complete(
 ) -> None:
     "Add tables, statistics, audit and card to a folder that already holds the arrays."
     described(neurons, arrays["responses"].shape[1])
+    known_tiers(samples["tier"])
+    _recorded_apart(samples)
     _check_arrays(arrays, samples)
     channels = dict(card["channels"], responses=neurons["cell_id"].tolist())
     stats = _statistics(arrays, samples)
     _check_spread(stats, channels)
-    audit = audit_samples(samples, arrays["videos"].shape[1], _identical_clips(arrays["videos"]))
+    audit = audit_samples(samples, arrays["videos"].shape[1], arrays["videos"])
     _refuse_leak(audit, card["options"].get("gap", 0), shared_ok)
     samples.to_csv(folder / "samples.csv", index_label="sample")
     neurons.to_csv(folder / "neurons.csv", index=False)
@@ -478,6 +488,7 @@ def _complete(
         "kind": "clips",
         "counts": counts,
         "audit": audit.to_dict("records"),
+        "audited": ["names", "content", "recorded frames"],
         "split_hash": digest(samples[["movie", "start", "repeat", "tier"]].to_dict("list")),
         "files": {p.name: sha256(p) for p in sorted(folder.iterdir())},
         "provenance": provenance(),
@@ -488,6 +499,22 @@ def _complete(
     (folder / "card.md").write_text(_card_text(card), encoding="utf-8")
     card["files"]["card.md"] = sha256(folder / "card.md")
     write_json(folder / "card.json", seal(card))
+
+
+def _recorded_apart(samples: pd.DataFrame) -> None:
+    "No two-photon frame in two tiers, whatever is allowed; the ends of two samples may meet in one."
+    if "first_frame" not in samples:
+        return
+    shown = {
+        t: (p["first_frame"].to_numpy(int), p["last_frame"].to_numpy(int)) for t, p in samples.groupby("tier")
+    }
+    for a, b in combinations(sorted(shown, key=_tier_order), 2):
+        if same := same_frames(shown[a], shown[b]):
+            raise SplitLeak(
+                f"{same} samples of {b} are read from two-photon frames of {a}",
+                expected="each moment of the recording in one tier",
+                fix="check the column start of the stimulus tables, or the epochs of a hand-counted alignment",
+            )
 
 
 def _check_arrays(arrays: Mapping[str, np.ndarray], samples: pd.DataFrame) -> None:
@@ -775,7 +802,7 @@ def audit_split(
     "Count what the tiers of a dataset folder share; raises `SplitLeak` if they share stimuli."
     card, samples = check_folder(root, "clips"), load_table(Path(root) / "samples.csv")
     videos = np.load(Path(root) / "videos.npy", mmap_mode="r")
-    audit = audit_samples(samples, videos.shape[1], _identical_clips(videos))
+    audit = audit_samples(samples, videos.shape[1], videos)
     gap = card["options"].get("gap", 0) if card["options"]["split"] != "repeats" else 0
     _refuse_leak(audit, gap, allow_shared_stimuli)
     return audit
@@ -823,6 +850,9 @@ def _frame_terms(name: str, x: np.ndarray, weight: np.ndarray, scheme: str) -> t
     return offset.astype(np.float32), scale.astype(np.float32)
 
 # %% ../../neuro_nbs/03_dataset.ipynb #4ee42aed
+_AGAIN = "build the dataset again (overwrite=True)"
+
+
 class _Tier:
     "One tier of a dataset folder: its tables, its memory-mapped arrays, its items as tensors."
 
@@ -837,6 +867,7 @@ class _Tier:
         samples = load_table(path, ["sample", self._key, "tier", "repeat"])
         self.statistics = read_json(self.root / "statistics.json")
         self.neurons = load_table(self.root / "neurons.csv", ["cell_id"])
+        self.tier, self.all_samples = tier, samples
         self.samples = samples[samples["tier"] == tier].reset_index(drop=True)
         if self.samples.empty:
             raise MissingError(
@@ -845,14 +876,56 @@ class _Tier:
                 expected=f"one of {sorted(samples['tier'].astype(str).unique())}",
             )
         known = (self._seen[1], "responses", "behavior", "pupil_center")
+        if not isinstance(self.statistics, dict):
+            raise DataError(
+                "no statistics", f"of {known}", "build the dataset again", self.root / "statistics.json"
+            )
         if not set(known[:2]) <= set(self.statistics) <= set(known):
             found = sorted(self.statistics)
             raise DataError(f"statistics of {found}", f"of {known}", "build the dataset again", self.root)
         self._arrays = {k: load_array(self.root / f"{k}.npy", mmap=True) for k in self.statistics}
+        self._check_axes()
         whole("sample", samples["sample"], high=len(self._arrays["responses"]) - 1, path=path)
         whole(self._key, samples[self._key], high=len(self._arrays[self._seen[1]]) - 1, path=path)
         self._in_order = {k: self._order(k) for k in ("behavior", "pupil_center") if k in self._arrays}
         return samples
+
+    def _axes(self) -> dict[str, dict[str, int | None]]:
+        "Axes of each array, and how long they have to be."
+        frames = self._arrays["videos"].shape[1] if self._arrays["videos"].ndim == 4 else None
+        n = len(self._arrays["responses"]) if self._arrays["responses"].ndim else None
+        return {
+            "videos": {"clips": None, "frames": None, "rows": None, "columns": None},
+            "responses": {"samples": None, "neurons": len(self.neurons), "frames": frames},
+            "behavior": {"samples": n, "channels": None, "frames": frames},
+            "pupil_center": {"samples": n, "axes": 2, "frames": frames},
+        }
+
+    def _check_axes(self) -> None:
+        axes = self._axes()
+        for name, array in self._arrays.items():
+            shaped(name, array, axes[name], self.root / f"{name}.npy")
+
+    def _check_terms(self) -> None:
+        "Raise `DataError` unless the statistics fit the arrays they are of."
+        for name, array in self._arrays.items():
+            found, want = self.read(0, name).shape, array.shape[1:]
+            if len(found) != len(want) or found[-1] != want[-1]:
+                raise DataError(
+                    f"the statistics of {name} have another shape", path=self.root / "statistics.json"
+                )
+
+    def sibling(
+        self,
+        tier: str,  # another tier of the same folder
+    ) -> _Tier:
+        "The same dataset of another tier; nothing is read again."
+        other = copy.copy(self)
+        other.tier, other.samples = (
+            tier,
+            self.all_samples[self.all_samples["tier"] == tier].reset_index(drop=True),
+        )
+        return other
 
     def _order(self, name: str) -> list[int]:
         "Rows of the channels in the order of `_wanted`, by their names; as they lie if they have names of their own."
@@ -902,7 +975,10 @@ class MouseDataset(_Tier):
         self.root, self.tier, self.normalisation = Path(root), tier, normalisation
         self.card = check_folder(root, "clips")
         samples = self._open(tier)
-        self._terms = {name: self._fit(name, samples[samples["tier"] == "train"]) for name in self._arrays}
+        with reading(self.root / "statistics.json", "mean, spread and range of each array", _AGAIN):
+            train = samples[samples["tier"] == "train"]
+            self._terms = {name: self._fit(name, train) for name in self._arrays}
+            self._check_terms()
 
     def _fit(self, name: str, train: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
         statistics = self.statistics[name]
@@ -1049,7 +1125,7 @@ def export_tree(
     if layout not in writers:
         raise DataError(f"layout {layout!r}", expected=f"one of {sorted(writers)}")
     card = check_folder(root, "clips")
-    tiers = sorted(pd.read_csv(Path(root) / "samples.csv")["tier"].unique(), key=_tier_order)
+    tiers = sorted(load_table(Path(root) / "samples.csv", ["tier"])["tier"].unique(), key=_tier_order)
     with atomic_folder(out, overwrite) as folder:
         writers[layout]({t: MouseDataset(root, t) for t in tiers}, folder)
         shutil.copy(Path(root) / "neurons.csv", folder / "neurons.csv")

@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 from scipy.io import loadmat
 
-from ..core import DataError, MissingError, data_home, sha256
-from .checks import encrypted, finite, increasing, reading, same_length
+from ..core import DataError, MissingError, data_home, reading, sha256
+from .checks import encrypted, finite, increasing, same_length
 from .recordings import Recording
 
 # %% auto #0

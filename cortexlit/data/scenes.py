@@ -27,23 +27,26 @@ from cortexlit.core import (
     SplitLeak,
     atomic_folder,
     digest,
+    load_array,
     provenance,
     read_json,
+    reading,
     rng,
     sha256,
     write_json,
 )
+from .audit import known_tiers
 from cortexlit.data.checks import (
     described,
     finite,
     jumps,
-    load_array,
     load_table,
     seal,
     shaped,
     whole,
 )
 from cortexlit.data.clips import (
+    _AGAIN,
     TIERS,
     _all_used,
     _behaviour,
@@ -180,13 +183,13 @@ def split_images(
 # %% ../../neuro_nbs/10_scenes.ipynb #5dc88af4
 def audit_presentations(
     samples: pd.DataFrame,  # columns image, tier; first_frame, last_frame if known
-    same_picture: Mapping[int, int] | None = None,  # image -> number shared by images of identical content
+    images: np.ndarray | None = None,  # (images, H, W): compared by content, too
 ) -> (
     pd.DataFrame
 ):  # per pair of tiers: shared_images, of, identical_images, shared_frames (% of the smaller tier's)
     "Count what two tiers share: pictures, identical pictures, averaged two-photon frames."
     clips = samples.assign(clip=samples["image"], movie=samples["image"].astype(str), start=0)
-    audit = audit_samples(clips, 1, same_picture).drop(columns="gap")
+    audit = audit_samples(clips, 1, images).drop(columns="gap")
     audit = audit.rename(columns={"shared_frames": "shared_images", "same_clips": "identical_images"})
     audit["shared_frames"] = np.nan
     if "first_frame" in samples:
@@ -293,6 +296,7 @@ def _write(
     _finite(arrays)
     arrays = {k: np.ascontiguousarray(a, np.float32) for k, a in arrays.items()}
     described(neurons, arrays["responses"].shape[1])
+    known_tiers(samples["tier"])
     _one_tier_each(arrays, samples)
     _measured_tiers(arrays["responses"], samples["tier"].to_numpy())
     if constant not in ("error", "drop"):
@@ -306,7 +310,7 @@ def _write(
         neurons = neurons.iloc[keep]
         stats["responses"] = {k: v[keep] for k, v in stats["responses"].items()}
     _check_spread(stats, dict(card["channels"], responses=neurons["cell_id"].tolist()))
-    audit = audit_presentations(samples, _identical_clips(arrays["images"]))
+    audit = audit_presentations(samples, arrays["images"])
     _refuse_shared(audit, shared_ok)
     if audit["shared_images"].sum():
         card["warnings"] = [*card["warnings"], _SHARED]
@@ -326,6 +330,7 @@ def _write(
             "kind": "scenes",
             "counts": counts,
             "audit": audit.to_dict("records"),
+            "audited": ["names", "content", "recorded frames"],
             "split_hash": digest(samples[["image", "repeat", "tier"]].to_dict("list")),
             "provenance": provenance(),
         }
@@ -461,7 +466,18 @@ class ScenesDataset(_Tier):
         self._rows = {
             k: self.samples["image" if k == "images" else "sample"].to_numpy() for k in self.statistics
         }
-        self._terms = {k: self._fit(k) for k in self.statistics}
+        with reading(self.root / "statistics.json", "mean and spread of each array", _AGAIN):
+            self._terms = {k: self._fit(k) for k in self.statistics}
+            self._check_terms()
+
+    def _axes(self) -> dict[str, dict[str, int | None]]:
+        n = len(self._arrays["responses"]) if self._arrays["responses"].ndim else None
+        return {
+            "images": {"pictures": None, "rows": None, "columns": None},
+            "responses": {"presentations": None, "neurons": len(self.neurons)},
+            "behavior": {"presentations": n, "channels": None},
+            "pupil_center": {"presentations": n, "axes": 2},
+        }
 
     def _fit(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         "Mean, offset and scale of one field."
@@ -571,7 +587,7 @@ def export_sensorium2022(
     "Write a static dataset folder in the Sensorium 2022 layout, which published V1T code reads unchanged."
     root, data = Path(root), ScenesDataset(root, "train")
     card = data.card
-    samples = pd.read_csv(root / "samples.csv")
+    samples = load_table(root / "samples.csv", ["tier"])
     fields = {k: np.asarray(a) for k, a in data._arrays.items()}
     stats = {k: dict(s) for k, s in data.statistics.items()}
     for name, wanted in _LAYOUT.items():

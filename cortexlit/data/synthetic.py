@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -35,11 +35,12 @@ from cortexlit.core import (
 __all__ = ['SIZES', 'SESSION_A', 'SESSION_B', 'FRAME_RATE', 'REFRESH', 'GRATING_DIRECTIONS', 'GRATING_RATES',
            'STATIC_ORIENTATIONS', 'STATIC_FREQUENCIES', 'STATIC_PHASES', 'WORLD', 'DEGREES_PER_PX', 'FIELD',
            'DEGREES_PER_FIELD_PX', 'FIELD_OF_VIEW', 'UM_PER_PX', 'GAZE_STEP', 'GAZES', 'LATENCY', 'MEMORY', 'DECAY',
-           'RISE', 'Size', 'size_named', 'protocol', 'Timeline', 'session_timeline', 'resize', 'texture', 'scene',
-           'natural_movie', 'movie_on_field', 'natural_scenes', 'grating', 'Behaviour', 'behave', 'make_neurons',
-           'receptive_fields', 'filter_pictures', 'gaze_weights', 'linear_drive', 'motion_energy', 'rate_of', 'gain_of',
-           'calcium', 'fire', 'shown_pictures', 'Stage', 'energy_scale', 'set_stage', 'Cell', 'simulate_cell',
-           'movie_responses', 'roi_masks', 'max_projection', 'write_session', 'embedded_session', 'load_truth']
+           'RISE', 'GABORS', 'Size', 'size_named', 'protocol', 'Timeline', 'session_timeline', 'resize', 'texture',
+           'scene', 'natural_movie', 'movie_on_field', 'natural_scenes', 'grating', 'Behaviour', 'behave',
+           'make_neurons', 'receptive_fields', 'filter_pictures', 'gaze_weights', 'linear_drive', 'motion_energy',
+           'rate_of', 'gain_of', 'calcium', 'fire', 'Population', 'shown_pictures', 'Stage', 'energy_scale',
+           'set_stage', 'Cell', 'simulate_cell', 'movie_responses', 'roi_masks', 'max_projection', 'write_session',
+           'embedded_session', 'load_truth']
 
 # %% ../../neuro_nbs/02_synthetic_session.ipynb #d1daa6e3
 @dataclass(frozen=True)
@@ -746,14 +747,63 @@ def _stimuli(session_type: str, size: str) -> tuple[dict[str, np.ndarray], dict[
     return templates, pictures
 
 
-def _movie_energy(filtered: np.ndarray, neuron: pd.Series) -> np.ndarray:
-    "Energy at each frame of a movie that runs in a loop, straight gaze, movie clock (30 Hz)."
-    centre = filtered[:, len(GAZES) // 2]
-    return motion_energy(np.concatenate([centre, centre]), neuron, 30.0)[len(centre) :]
+def _session_ids(seed: int, offset: int = 0) -> dict[str, int]:
+    first = 900_000_000 + offset + 10 * seed
+    return {SESSION_A: first + 1, SESSION_B: first + 2}
+
+# %% ../../neuro_nbs/02_synthetic_session.ipynb #4f0d61a2
+@dataclass(frozen=True)
+class Population:
+    """What is particular to a kind of neurons; everything else of a session is shared. This kind: the Gabors above.
+
+    Parameters
+    ----------
+    name : str
+        Of the kind, as in the marker of a folder.
+    version : int
+        Goes up when the same seed gives other bytes.
+    offset : int
+        Added to the ids of sessions and container, so that two kinds never share one.
+    """
+
+    name: str = "gabor"
+    version: int = 1
+    offset: int = 0
+
+    def neurons(self, cells: int, seed: int) -> pd.DataFrame:
+        "Neurons of a mouse: the first `cells` rows are session A's, the last session B's."
+        return make_neurons(cells, seed)
+
+    def fields(self, neurons: pd.DataFrame) -> np.ndarray:
+        "(cells, n, 38, 76) spatial filters, straight gaze."
+        return receptive_fields(neurons)
+
+    def filter(
+        self, pictures: np.ndarray, neurons: pd.DataFrame, gazes: Sequence[tuple[float, float]] = GAZES
+    ) -> np.ndarray:
+        "(cells, pictures, gazes, ...): what each neuron's filters make of each picture."
+        return filter_pictures(pictures, neurons, gazes)
+
+    def scale(self, neurons: pd.DataFrame, size: str) -> np.ndarray:
+        "(cells, ...): the unit of drive."
+        return energy_scale(neurons, size)
+
+    def rate(
+        self, signal: np.ndarray, neuron: pd.Series, scale: np.ndarray, rate: float = FRAME_RATE
+    ) -> np.ndarray:
+        "(T,) events per second of a resting mouse, from (T, ...) filtered pictures."
+        return rate_of(motion_energy(signal, neuron, rate) / scale, neuron)
+
+    def brightness(self, neuron: pd.Series, frames: int) -> np.ndarray:
+        "(T,) fluorescence of the cell body relative to its start."
+        return 1 - 0.08 * np.arange(frames) / frames
+
+    def known(self, neurons: pd.DataFrame, scale: np.ndarray) -> dict[str, np.ndarray]:
+        "Further truths, (cells, ...)."
+        return {}
 
 
-def _session_ids(seed: int) -> dict[str, int]:
-    return {SESSION_A: 900_000_001 + 10 * seed, SESSION_B: 900_000_002 + 10 * seed}
+GABORS = Population()
 
 # %% ../../neuro_nbs/02_synthetic_session.ipynb #8f43fa11
 def shown_pictures(
@@ -808,6 +858,8 @@ class Stage:
         (T,) fluctuation of the whole population, and of the neuropil.
     seed : int
         The mouse.
+    population : Population
+        The kind of its neurons.
     """
 
     session_id: int
@@ -823,6 +875,7 @@ class Stage:
     shared: np.ndarray
     haze: np.ndarray
     seed: int
+    population: Population = GABORS
 
 
 def energy_scale(
@@ -844,23 +897,24 @@ def set_stage(
     session_type: str,  # "three_session_A" or "three_session_B"
     size: str = "demo",  # "tiny", "demo" or "full"
     seed: int = 0,  # the mouse
+    population: Population = GABORS,  # the kind of its neurons
 ) -> Stage:
     "Make the stimuli, the mouse's behaviour and its neurons' filters; nothing fires yet."
     s, timeline = size_named(size), session_timeline(session_type, size, seed)
     frames, first = len(timeline.timestamps), session_type == SESSION_A
-    neurons = make_neurons(s.cells, seed)
+    neurons = population.neurons(s.cells, seed)
     neurons = (neurons[: s.cells] if first else neurons[-s.cells :]).reset_index(drop=True)
     templates, pictures = _stimuli(session_type, size)
     counts = {k: len(v) for k, v in pictures.items()}
     stack = np.concatenate([np.zeros((1, *FIELD), np.float32), *pictures.values()])
-    filtered = filter_pictures(stack, neurons)
+    filtered = population.filter(stack, neurons)
     shown, behaviour = shown_pictures(timeline, counts), behave(frames, seed, session_type)
     random = rng(seed, "population", session_type)
     shared = _wander(random, frames, 1.0, 1 / FRAME_RATE)
     contrast = _smooth(stack.std((1, 2))[shown], 0.7)
     haze = 0.03 * _wander(random, frames, 3.0, 1 / FRAME_RATE) + 0.02 * shared + 0.15 * contrast
     haze = haze + 0.06 * _smooth(np.tanh(np.maximum(behaviour.running, 0) / 12), 0.7)
-    session_id = _session_ids(seed)[session_type]
+    session_id = _session_ids(seed, population.offset)[session_type]
     return Stage(
         session_id,
         timeline,
@@ -871,10 +925,11 @@ def set_stage(
         counts,
         shown,
         gaze_weights(behaviour.gaze),
-        energy_scale(neurons, size),
+        population.scale(neurons, size),
         shared,
         haze,
         seed,
+        population,
     )
 
 # %% ../../neuro_nbs/02_synthetic_session.ipynb #6904eda9
@@ -914,14 +969,14 @@ def simulate_cell(
 ) -> Cell:
     "From the screen to the fluorescence of one neuron."
     neuron, random = stage.neurons.iloc[index], rng(stage.seed, "cell", stage.session_id, index)
-    signal = np.einsum("tg,tg->t", stage.filtered[index][stage.shown], stage.weights)
-    energy = motion_energy(signal, neuron) / stage.energy_scale[index]
-    rate = rate_of(energy, neuron) * gain_of(stage.behaviour, neuron)
+    signal = np.einsum("tg...,tg->t...", stage.filtered[index][stage.shown], stage.weights)
+    rate = stage.population.rate(signal, neuron, stage.energy_scale[index])
+    rate = rate * gain_of(stage.behaviour, neuron)
     events = fire(rate, neuron, stage.shared, random)
     n = len(events)
     seen = events > 0.35 * random.lognormal(0, 0.3, n)
     detected = np.where(seen, events * random.lognormal(0, 0.15, n), 0).astype(np.float32)
-    fade = neuron.baseline * (1 - 0.08 * np.arange(n) / n)
+    fade = neuron.baseline * stage.population.brightness(neuron, n)
     clean = fade * (1 + neuron.amplitude * calcium(events) + neuron.noise * random.standard_normal(n))
     local = stage.haze + 0.02 * _wander(random, n, 2.0, 1 / FRAME_RATE) + 0.015 * random.standard_normal(n)
     neuropil = _rounded(neuron.neuropil * (1 + local), 2)
@@ -963,14 +1018,12 @@ def movie_responses(
         if name == movie:
             break
         at += count
-    rates = np.stack(
-        [
-            rate_of(
-                _movie_energy(stage.filtered[i, at : at + stage.counts[movie]], n) / stage.energy_scale[i], n
-            )
-            for i, (_, n) in enumerate(stage.neurons.iterrows())
-        ]
-    )
+    frames, rates = stage.counts[movie], []
+    for i, (_, neuron) in enumerate(stage.neurons.iterrows()):
+        centre = stage.filtered[i, at : at + frames, len(GAZES) // 2]
+        looped = np.concatenate([centre, centre])
+        rates.append(stage.population.rate(looped, neuron, stage.energy_scale[i], 30.0)[frames:])
+    rates = np.stack(rates)
     twice = calcium(np.concatenate([rates, rates], 1) / 30.0, 30.0)[:, rates.shape[1] :]
     return rates, twice * stage.neurons["amplitude"].to_numpy()[:, None]
 
@@ -1017,7 +1070,7 @@ def _metadata(stage: Stage) -> dict[str, str]:
     return {
         "general/session_id": str(stage.session_id),
         "general/ophys_experiment_id": str(stage.session_id),
-        "general/experiment_container_id": str(_container_id(stage.seed)),
+        "general/experiment_container_id": str(_container_id(stage.seed, stage.population.offset)),
         "general/session_type": stage.timeline.session_type,
         "general/specimen_name": f"Synthetic-{stage.seed:06d}",
         "general/fov": "400x400 microns (512 x 512 pixels)",
@@ -1037,8 +1090,8 @@ def _metadata(stage: Stage) -> dict[str, str]:
     }
 
 
-def _container_id(seed: int) -> int:
-    return 910_000_000 + seed
+def _container_id(seed: int, offset: int = 0) -> int:
+    return 910_000_000 + offset + seed
 
 
 def _write_behaviour(file: h5py.File, stage: Stage) -> None:
@@ -1178,7 +1231,7 @@ def _write_nwb(path: Path, stage: Stage, size: str) -> dict[str, np.ndarray]:
 # %% ../../neuro_nbs/02_synthetic_session.ipynb #58ef51c6
 def _truth(stage: Stage, traces: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     "All that is known about a session, as arrays."
-    fields = receptive_fields(stage.neurons)
+    fields = stage.population.fields(stage.neurons)
     known = {k: stage.neurons[k].to_numpy() for k in stage.neurons.columns if k != "kind"}
     known |= {
         "kind": stage.neurons["kind"].to_numpy().astype("U12"),
@@ -1189,6 +1242,7 @@ def _truth(stage: Stage, traces: Mapping[str, np.ndarray]) -> dict[str, np.ndarr
         "gaze": stage.behaviour.gaze.astype(np.float32),
         "running": stage.behaviour.running.astype(np.float32),
     }
+    known |= stage.population.known(stage.neurons, stage.energy_scale)
     known["pupil_area"] = stage.behaviour.pupil_area.astype(np.float32)
     for movie in (k for k in stage.counts if "movie" in k):
         rates, response = movie_responses(stage, movie)
@@ -1206,7 +1260,7 @@ def _save_arrays(path: Path, **arrays: np.ndarray) -> None:
                 np.lib.format.write_array(file, np.ascontiguousarray(value), allow_pickle=False)
 
 # %% ../../neuro_nbs/02_synthetic_session.ipynb #7d48e20f
-def _catalogue(stages: list[tuple[int, str, pd.DataFrame]], seed: int) -> dict[str, Any]:
+def _catalogue(stages: list[tuple[int, str, pd.DataFrame]], seed: int, offset: int = 0) -> dict[str, Any]:
     "The JSON files of an offline allensdk cache."
     lines = [("Rorb-IRES2-Cre", "driver"), ("Camk2a-tTA", "driver"), ("Ai93(TITL-GCaMP6f)", "reporter")]
     donor = {
@@ -1220,12 +1274,12 @@ def _catalogue(stages: list[tuple[int, str, pd.DataFrame]], seed: int) -> dict[s
         "targeted_structure": {"acronym": "VISp", "name": "Primary visual area"},
         "specimen": {"name": f"Synthetic-{seed:06d}", "donor": donor},
     }
-    container = {"id": _container_id(seed), "failed": False, **common}
+    container = {"id": _container_id(seed, offset), "failed": False, **common}
     experiments = [
         {
             "id": session_id,
-            "experiment_container_id": _container_id(seed),
-            "experiment_container": {"id": _container_id(seed), "failed": False},
+            "experiment_container_id": _container_id(seed, offset),
+            "experiment_container": {"id": _container_id(seed, offset), "failed": False},
             "stimulus_name": session_type,
             "date_of_acquisition": "2016-02-05T10:00:00Z"
             if session_type == SESSION_A
@@ -1239,7 +1293,7 @@ def _catalogue(stages: list[tuple[int, str, pd.DataFrame]], seed: int) -> dict[s
     cells = [
         {
             "cell_specimen_id": k,
-            "experiment_container_id": _container_id(seed),
+            "experiment_container_id": _container_id(seed, offset),
             "failed_experiment_container": False,
             "area": "VISp",
             "imaging_depth": 275,
@@ -1278,6 +1332,7 @@ def write_session(
     root: str | Path,  # the folder to be made; must not exist
     size: str = "demo",  # "tiny" (8 cells), "demo" (64) or "full" (227)
     seed: int = 0,  # the mouse: same seed, same bytes; other seed, other neurons, behaviour and ids
+    population: Population = GABORS,  # the kind of its neurons
 ) -> Path:  # `root`: an allensdk cache with sessions A and B, their truth, and the marker cortexlit.json
     "Simulate a mouse and write its two sessions as a complete offline allensdk cache; whole or not at all."
     size_named(size)
@@ -1285,12 +1340,12 @@ def write_session(
         raise DataError(f"seed is {seed}", expected="0 to 9999: ids are made from it")
     if Path(root).exists():
         raise DataError("the folder exists already", path=root, fix="choose another name, or delete it first")
-    ids, stages, sessions = _session_ids(seed), [], {}
+    ids, stages, sessions = _session_ids(seed, population.offset), [], {}
     with atomic_folder(root) as folder:
         for name in ("ophys_experiment_data", "ophys_experiment_events", "truth"):
             (folder / name).mkdir()
         for session_type, session_id in ids.items():
-            stage = set_stage(session_type, size, seed)
+            stage = set_stage(session_type, size, seed, population)
             traces = _write_nwb(folder / "ophys_experiment_data" / f"{session_id}.nwb", stage, size)
             _save_arrays(
                 folder / "ophys_experiment_events" / f"{session_id}_events.npz", ev=traces.pop("detected")
@@ -1304,9 +1359,11 @@ def write_session(
                 "cells": len(stage.neurons),
             }
             del stage, traces
-        for name, content in _catalogue(stages, seed).items():
+        for name, content in _catalogue(stages, seed, population.offset).items():
             write_json(folder / name, content)
         mark = {"synthetic": True, "format": 1, "size": size, "seed": seed, "sessions": sessions}
+        if population != GABORS:  # the marker of the first kind keeps its bytes
+            mark["population"] = asdict(population)
         write_json(folder / "cortexlit.json", mark)
     return Path(root)
 

@@ -31,15 +31,17 @@ from cortexlit.core import (
     digest,
     generated,
     h5_file,
+    load_array,
     locked,
     new_array,
     provenance,
     read_json,
+    reading,
     rng,
     sha256,
     write_json,
 )
-from .checks import finite, load_array, load_arrays, reading, same_length, seal, unique, whole
+from .checks import finite, load_arrays, same_length, seal, shaped, unique, whole
 from .clips import _need_space, check_folder
 from .opendata import OpenFile, fetch
 
@@ -615,6 +617,10 @@ def _read_table(path: Path) -> pd.DataFrame:
     except OSError:
         with reading(path, wish):
             raise
+    if not len(table):
+        raise DataError(
+            "the table has no rows", path=path, expected="a header and rows", fix="fetch the file again"
+        )
     for column in table.columns.difference(_TEXT):
         if table[column].dtype == object and sep != ",":  # 1,25 of a spreadsheet
             given = table[column].dropna().astype(str)
@@ -1392,14 +1398,14 @@ def select_rois(
     return inside
 
 # %% ../../neuro_nbs/12_things.ipynb #e0be729b
-def _standardised(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    "z-score the columns within each group of rows; float32, constant columns 0."
+def _standardised(values: np.ndarray, groups: np.ndarray, used: np.ndarray | None = None) -> np.ndarray:
+    "z-score the columns within each group of rows, by the rows that are used; float32, constant columns 0."
     out = np.empty(values.shape, np.float32)
     for group in np.unique(groups):
         rows = np.flatnonzero(groups == group)
         part = values[rows].astype(float)
-        part -= part.mean(0)
-        spread = part.std(0)
+        known = part if used is None else part[used[rows]]
+        part, spread = part - known.mean(0), known.std(0)
         out[rows] = np.where(
             spread > 1e-12 * (1 + abs(values[rows[0]])), part / np.where(spread > 0, spread, 1), 0
         )
@@ -1413,17 +1419,40 @@ def _groups(stimuli: pd.DataFrame, zscore: str) -> np.ndarray:
     columns = {"session": ["session"], "run": ["session", "run"], "none": []}[zscore]
     return stimuli.groupby(columns).ngroup().to_numpy() if columns else np.zeros(len(stimuli), int)
 
+
+def _used(statistics: np.ndarray | None, groups: np.ndarray, zscore: str) -> np.ndarray:
+    "(trials,) whose responses give means and spreads."
+    if zscore == "none":
+        return np.zeros(len(groups), bool)
+    used = np.ones(len(groups), bool) if statistics is None else np.asarray(statistics)
+    if used.shape != groups.shape or used.dtype != bool:
+        raise DataError(
+            f"statistics: {used.dtype} {used.shape}",
+            expected=f"True or False for each trial: ({len(groups)},)",
+        )
+    few = [g for g in np.unique(groups) if used[groups == g].sum() < 2]
+    if few:
+        raise DataError(
+            f"{len(few)} {zscore}s have fewer than two trials to take mean and spread from",
+            expected="training trials in each of them",
+            fix='a session that is held out as a whole has none: zscore="none", or all trials, and say so',
+        )
+    return used
+
 # %% ../../neuro_nbs/12_things.ipynb #1a08a807
 def build_things(
     things: Things,
     out: str | Path,  # new folder: responses.npy, metadata.npz, card.json
     zscore: str = "session",  # within "session", "run", or "none"
     rois: str | Sequence[str] | None = None,  # keep these voxels only; None: the whole mask
+    statistics: np.ndarray
+    | None = None,  # (trials,) bool: means and spreads are those of these, e.g. of training; None: all
     overwrite: bool = False,
 ) -> Path:  # the folder
     "Write a subject's responses as float32 (trials, voxels), z-scored per voxel; needs well below 4 GB for any size."
     stimuli = things.index.stimuli
     groups = _groups(stimuli, zscore)
+    used = _used(statistics, groups, zscore)
     keep = np.ones(len(things.voxels), bool) if rois is None else select_rois(things.rois, rois)
     shape = (len(stimuli), int(keep.sum()))
     if not shape[1]:
@@ -1434,22 +1463,27 @@ def build_things(
         new_array(path, np.float32, shape)
         for rows, columns, block in things.blocks(keep):
             if zscore != "none" and things.layout.kind != "volumes":
-                block = _standardised(block, groups)
+                block = _standardised(block, groups, used)
             np.load(path, mmap_mode="r+")[rows, columns] = block  # opened anew: pages do not pile up
         if zscore != "none" and things.layout.kind == "volumes":
             step = max(1, (1 << 25) // shape[0])
             for start in range(0, shape[1], step):
                 values = np.load(path, mmap_mode="r+")
                 values[:, start : start + step] = _standardised(
-                    np.array(values[:, start : start + step]), groups
+                    np.array(values[:, start : start + step]), groups, used
                 )
-        np.savez(tmp / "metadata.npz", **_metadata(things, keep))
+        np.savez(tmp / "metadata.npz", **_metadata(things, keep), statistics=used)
         card = {
             "kind": "things",
             "format": 1,
             "subject": things.subject,
             "layout": things.layout.kind,
             "zscore": zscore,
+            "zscore_statistics": "none"
+            if zscore == "none"
+            else "all trials, also those held out later"
+            if used.all()
+            else f"{int(used.sum())} of {len(used)} trials",
             "rois": rois,
             "shape": shape,
             "files": {p.name: sha256(p) for p in sorted(tmp.iterdir())},
@@ -1471,6 +1505,37 @@ def _metadata(things: Things, keep: np.ndarray) -> dict[str, np.ndarray]:
     return out
 
 # %% ../../neuro_nbs/12_things.ipynb #ce39826e
+def _check_cache(
+    meta: Mapping[str, np.ndarray], values: np.ndarray, card: Mapping[str, Any], folder: Path
+) -> None:
+    "Raise `DataError` unless each array of a cached subject has its axes."
+    path = folder / "metadata.npz"
+    shaped("responses", values, {"trials": None, "voxels": None}, folder / "responses.npy")
+    for name in ("session", "run", "trial", "volume", "image", "concept", "role"):
+        shaped(name, meta[name], {"trials": len(values)}, path)
+        if name in ("image", "concept", "role"):
+            if meta[name].dtype.kind != "U":
+                raise DataError(f"{name} has dtype {meta[name].dtype}", "text", "build it again", path)
+        else:
+            whole(name, meta[name], low=None, path=path)
+    if strange := sorted(set(meta["role"]) - set(ROLES)):
+        raise DataError(f"no such role as {strange[0]!r}", f"one of {ROLES}", "build it again", path)
+    unique("ROI", meta["roi_names"], path)
+    shaped("brain", meta["brain"], {"x": None, "y": None, "z": None}, path)
+    shaped("mask", meta["mask"], dict(zip("xyz", meta["brain"].shape, strict=True)), path)
+    shaped("affine", meta["affine"], {"rows": 4, "columns": 4}, path)
+    finite("affine", meta["affine"], path=path)
+    if meta["roi_names"].size:
+        shaped("roi_names", meta["roi_names"], {"ROIs": None}, path)
+        shaped("rois", meta["rois"], {"voxels": values.shape[1], "ROIs": len(meta["roi_names"])}, path)
+    if meta["mask"].dtype != bool or meta["rois"].dtype != bool or meta["brain"].dtype != bool:
+        raise DataError("masks and ROIs that are not true or false", path=path, fix="build it again")
+    if not isinstance(card.get("shape"), list) or len(card["shape"]) != 2:
+        raise DataError(
+            "the card names no shape", "trials and voxels", "build it again", folder / "card.json"
+        )
+
+
 class ThingsDataset:
     "Trials of a cached subject with the ratings of their concepts, for decoding."
 
@@ -1509,6 +1574,7 @@ class ThingsDataset:
         )
         self._values = load_array(folder / "responses.npy", kinds="f", mmap=True)
         again = "build it again: build_things(..., overwrite=True)"
+        _check_cache(meta, self._values, card, folder)
         sizes = {
             "responses": self._values.shape[0],
             "metadata": len(meta["image"]),
@@ -1523,6 +1589,11 @@ class ThingsDataset:
         same_length("voxels", sizes | {"card": list(card["shape"])[1]}, path, again)
         self.folder, self.card, self.form = folder, card, form
         self.brain, self.affine = meta["brain"], meta["affine"]
+        used = (
+            np.load(path)["statistics"]
+            if "statistics" in np.load(path)
+            else np.ones(len(meta["image"]), bool)
+        )
         trials = pd.DataFrame(
             {k: meta[k] for k in ("session", "run", "trial", "volume", "image", "concept", "role")}
         )
@@ -1540,6 +1611,9 @@ class ThingsDataset:
         self.rois = all_rois.iloc[self._columns].reset_index(drop=True)
         self._rows = np.flatnonzero(wanted)
         self.trials = trials.iloc[self._rows].reset_index(drop=True)
+        self.statistics = used[
+            self._rows
+        ]  # trials whose responses entered the z-scores, held-out ones too by default
         place = np.argwhere(meta["mask"])[self._columns]
         self.mask = np.zeros(self.brain.shape, bool)
         self.mask[tuple(place.T)] = True
@@ -1687,19 +1761,37 @@ def audit_split(
     train: np.ndarray,  # rows
     test: np.ndarray,  # rows
     forbid: Sequence[str] = ("image", "concept"),  # what the two must not share
+    statistics: np.ndarray
+    | None = None,  # (trials,) whose responses entered the z-scores, `ThingsDataset.statistics`
 ) -> (
     pd.DataFrame
 ):  # per quantity: how many train and test have, share, and the fraction of test trials concerned
-    "Count shared images, concepts, sessions and runs; `SplitLeak` if a forbidden one is shared, or a trial itself."
+    """Count shared images, concepts, sessions and runs; `SplitLeak` if a forbidden one is shared, or a trial itself.
+
+    Names that differ by capitals or blanks are one name. The row "z-score" counts the test trials whose responses entered
+    the means and spreads that all trials are divided by.
+    """
     train, test = np.asarray(train), np.asarray(test)
     if both := len(np.intersect1d(train, test)):
         raise SplitLeak(f"{both} trials are in train and test", expected="each trial in one of them")
     named = trials.assign(run=trials["session"].astype(str) + "/" + trials["run"].astype(str))
+    named = named.assign(**{name: trials[name].map(_plain) for name in ("image", "concept")})
     rows = []
     for name in ("image", "concept", "session", "run"):
         a, b = named[name].iloc[train], named[name].iloc[test]
         shared = set(a) & set(b)
         rows.append((name, a.nunique(), b.nunique(), len(shared), float(b.isin(shared).mean())))
+    if statistics is not None:
+        used = np.asarray(statistics, bool)
+        rows.append(
+            (
+                "z-score",
+                int(used[train].sum()),
+                int(used[test].sum()),
+                int(used[test].sum()),
+                float(used[test].mean()),
+            )
+        )
     report = pd.DataFrame(rows, columns=["what", "train", "test", "shared", "test_trials"])
     for row in report.itertuples():
         if row.what in forbid and row.shared:
@@ -1711,18 +1803,24 @@ def audit_split(
     return report
 
 
+def _plain(name: str) -> str:
+    "A name without capitals and stray blanks: how two names are compared."
+    return _identifier(name).casefold()
+
+
 def split_by_concept(
     trials: pd.DataFrame,  # one row per trial, e.g. `ThingsDataset.trials`
     folds: int = 5,
     seed: int = 0,  # of the draw of concepts
 ) -> Split:
     "Hold out whole concepts, with all their photographs and repeats."
-    concepts = np.unique(trials["concept"])
+    named = trials["concept"].map(_plain)
+    concepts = np.unique(named)
     if not 2 <= folds <= len(concepts):
         raise DataError(f"{folds} folds of {len(concepts)} concepts", expected=f"2 to {len(concepts)}")
     fold = np.empty(len(concepts), int)
     fold[rng(seed, "concepts").permutation(len(concepts))] = np.arange(len(concepts)) % folds
-    return Split("concept", fold[np.searchsorted(concepts, trials["concept"])], trials, seed)
+    return Split("concept", fold[np.searchsorted(concepts, named)], trials, seed)
 
 
 def split_by_session(

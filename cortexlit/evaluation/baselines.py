@@ -15,9 +15,10 @@ from scipy.signal import lfilter
 from sklearn.preprocessing import StandardScaler
 
 from ..core import DataError, MissingError
+from ..data.audit import models_named, note_opening
 from ..data.clips import TierArrays, check_folder, load_tier
 from ..data.folds import fold_folders, fold_of, pool, pooled_tier
-from .ceilings import split_half_reliability
+from .ceilings import split_half_ceiling
 from cortexlit.evaluation.metrics import (
     correlation_to_average,
     feve,
@@ -28,7 +29,7 @@ from cortexlit.evaluation.metrics import (
 from .scores import ScoreSheet
 
 # %% auto #0
-__all__ = ['ALPHAS', 'WINDOWS', 'ORACLE', 'TRUTH', 'train_mean', 'repeat_mean', 'blind_mean', 'validated_ridge',
+__all__ = ['ALPHAS', 'WINDOWS', 'ORACLE', 'TRUTH', 'SPLIT_HALVES', 'train_mean', 'repeat_mean', 'blind_mean', 'validated_ridge',
            'behaviour_ridge', 'gabor_bank', 'motion_energy_ridge', 'clip_baselines', 'score_dataset', 'true_response']
 
 # %% ../../neuro_nbs/05_baseline.ipynb #d137e960
@@ -348,14 +349,19 @@ def score_dataset(
     oracle = _oracle(parts, "test")
     predictions[ORACLE] = "some clip was shown once" if oracle is None else oracle
     predictions |= {} if truth is None else {TRUTH: truth}
-    return _sheet(predictions, parts, last, card, name or card["name"], folds)
+    sheet = _sheet(predictions, parts, last, card, name or card["name"], folds)
+    if count := note_opening(root, models_named(models), "score_dataset"):
+        sheet.opened[name or card["name"]] = count
+    return sheet
 
 # %% ../../neuro_nbs/05_baseline.ipynb #d510da21
-ORACLE, TRUTH = "other repeats", "truth: noiseless response"
+ORACLE, TRUTH, SPLIT_HALVES = "other repeats", "truth: noiseless response", "ceiling: split halves"
 
 
-def _halves(parts: Mapping[str, TierArrays], last: int, fold: np.ndarray | None = None) -> dict[str, float]:
-    "Ceilings from split halves: mean over neurons of the root of the reliability; empty where a clip was shown once."
+def _halves(
+    parts: Mapping[str, TierArrays], last: int, fold: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    "metric -> (clips, neurons) ceilings from split halves; empty where a clip was shown once."
     test = parts["test"]
     labels, clip = (np.concatenate([getattr(d, k) for d in parts.values()]) for k in ("labels", "clip"))
     shown = np.isin(clip, test.clip)
@@ -366,8 +372,7 @@ def _halves(parts: Mapping[str, TierArrays], last: int, fold: np.ndarray | None 
     ):
         if np.unique(c, return_counts=True)[1].min() > 1:
             y = y if fold is None else _within(y[..., -last:], fold)
-            reliability = split_half_reliability(y, c, last=last, repeats=repeats)
-            found[metric] = mean_score(np.sign(reliability) * np.sqrt(abs(reliability)))
+            found[metric] = split_half_ceiling(y, c, last=last, repeats=repeats)
     return found
 
 # %% ../../neuro_nbs/05_baseline.ipynb #d9cae1c4
@@ -395,7 +400,9 @@ def _sheet(
     known = dict.fromkeys(
         ("single-trial correlation", "flattened correlation", "correlation to average"), np.nan
     )
-    ceilings = known | (means[TRUTH] if TRUTH in means else _halves(parts, last, fold)) | {"FEVE": 1.0}
+    halves = _halves(parts, last, fold)
+    estimated = {metric: mean_score(values) for metric, values in halves.items()}
+    ceilings = known | (means[TRUTH] if TRUTH in means else estimated) | {"FEVE": 1.0}
     for metric, ceiling in ceilings.items():
         limits = {"baseline": means[reference].get(metric, np.nan), "ceiling": ceiling}
         for label, table in tables.items():
@@ -414,6 +421,10 @@ def _sheet(
             where = {"tier": "test", "split": card["options"]["split"], "split_hash": card["split_hash"]}
             sheet.add(model, metric, values, dataset=name, clip=rows, samples=len(test.clip), seed=seed, note=note,
                       **where, **limits)  # fmt: skip
+        if metric in halves:
+            sheet.add(
+                SPLIT_HALVES, metric, halves[metric], dataset=name, samples=len(test.clip), **where, **limits
+            )
     return sheet
 
 # %% ../../neuro_nbs/05_baseline.ipynb #3cc290a7

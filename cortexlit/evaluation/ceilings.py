@@ -5,7 +5,7 @@
 # %% ../../neuro_nbs/04a_ceilings.ipynb #5bca5d17
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from cortexlit.evaluation.metrics import (
 )
 
 # %% auto #0
-__all__ = ['leave_one_out_oracle', 'split_half_reliability']
+__all__ = ['leave_one_out_oracle', 'split_half_reliability', 'split_half_ceiling']
 
 # %% ../../neuro_nbs/04a_ceilings.ipynb #10e8827f
 def leave_one_out_oracle(
@@ -47,6 +47,20 @@ def split_half_reliability(
     seed: int = 0,  # of the splits
 ) -> np.ndarray:  # (neurons,) between -1 and 1; NaN for constant neurons
     "Spearman-Brown corrected correlation between two halves of the repeats, clips and frames flattened."
+    halves, longer = _halved(labels, clip, last, repeats, splits, seed)
+    raw = sum(flattened_correlation(*pair, reduce=None) for pair in halves) / splits
+    return _of_repeats(raw, longer)
+
+
+def _halved(
+    labels: np.ndarray,
+    clip: Sequence | np.ndarray,
+    last: int | None,
+    repeats: int | None,
+    splits: int,
+    seed: int,
+) -> tuple[Iterator[np.ndarray], float]:
+    "Means of two halves of each clip's repeats, (2, clips, neurons, frames) for each split; repeats wanted over repeats in a half."
     (labels,) = _window(last, labels=labels)
     _require_finite(labels=labels)
     groups = _repeats(clip, len(labels))
@@ -55,12 +69,56 @@ def split_half_reliability(
     if repeats < 1 or splits < 1:
         raise DataError(f"repeats={repeats}, splits={splits}", expected="1 or more")
     size, generator = fewest // 2, rng(seed, "split halves")
-    halves, raw = np.empty((2, len(groups), *labels.shape[1:])), np.zeros(labels.shape[1])
-    for _ in range(splits):
-        for place, members in enumerate(groups):
-            drawn = generator.permutation(members)[: 2 * size].reshape(2, size)
-            for half, chosen in zip(halves, drawn, strict=True):
-                half[place] = labels[chosen].mean(0, dtype=float)
-        raw += flattened_correlation(*halves, reduce=None) / splits
-    longer = repeats / size
+
+    def drawn() -> Iterator[np.ndarray]:
+        halves = np.empty((2, len(groups), *labels.shape[1:]))
+        for _ in range(splits):
+            for place, members in enumerate(groups):
+                chosen = generator.permutation(members)[: 2 * size].reshape(2, size)
+                for half, rows in zip(halves, chosen, strict=True):
+                    half[place] = labels[rows].mean(0, dtype=float)
+            yield halves
+
+    return drawn(), repeats / size
+
+
+def _of_repeats(raw: np.ndarray, longer: float) -> np.ndarray:
+    "Spearman and Brown's formula, sign kept."
     return np.sign(raw) * longer * abs(raw) / (1 + (longer - 1) * abs(raw))
+
+# %% ../../neuro_nbs/04a_ceilings.ipynb #8d2f61ab
+def split_half_ceiling(
+    labels: np.ndarray,  # (samples, neurons, frames)
+    clip: Sequence | np.ndarray,  # (samples,) clip id; equal ids are repeats, two or more of each
+    last: int | None = None,  # use the last so many frames; None: all
+    repeats: float
+    | None = 1,  # ceiling of the correlation with the mean of so many repeats; None: as many as there are
+    splits: int = 20,  # random splits averaged
+    seed: int = 0,  # of the splits
+) -> np.ndarray:  # (clips, neurons), whose mean is the ceiling: for `score_interval` and `ScoreSheet.add`
+    "The best correlation a model of the stimulus can reach, from split halves: root of the reliability, sign kept."
+
+    def ceiling(raw: np.ndarray) -> np.ndarray:
+        rho = _of_repeats(raw, longer)
+        return np.sign(rho) * np.sqrt(np.abs(rho))
+
+    halves, longer = _halved(labels, clip, last, repeats, splits, seed)
+    whole = without = 0.0
+    for x, y in halves:
+        each = np.stack([np.ones(x.shape), x, y, x * x, y * y, x * y]).sum(-1)  # (6, clips, neurons)
+        total = each.sum(1, keepdims=True)
+        whole = whole + _pearson_of(total)[0] / splits
+        without = without + _pearson_of(total - each) / splits
+    clips = without.shape[0]
+    if clips == 1:
+        return ceiling(whole)[None]
+    table = ceiling(whole) - (clips - 1) * (ceiling(without) - ceiling(without).mean(0))
+    return table
+
+
+def _pearson_of(sums: np.ndarray) -> np.ndarray:
+    "Correlations from sums (6, ...) of 1, x, y, xx, yy, xy; NaN where one is constant."
+    n, x, y, xx, yy, xy = sums
+    vx, vy = n * xx - x**2, n * yy - y**2
+    known = (vx > 1e-10 * n * xx) & (vy > 1e-10 * n * yy)
+    return np.where(known, (n * xy - x * y) / np.sqrt(np.where(known, vx * vy, 1)), np.nan)

@@ -19,10 +19,11 @@ from ..core import DataError, rng
 from .scores import Score, ScoreSheet
 
 # %% auto #0
-__all__ = ['ALPHAS', 'best_constant', 'huber', 'published_confidence', 'constant_predictions', 'Spectrum', 'decompose',
-           'leave_group_out', 'NestedRidge', 'nested_ridge', 'r2_by_target', 'average_by', 'DecodingScores',
-           'score_decoding', 'permuted_targets', 'permutation_scores', 'p_value', 'noise_ceiling', 'decoding_ceiling',
-           'mixed_bands', 'Components', 'property_components', 'identification_ranks', 'decoding_rows', 'score_subject']
+__all__ = ['ALPHAS', 'MIN_CONCEPTS', 'best_constant', 'huber', 'published_confidence', 'constant_predictions', 'Spectrum',
+           'decompose', 'leave_group_out', 'NestedRidge', 'nested_ridge', 'r2_by_target', 'average_by',
+           'DecodingScores', 'score_decoding', 'permuted_targets', 'permutation_scores', 'p_value', 'noise_ceiling',
+           'decoding_ceiling', 'mixed_bands', 'Components', 'property_components', 'identification_ranks',
+           'decoding_rows', 'score_subject']
 
 # %% ../../neuro_nbs/12a_decoding_baselines.ipynb #575bb6c8
 def best_constant(
@@ -326,6 +327,9 @@ def _from_sums(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return r2, r
 
 # %% ../../neuro_nbs/12a_decoding_baselines.ipynb #0092530c
+MIN_CONCEPTS = 50  # with fewer there is no interval: drawing concepts anew makes it too narrow
+
+
 @dataclass(frozen=True)
 class DecodingScores:
     """Scores of one decoder with the bootstrap over concepts.
@@ -336,7 +340,7 @@ class DecodingScores:
         (targets,) R2 over the constant, and Pearson correlation within folds (0 where all predictions of a
         fold are equal).
     r2_draws, r_draws : np.ndarray
-        (resamples, targets) the same for concepts drawn with replacement.
+        (resamples, targets) the same for concepts drawn with replacement; NaN with fewer than `MIN_CONCEPTS`.
     """
 
     r2: np.ndarray
@@ -349,7 +353,7 @@ class DecodingScores:
         metric: str = "r2",  # "r2" or "r"
         target: int | None = None,  # None: mean over targets
     ) -> tuple[float, float, float]:  # value, low, high (95 %)
-        "A score and its percentile interval."
+        "A score and its percentile interval; NaN with fewer than `MIN_CONCEPTS` concepts."
         value, draws = getattr(self, metric), getattr(self, f"{metric}_draws")
         value, draws = (value.mean(), draws.mean(1)) if target is None else (value[target], draws[:, target])
         if not np.isfinite(draws).any():
@@ -404,6 +408,8 @@ def score_decoding(
     count = sums.shape[1]
     drawn = rng(seed, "concepts").multinomial(count, np.full(count, 1 / count), size=resamples).astype(float)
     draws = _from_sums(np.tensordot(sums, drawn, (1, 1)).transpose(0, 2, 1))
+    if count < MIN_CONCEPTS:
+        draws = tuple(np.full_like(d, np.nan) for d in draws)
     return DecodingScores(*_from_sums(sums.sum(1)), *draws)
 
 # %% ../../neuro_nbs/12a_decoding_baselines.ipynb #801fdc2d
@@ -622,7 +628,9 @@ def decoding_rows(
     rows = []
     for metric, value, low, high, top, p in lines:
         undefined = math.isnan(value)
-        text = "; ".join(filter(None, (note, p, "undefined: constant within folds" if undefined else "")))
+        few = f"no interval: {counts['n_clips']} concepts, {MIN_CONCEPTS} or more are needed"
+        few = few if counts["n_clips"] < MIN_CONCEPTS else ""
+        text = "; ".join(filter(None, (note, p, few, "undefined: constant targets" if undefined else "")))
         rows.append(
             Score(
                 model=model,

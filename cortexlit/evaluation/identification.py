@@ -15,10 +15,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest, rankdata
+from scipy.stats import beta, binomtest, rankdata
 
 from ..core import DataError, rng
 from .decoding import p_value
+from .intervals import MIN_CLIPS, score_interval
 from .scores import Score
 
 # %% ../../neuro_nbs/12c_identification.ipynb #67945187
@@ -45,6 +46,53 @@ def class_ranks(
         )
     return rankdata(-scores, axis=1) - 1
 
+# %% ../../neuro_nbs/12c_identification.ipynb #7a1c40de
+def _blocks(
+    shown: np.ndarray, sessions: np.ndarray | None, groups: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # label and stratum of each block, block of each trial
+    "Trials that move together, and among which blocks a label may move: those of the same sessions."
+    if sessions is None:
+        raise DataError(
+            "sessions are not given: labels that move between sessions make a classifier that only knows "
+            "the session look right",
+            expected="sessions=, the session of each trial",
+            fix="sessions=np.zeros(len(shown)) if all trials are of one session",
+        )
+    groups = shown if groups is None else np.asarray(groups)
+    for name, given in (("sessions", sessions), ("groups", groups)):
+        if np.shape(given) != shown.shape:
+            raise DataError(f"{name} has shape {np.shape(given)}", expected=f"one per trial: {shown.shape}")
+    block = np.unique(groups, return_inverse=True)[1]
+    table = pd.DataFrame({"block": block, "label": shown, "session": np.asarray(sessions)})
+    if (several := table.groupby("block")["label"].nunique() > 1).any():
+        raise DataError(
+            f"{int(several.sum())} groups hold trials of several concepts", expected="one concept in a group"
+        )
+    seen = table.groupby("block")["session"].agg(frozenset)
+    strata = pd.factorize(seen)[0]
+    labels = table.groupby("block")["label"].first().to_numpy()
+    alone = pd.Series(labels).groupby(strata).nunique()[strata].to_numpy() == 1
+    if alone.mean() > 0.5:
+        raise DataError(
+            f"{int(alone.sum())} of {len(labels)} groups share their sessions with no other concept: "
+            "there is nothing to permute",
+            expected="concepts shown in the same sessions",
+            fix="groups=, one for each concept and session, if trials of two sessions share no noise",
+        )
+    return labels, block, strata
+
+
+def _share_interval(hit: np.ndarray, shown: np.ndarray) -> tuple[float, float]:
+    "95 % interval of a share: exact for as many independent trials as have its spread over concepts."
+    share, n, concepts = hit.mean(), len(hit), len(np.unique(shown))
+    if concepts < MIN_CLIPS:
+        return math.nan, math.nan
+    low, high = score_interval(hit[:, None].astype(float), shown)
+    n = min(n, share * (1 - share) / ((high - low) / 2 / 1.96) ** 2) if high > low else concepts
+    hits = share * n
+    ends = beta.ppf([0.025, 0.975], [hits, hits + 1], [n - hits + 1, n - hits])
+    return float(np.nan_to_num(ends[0], nan=0.0)), float(np.nan_to_num(ends[1], nan=1.0))
+
 # %% ../../neuro_nbs/12c_identification.ipynb #5f70c2fa
 @dataclass(frozen=True)
 class Identification:
@@ -52,23 +100,24 @@ class Identification:
 
     Parameters
     ----------
-    n, concepts, k : int
-        Trials, candidates, guesses.
+    n, shown, concepts, k : int
+        Trials, concepts shown in them, candidates, guesses.
     hits : int
         Trials whose concept is among the k largest scores.
     top, top_low, top_high : float
-        Share of hits and its exact interval, which takes trials as independent.
+        Share of hits and its 95 % interval over concepts; NaN with fewer than `MIN_CLIPS` concepts shown.
     chance : float
         k / concepts.
     rank, pairs : float
         Mean normalised rank (0 perfect, .5 guessing); 1 - rank, the share of right choices between two.
     pairs_low, pairs_high : float
-        95 % interval over concepts.
+        95 % interval over concepts; NaN with fewer than `MIN_CLIPS`.
     p_top, p_pairs : float
         One-sided permutation p-values.
     """
 
     n: int
+    shown: int
     concepts: int
     k: int
     hits: int
@@ -95,12 +144,13 @@ def score_identification(
     scores: np.ndarray,  # (trials, concepts)
     shown: np.ndarray,  # (trials,) column of the concept that was shown
     k: int = 10,  # guesses
-    sessions: np.ndarray | None = None,  # (trials,) labels are shuffled within these; None: over all trials
+    sessions: np.ndarray
+    | None = None,  # (trials,) required: session of each trial, the same number if there is one
+    groups: np.ndarray | None = None,  # (trials,) trials whose noise may be shared; None: all of a concept
     permutations: int = 1000,
-    resamples: int = 2000,  # bootstrap draws of concepts
     seed: int = 0,
 ) -> Identification:
-    "Hits among k guesses and ranks, with chance, intervals and permutation p-values."
+    "Hits among k guesses and ranks, with chance, intervals and p-values of permuted blocks of trials."
     ranks, shown = class_ranks(scores), np.asarray(shown)
     n, concepts = ranks.shape
     if shown.shape != (n,) or shown.dtype.kind not in "iu" or not ((shown >= 0) & (shown < concepts)).all():
@@ -109,23 +159,20 @@ def score_identification(
         )
     if not 1 <= k < concepts:
         raise DataError(f"k={k}", expected=f"1 to {concepts - 1}")
-    own = ranks[np.arange(n), shown]
-    names, place = np.unique(shown, return_inverse=True)
-    drawn = rng(seed, "concepts").multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)
-    means = (drawn @ np.bincount(place, own)) / (drawn @ np.bincount(place)) / (concepts - 1)
-    blocks = np.zeros(n, int) if sessions is None else np.unique(sessions, return_inverse=True)[1]
-    order, shuffle, null = np.argsort(blocks, kind="stable"), rng(seed, "permutations"), []
+    labels, block, strata = _blocks(shown, sessions, groups)
+    rows, own = np.arange(n), ranks[np.arange(n), shown]
+    order, shuffle, null = np.argsort(strata, kind="stable"), rng(seed, "permutations"), []
     for _ in range(permutations):
-        other = np.empty_like(shown)
-        other[order] = shown[np.lexsort([shuffle.random(n), blocks])]
-        drawn_ranks = ranks[np.arange(n), other]
-        null.append(((drawn_ranks < k).sum(), -drawn_ranks.mean()))
-    null, hits, rank = np.array(null), int((own < k).sum()), own.mean() / (concepts - 1)
-    p_top, p_pairs = p_value(np.array([hits, -own.mean()]), null)
-    low, high = 1 - np.quantile(means, [0.975, 0.025])
+        other = np.empty_like(labels)
+        other[order] = labels[np.lexsort([shuffle.random(len(labels)), strata])]
+        drawn = ranks[rows, other[block]]
+        null.append(((drawn < k).sum(), -drawn.mean()))
+    hits, rank = int((own < k).sum()), own.mean() / (concepts - 1)
+    p_top, p_pairs = p_value(np.array([hits, -own.mean()]), np.array(null))
+    low, high = score_interval((1 - own / (concepts - 1))[:, None], shown)
     return Identification(
-        n, concepts, k, hits, *binomial_interval(hits, n), k / concepts, float(rank), float(1 - rank),
-        float(low), float(high), float(p_top), float(p_pairs),
+        n, len(np.unique(shown)), concepts, k, hits, hits / n, *_share_interval(own < k, shown), k / concepts, float(rank), float(1 - rank),
+        float(np.maximum(low, 0)), float(np.minimum(high, 1)), float(p_top), float(p_pairs),
     )  # fmt: skip
 
 # %% ../../neuro_nbs/12c_identification.ipynb #c4b357c0
@@ -142,6 +189,7 @@ def identification_rows(
     seed: int | None = None,  # of training
 ) -> list[Score]:  # for `ScoreSheet(rows)`: "top k", "pairs"
     "Rows of a score sheet with chance and permutation p."
+    few = math.isnan(found.pairs_low)
     rows = []
     for metric, name, chance, p in (
         ("top", f"top {found.k}", found.chance, found.p_top),
@@ -159,7 +207,7 @@ def identification_rows(
                 value=value,
                 low=low,
                 high=high,
-                n_clips=found.concepts,
+                n_clips=found.shown,
                 n_samples=found.n,
                 n_neurons=None,
                 undefined=0.0,
@@ -171,7 +219,12 @@ def identification_rows(
                 split_hash=split_hash,
                 seed=seed,
                 note=f"permutation p = {p:.3f}"
-                + (f", mean normalised rank {found.rank:.3f}" if metric == "pairs" else ""),
+                + (f", mean normalised rank {found.rank:.3f}" if metric == "pairs" else "")
+                + (
+                    f"; no interval: {found.shown} concepts shown, {MIN_CLIPS} or more are needed"
+                    if few
+                    else ""
+                ),
             )  # fmt: skip
         )
     return rows

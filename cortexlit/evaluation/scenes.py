@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['SPLIT_HALVES', 'gabor_energies', 'picture_ridge', 'as_clips', 'scene_baselines', 'correlation_table', 'average_table',
-           'feve_table', 'other_repeats', 'score_scenes']
+__all__ = ['gabor_energies', 'picture_ridge', 'as_clips', 'scene_baselines', 'correlation_table', 'average_table', 'feve_table',
+           'other_repeats', 'score_scenes']
 
 # %% ../../neuro_nbs/10a_scene_baselines.ipynb #3a6acd56
 from collections.abc import Mapping, Sequence
@@ -17,18 +17,20 @@ from pathlib import Path
 import numpy as np
 
 from ..core import DataError
+from ..data.audit import models_named, note_opening
 from ..data.clips import TierArrays, check_folder
 from ..data.scenes import SceneArrays, load_scenes
 from cortexlit.evaluation.baselines import (
     ALPHAS,
     ORACLE,
+    SPLIT_HALVES,
     behaviour_ridge,
     gabor_bank,
     repeat_mean,
     train_mean,
     validated_ridge,
 )
-from .ceilings import split_half_reliability
+from .ceilings import split_half_ceiling
 from .metrics import CONSTANT, explainable_variance, mean_score
 from .scores import ScoreSheet
 
@@ -170,21 +172,17 @@ def other_repeats(
 
 
 def _reliabilities(labels: np.ndarray, image: np.ndarray, test: SceneArrays) -> dict[str, np.ndarray]:
-    "metric -> (neurons,) square root of the reliability, sign kept, from all repeats of the test pictures."
+    "metric -> (pictures, neurons) ceilings from split halves, from all repeats of the test pictures."
     among, counts = np.isin(image, test.image), np.unique(test.image, return_counts=True)[1]
     wanted = {"single-trial correlation": 1.0}
     if counts.max() > 1:
         wanted["correlation to average"] = 1 / np.mean(1 / counts[counts > 1])  # presentations in an average
     found = {}
     for metric, repeats in wanted.items():
-        r = split_half_reliability(labels[among][..., None], image[among], repeats=repeats)
-        found[metric] = np.sign(r) * np.sqrt(np.abs(r))
+        found[metric] = split_half_ceiling(labels[among][..., None], image[among], repeats=repeats)
     return found
 
 # %% ../../neuro_nbs/10a_scene_baselines.ipynb #3a8a79e0
-SPLIT_HALVES = "ceiling: split halves"
-
-
 def _tables(predictions: np.ndarray, test: SceneArrays) -> dict[str, tuple[np.ndarray, np.ndarray] | None]:
     "metric -> (contributions, the picture of each row); None where the test tier has no repeats."
     y, image = test.labels, test.image
@@ -264,6 +262,7 @@ def score_scenes(
             model, seed = label if isinstance(label, tuple) else (label, None)
             sheet.add(model, metric, values, clip=clip, seed=seed, note=note, **where, **limits)
         if metric in halves:
-            note = "no interval: one value per neuron"
-            sheet.add(SPLIT_HALVES, metric, halves[metric][None], note=note, **where, **limits)
+            sheet.add(SPLIT_HALVES, metric, halves[metric], **where, **limits)
+    if count := note_opening(root, models_named(predictions), "score_scenes"):
+        sheet.opened[where["dataset"]] = count
     return sheet

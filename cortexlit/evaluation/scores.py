@@ -175,12 +175,14 @@ class ScoreSheet:
 
     def __init__(
         self,
-        rows: Iterable[Score] = (),  # e.g. the rows of other sheets, to join them
+        rows: Iterable[Score] = (),  # another sheet, or e.g. the rows of several, to join them
     ):
         self.rows: list[Score] = []
         self.provenance: dict[str, Any] | None = None  # of the file it was loaded from, until a row is added
-        for row in rows:
+        self.opened: dict[str, int] = {}  # dataset -> how often its test tier was opened, this time included
+        for row in rows.rows if isinstance(rows, ScoreSheet) else rows:
             self._append(row)
+        self.opened |= getattr(rows, "opened", {})
 
     def _append(self, row: Score) -> None:
         key = ("model", "tier", "metric", "dataset", "split", "split_hash", "seed")
@@ -197,7 +199,8 @@ class ScoreSheet:
         self,
         model: str,  # name of the model
         metric: str,  # name of the metric
-        values: np.ndarray | None,  # (rows, neurons) of a metric with reduce=None or "table"; None: no score can exist
+        values: np.ndarray
+        | None,  # (rows, neurons) of a metric with reduce=None or "table"; None: no score can exist
         *,
         tier: str,  # e.g. "test"
         dataset: str,  # what was recorded, e.g. the session
@@ -257,7 +260,12 @@ class ScoreSheet:
         source = self.provenance or provenance()
         write_json(
             folder / "scores.json",
-            {"format": 1, "rows": [asdict(row) for row in self.rows], "provenance": source},
+            {
+                "format": 1,
+                "rows": [asdict(row) for row in self.rows],
+                "opened": self.opened,
+                "provenance": source,
+            },
         )
         return folder
 
@@ -297,7 +305,7 @@ class ScoreSheet:
             return float(value) if type(value) is int else math.nan if value is None else value
 
         sheet = cls(Score(**{name: restored(name, value) for name, value in row.items()}) for row in rows)
-        sheet.provenance = content.get("provenance")
+        sheet.provenance, sheet.opened = content.get("provenance"), dict(content.get("opened") or {})
         return sheet
 
     def plot(self) -> Figure:  # one panel per metric (columns), dataset, tier and split (rows)
@@ -334,8 +342,16 @@ class ScoreSheet:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def looks(self) -> list[str]:
+        "A line for each test tier that keeps count of its openings."
+        return [f"{name}: test tier opened {n} time{'s' * (n != 1)}" for name, n in self.opened.items()]
+
     def __repr__(self) -> str:
-        return _readable(self.rows).to_string(index=False) if self.rows else "empty score sheet"
+        return "\n".join(
+            [_readable(self.rows).to_string(index=False) if self.rows else "empty score sheet", *self.looks]
+        )
 
     def _repr_html_(self) -> str:
-        return _readable(self.rows).to_html(index=False) if self.rows else repr(self)
+        table = _readable(self.rows).to_html(index=False) if self.rows else "empty score sheet"
+        return table + "".join(f"<p>{line}</p>" for line in self.looks)

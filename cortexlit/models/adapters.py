@@ -218,6 +218,8 @@ def load_adapters(
     weights = folder / "adapter_model.safetensors"
     given = None if (folder / "adapter_model.bin").is_file() else _saved(weights)
     record = read_json(folder / _BASE) if (folder / _BASE).is_file() else {}
+    if not isinstance(record, dict):
+        raise DataError("not a record of the base", path=folder / _BASE, fix="copy the folder again")
     own = _base(model)
     if record.get("core") not in (None, own["core"]):
         raise DataError(
@@ -243,9 +245,9 @@ def load_adapters(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # between peft and transformers; names are compared below
             wrapper = PeftModel.from_pretrained(model, str(folder))
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # peft fails in many ways
         raise DataError(
-            f"these adapters do not fit this model: {str(error).splitlines()[0]}",
+            f"these adapters do not fit this model: {next(iter(str(error).splitlines()), type(error).__name__)}",
             path=folder,
             expected="adapters of layers with the model's names and shapes",
         ) from error

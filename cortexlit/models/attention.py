@@ -34,6 +34,8 @@ def attention_weights(
     return scores.softmax(-1)
 
 # %% ../../nbs/10_attention.ipynb #d0143cf3
+#| code-fold: true
+#| code-summary: "The library's fast path"
 WEIGHTS_AT_A_TIME = 1 << 20  # so many bfloat16 numbers stay in a processor core's cache
 
 
@@ -63,7 +65,7 @@ def _with_ones(v: Tensor) -> Tensor:
     "A column of ones beside the values: their weighted sum is the sum of the weights."
     return F.pad(v, (0, 1), value=1.0)
 
-# %% ../../nbs/10_attention.ipynb #9fa2bed0
+
 @lru_cache(maxsize=1)
 def _workers(threads: int) -> ThreadPoolExecutor:
     "So many threads, in each of which torch computes with one."
@@ -106,7 +108,7 @@ def share(
 
     list(_workers(threads).map(alone, range(0, samples, size)))
 
-# %% ../../nbs/10_attention.ipynb #41dc7d25
+
 class _ChunkedAttention(torch.autograd.Function):
     "Attention of (samples, heads, tokens, width), slice by slice; backward computes the weights anew."
 
@@ -153,7 +155,7 @@ class _ChunkedAttention(torch.autograd.Function):
         share(work, len(q), len(q))
         return dq, dk, dv
 
-# %% ../../nbs/10_attention.ipynb #9c87f348
+
 def attend(
     q: Tensor,  # queries (samples, heads, queries, head_dim)
     k: Tensor,  # keys (samples, heads, keys, head_dim)

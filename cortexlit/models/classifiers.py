@@ -22,7 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..core import DataError, rng
-from .viv1t import _refuse_unknown
+from .viv1t import Saved, _refuse_unknown
 
 # %% ../../neuro_nbs/16_classifiers.ipynb #1b5a2104
 def study_split(
@@ -170,7 +170,7 @@ class ClassifierOutput(ModelOutput):
     logits: torch.Tensor | None = None
 
 
-class ConceptClassifier(PreTrainedModel):
+class ConceptClassifier(Saved, PreTrainedModel):
     "Response to one image -> scores of the concepts."
 
     config_class = ClassifierConfig

@@ -19,6 +19,8 @@ from .attention import attend, attention_weights, share
 __all__ = ['ACTIVATIONS', 'TOKENS_AT_ONCE', 'DropPath', 'Projection', 'ParallelBlock', 'Transformer']
 
 # %% ../../nbs/11_transformer.ipynb #c4bf7baa
+#| code-fold: true
+#| code-summary: "For the library: the parallel block, its parts, and a stack of it"
 class DropPath(nn.Module):
     "While training, leave out a branch for whole samples, and scale up the kept ones."
 
@@ -43,7 +45,7 @@ class DropPath(nn.Module):
     def extra_repr(self) -> str:
         return f"p={self.p}"
 
-# %% ../../nbs/11_transformer.ipynb #255f20f1
+
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
 
 
@@ -52,7 +54,7 @@ def _init(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
 
-# %% ../../nbs/11_transformer.ipynb #2d91fb0c
+
 class Projection(nn.Linear):
     "`nn.Linear` without bias; in float32 on a CPU computed as a convolution of width one."
 
@@ -74,7 +76,7 @@ class Projection(nn.Linear):
         )  # (samples, inputs, 1, tokens): a view, channels last in memory
         return F.conv2d(image, self.weight[..., None, None]).squeeze(2).transpose(1, 2)
 
-# %% ../../nbs/11_transformer.ipynb #dcca6c30
+
 class ParallelBlock(nn.Module):
     "Attention and feed-forward side by side on one normalised input, added to the stream (ViV1T)."
 
@@ -126,7 +128,7 @@ class ParallelBlock(nn.Module):
         q, k, *_ = self._project(x)
         return attention_weights(q, k)
 
-# %% ../../nbs/11_transformer.ipynb #417ce169
+
 TOKENS_AT_ONCE = (
     1 << 11
 )  # what this many tokens need between two blocks stays in the cache of a processor core
@@ -142,7 +144,7 @@ def _samples_at_once(x: Tensor, recompute: bool) -> int:
         cores = torch.get_num_threads() if torch.is_grad_enabled() else 1
     return max(1, TOKENS_AT_ONCE * cores // max(1, x.shape[1]))
 
-# %% ../../nbs/11_transformer.ipynb #e2515697
+
 class Transformer(nn.Module):
     "A stack of `ParallelBlock`s; set `gradient_checkpointing` to trade a second forward pass for memory."
 

@@ -17,6 +17,8 @@ from ..core import DataError
 __all__ = ['LOSSES', 'mse', 'poisson', 'correlation', 'poisson_correlation', 'loss_named']
 
 # %% ../../nbs/04_losses.ipynb #1c98e137
+#| code-fold: true
+#| code-summary: "For the library: four losses, to be asked for by name"
 def _pair(responses: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     "Both, of one shape (samples, neurons, frames), in float32 or better."
     if responses.ndim != 3 or responses.shape != labels.shape:
@@ -27,7 +29,7 @@ def _pair(responses: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(torch.promote_types(responses.dtype, labels.dtype), torch.float32)
     return responses.to(dtype), labels.to(dtype)
 
-# %% ../../nbs/04_losses.ipynb #4cd4a9f0
+
 def mse(
     responses: Tensor,  # predicted (samples, neurons, frames)
     labels: Tensor,  # measured, same shape
@@ -35,7 +37,7 @@ def mse(
     "Mean squared error: the loss of study 1."
     return F.mse_loss(*_pair(responses, labels))
 
-# %% ../../nbs/04_losses.ipynb #ce8a7bde
+
 def poisson(
     responses: Tensor,  # predicted rates (samples, neurons, frames), not negative
     labels: Tensor,  # measured, same shape; below 0 counts as 0
@@ -45,13 +47,13 @@ def poisson(
     responses, labels = _pair(responses, labels)
     return F.poisson_nll_loss(responses, labels.clamp(min=0), log_input=False, eps=eps)
 
-# %% ../../nbs/04_losses.ipynb #23ba641f
+
 def _unit(x: Tensor, dims: int | tuple[int, ...], eps: float) -> Tensor:
     "Centred, and divided by the standard deviation; a constant becomes 0."
     x = x - x.mean(dims, keepdim=True)
     return x / (x.square().mean(dims, keepdim=True) + eps).sqrt()
 
-# %% ../../nbs/04_losses.ipynb #247f161f
+
 def correlation(
     responses: Tensor,  # predicted (samples, neurons, frames)
     labels: Tensor,  # measured, same shape
@@ -61,7 +63,7 @@ def correlation(
     x, y = (_unit(values, -1, eps) for values in _pair(responses, labels))
     return 1 - (x * y).mean()
 
-# %% ../../nbs/04_losses.ipynb #0822d486
+
 def poisson_correlation(
     responses: Tensor,  # predicted rates (samples, neurons, frames), not negative
     labels: Tensor,  # measured, same shape; below 0 counts as 0 in the Poisson part
@@ -73,7 +75,7 @@ def poisson_correlation(
     frames = labels.shape[0] * labels.shape[2]
     return poisson(responses, labels, eps) + alpha / frames * (1 - (x * y).mean())
 
-# %% ../../nbs/04_losses.ipynb #cc13ec4a
+
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mse": mse,
     "poisson": poisson,

@@ -25,7 +25,7 @@ from transformers.utils import ModelOutput
 from ..core import DataError
 from .attention import attend, attention_weights
 from .v1t import V1T
-from .viv1t import _refuse_unknown
+from .viv1t import Saved, _refuse_unknown
 
 # %% ../../neuro_nbs/13_vit3d.ipynb #1a5a2f37
 def patch_voxels(
@@ -326,7 +326,7 @@ class ViT3DOutput(ModelOutput):
     logits: torch.Tensor | None = None
 
 
-class ViT3D(PreTrainedModel):
+class ViT3D(Saved, PreTrainedModel):
     "Responses of one trial -> properties of the object, by a vision transformer on patches or parcels of a volume."
 
     config_class = ViT3DConfig

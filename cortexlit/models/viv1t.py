@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['ViV1TConfig', 'ViViT', 'Layout', 'Heads', 'ViV1TOutput', 'ViV1T', 'published_config']
+__all__ = ['ViV1TConfig', 'ViViT', 'Layout', 'Saved', 'Heads', 'ViV1TOutput', 'ViV1T', 'published_config']
 
 # %% ../../neuro_nbs/06_viv1t.ipynb #57fdd199
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..core import DataError, MissingError
+from ..core import CortexlitError, DataError, MissingError, reading
 from .layers import Transformer
 from .losses import LOSSES, loss_named
 from .readouts import MODULATORS, OUTPUTS, Gaussian2dReadout, Shifter, initial_bias
@@ -236,7 +237,51 @@ class Layout:
     visible: Callable[[Mapping[str, torch.Tensor]], PretrainedConfig]
 
 # %% ../../neuro_nbs/06_viv1t.ipynb #91aad9b5
-class Heads:
+class Saved:
+    "A model that is read back whole, or refused by name; put it before `PreTrainedModel`."
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,  # or a repository of the Hugging Face hub
+        *args: Any,  # as in Hugging Face
+        **kwargs: Any,  # as in Hugging Face
+    ) -> Saved:
+        "Load what `save_pretrained` wrote; nothing may be missing, left over or not finite."
+        wanted, here = kwargs.pop("output_loading_info", False), Path(folder).is_dir()
+        with reading(folder, "a model saved by save_pretrained", _AGAIN) if here else _from_hub(folder):
+            model, info = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)
+        wrong = {what: info[f"{what}_keys"] for what in ("missing", "unexpected", "mismatched")}
+        text = "; ".join(f"{len(k)} {what}: {_shortened(map(str, k))}" for what, k in wrong.items() if k)
+        if text:
+            raise DataError(f"the saved weights do not fit their config. {text}", path=folder, fix=_AGAIN)
+        _check_finite(model.state_dict(), folder)
+        return (model, info) if wanted else model
+
+
+_AGAIN = "save it or copy it again, and compare size and checksum"
+
+
+@contextmanager
+def _from_hub(source: Any) -> Iterator[None]:
+    "Name what went wrong with a repository, or with a folder that is not there."
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if isinstance(error, CortexlitError):
+            raise
+        problem = f"{str(source)!r} is no local folder, and could not be had from huggingface.co: {type(error).__name__}"
+        raise MissingError(problem, expected="the folder of a saved model, or owner/repository") from error
+
+
+def _check_finite(weights: Mapping[str, torch.Tensor], where: Any) -> None:
+    "Raise `DataError` if a weight is NaN or infinite."
+    for name, value in weights.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise DataError(f"weights that are not finite: {name}", "numbers only", _AGAIN, where)
+
+
+class Heads(Saved):
     "The side of a model that knows mice, and where its weights come from: one core, one head per mouse."
 
     layout: Layout  # how the published code stores this model
@@ -326,21 +371,6 @@ class Heads:
         self.core.requires_grad_(False)
         return self.train(self.training)
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        *args: Any,  # as in Hugging Face: a folder or repository
-        **kwargs: Any,  # as in Hugging Face
-    ) -> Heads:
-        "Load what `save_pretrained` wrote; nothing may be missing or left over."
-        wanted = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        wrong = {what: info[f"{what}_keys"] for what in ("missing", "unexpected", "mismatched")}
-        text = "; ".join(f"{len(k)} {what}: {_shortened(map(str, k))}" for what, k in wrong.items() if k)
-        if text:
-            raise DataError(f"the saved weights do not fit their config. {text}", path=args[0])
-        return (model, info) if wanted else model
-
     def save_core(
         self,
         folder: str | Path,  # gets config.json and model.safetensors
@@ -370,10 +400,12 @@ class Heads:
         weights, described, where = _open_published(source, cls.layout)
         own = config or described
         own = type(own)(**(own.to_dict() | options)) if options else own
-        if core_only:
-            model = cls(_for_mice(own, config.neurons if mice is None and config is not None else {}))
-        else:
-            model = cls(_keep_mice(own, mice, where))
+        told = nullcontext() if config or options else reading(where, "options that make a model", _AGAIN)
+        with told:
+            if core_only:
+                model = cls(_for_mice(own, config.neurons if mice is None and config is not None else {}))
+            else:
+                model = cls(_keep_mice(own, mice, where))
         _fill(model, weights, set(described.neurons), core_only, where)
         if core_only and mice is not None:
             if not isinstance(mice, Mapping):
@@ -746,9 +778,14 @@ def _open_published(
         path = path if path.exists() else _download(str(source))
         where = str(path)
         if (path / "config.json").is_file():
-            config, path = layout.config.from_pretrained(path), path / "model.safetensors"
+            with reading(path / "config.json", "the options of a saved model", _AGAIN):
+                config, path = layout.config.from_pretrained(path), path / "model.safetensors"
         elif (path / "args.yaml").is_file():
-            config = layout.described(yaml.safe_load((path / "args.yaml").read_text(encoding="utf-8")))
+            with reading(path / "args.yaml", "the options of a published run", _AGAIN):
+                given = yaml.safe_load((path / "args.yaml").read_text(encoding="utf-8"))
+                if not isinstance(given, Mapping):
+                    raise DataError("no options", "names and values", _AGAIN, path / "args.yaml")
+                config = layout.described(given)
             path = path / "ckpt" / "model_state.pt"
         elif path.is_dir():
             raise MissingError(
@@ -790,6 +827,7 @@ def _fill(
     weights = {name: value for name, value in weights.items() if kept(name)}
     _account(layout.published(own), weights, model, where)
     weights = {name: weights[names[name]].reshape(value.shape) for name, value in own.items()}
+    _check_finite(weights, where)
     model.load_state_dict(weights, strict=not core_only)
 
 

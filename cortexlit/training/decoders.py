@@ -93,7 +93,7 @@ class FoldFits:
             )  # fmt: skip
         if data is not None:
             _same_data(content, data, folder)
-        predictions = load_array(folder / "predictions.npy", content.get("sha256"))
+        predictions = load_array(folder / "predictions.npy", known=content.get("sha256"))
         if predictions.ndim != 2 or len(predictions) != len(split.fold):
             raise DataError(f"predictions of shape {predictions.shape}", path=folder / "predictions.npy",
                             expected=f"a row for each of {len(split.fold)} trials")  # fmt: skip
@@ -155,7 +155,7 @@ def _found(out: Path, k: int, trials: int, outputs: int) -> np.ndarray:
     "Predictions of a fold, if they are what was written."
     path = out / f"fold{k}.npy"
     fix = f"delete {path.name} and fold{k}.json; the fold is predicted again from its run"
-    found = load_array(path, read_json(out / f"fold{k}.json").get("sha256"))
+    found = load_array(path, known=read_json(out / f"fold{k}.json").get("sha256"))
     if found.shape != (trials, outputs) or not np.isfinite(found).all():
         raise DataError(f"predictions of shape {found.shape}, {int((~np.isfinite(found)).sum())} not finite", path=path,
                         expected=f"({trials}, {outputs}), all finite", fix=fix)  # fmt: skip

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,19 +23,22 @@ from cortexlit.core import (
     clear_leftovers,
     digest,
     generated,
+    load_array,
     locked,
-    named_errors,
     need_space,
     new_array,
     provenance,
     read_json,
+    reading,
+    settle,
     sha256,
     write_json,
 )
 from ..models.adapters import tensors_digest
 
 # %% auto #0
-__all__ = ['STATE', 'STAGES', 'core_inputs', 'fingerprint', 'weights_digest', 'source', 'CachedFeatures', 'cached_features']
+__all__ = ['STATE', 'STAGES', 'core_inputs', 'fingerprint', 'weights_digest', 'config_options', 'source', 'CachedFeatures',
+           'cached_features']
 
 # %% ../../neuro_nbs/06a_features.ipynb #8d2d2d55
 @torch.inference_mode()
@@ -122,6 +124,25 @@ def weights_digest(
     "Content hash of all parameters and buffers of a module."
     return tensors_digest(module.state_dict())
 
+
+_INCIDENTAL = ("transformers_version", "architectures", "dtype", "use_cache", "loss", "loss_frames")
+_HEAD = ("neurons", "shifter", "positions", "state_encoder", "modulator", "output")  # and what begins so
+
+
+def config_options(
+    model: Any,  # with a config
+) -> dict[str, Any]:  # JSON-able
+    "The options of a model that differ from its defaults; versions and the loss are not among them."
+    return {k: v for k, v in model.config.to_diff_dict().items() if k not in _INCIDENTAL}
+
+
+def _core_options(model: Any) -> dict[str, Any] | None:
+    "Options that the output of the core may depend on, where weights do not tell: heads, strides, ..."
+    if not hasattr(model, "config"):
+        return None
+    given = config_options(model).items()
+    return {k: v for k, v in given if not k.startswith(_HEAD) and "drop" not in k}  # dropout: never here
+
 # %% ../../neuro_nbs/06a_features.ipynb #5d2e8c63
 def source(
     dataset: Any,  # of the library, or a part or a change of one; others have no card
@@ -142,6 +163,9 @@ def source(
     return {"name": name, "content": digest(card | {"files": files}), "split_hash": card.get("split_hash")}
 
 # %% ../../neuro_nbs/06a_features.ipynb #1cd21f6a
+_AGAIN = "delete the folder; it is made again"
+
+
 class CachedFeatures:
     "A dataset whose items hold `features` (or `tokens`) in place of `video`, read from a finished cache folder."
 
@@ -158,6 +182,14 @@ class CachedFeatures:
         ):
             raise DataError("not the card of kept features", path=self.folder / "card.json",
                             fix="delete the folder; it is made again")  # fmt: skip
+        with reading(self.folder / "card.json", "the card of kept features", _AGAIN):
+            row = np.asarray(self.card["row"])
+            fits = row.dtype.kind == "i" and row.shape == (self.card["samples"],) and (row >= 0).all()
+            fits &= self.card["dtype"] in _STORED and self.card["stage"] in STAGES
+            if not (fits and isinstance(self.card["sha256"], str)):
+                raise DataError(
+                    "the card of kept features is damaged", path=self.folder / "card.json", fix=_AGAIN
+                )
         path = self.folder / "features.npy"
         if not path.is_file():
             raise MissingError(
@@ -174,8 +206,9 @@ class CachedFeatures:
             raise DataError(
                 f"the dataset has {len(dataset)} samples", path=path, expected=f"{self.card['samples']}"
             )
-        with named_errors(path):
-            self._rows = np.load(path, mmap_mode="r")
+        self._rows = load_array(path, mmap=True)
+        if self._rows.ndim < 2 or row.max(initial=0) >= len(self._rows):
+            raise DataError("the features are fewer than their card says", path=path, fix=_AGAIN)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -246,9 +279,17 @@ def _build(
         work / "card.json", plan | {"sha256": sha256(work / "features.npy"), "provenance": provenance()}
     )
     flags.unlink()
-    os.replace(work, path)
+    settle(work, path)
 
 # %% ../../neuro_nbs/06a_features.ipynb #a8bd9e31
+def _check_card(path: Path, plan: dict[str, Any]) -> None:
+    "Raise `DataError` unless features are what they are named after."
+    card = read_json(path)
+    if not isinstance(card, dict) or any(card.get(name) != value for name, value in plan.items()):
+        raise DataError("these features were made from other data, or their card is damaged", path=path,
+                        fix="delete the folder, and it is made again")  # fmt: skip
+
+
 def cached_features(
     model: Any,  # a `ViV1T`, or any model with `core` and `encode(video, behavior, pupil_center, last)`
     dataset: Any,  # map-style, with the items of `MouseDataset`
@@ -271,6 +312,7 @@ def cached_features(
     plan = {
         "stage": stage,
         "core": weights_digest(model.core if stage == "features" else model.core.tokenizer),
+        "config": _core_options(model),
         "data": digest(row),
         "samples": len(row),
         "row": [place[name] for name in row],
@@ -281,8 +323,8 @@ def cached_features(
     }
     path = (generated("features") if folder is None else Path(folder)) / digest(plan)
     with locked(path):
-        if path.exists() and read_json(path / "card.json").get("data") != plan["data"]:
-            raise DataError("these features were made from other data", path=path, fix="delete the folder")
+        if path.exists():
+            _check_card(path / "card.json", plan)
         if not path.exists():
             _build(path, model, dataset, plan, batch_size, progress)
     cache = CachedFeatures(dataset, path)
@@ -290,7 +332,7 @@ def cached_features(
         raise DataError(
             "this core gives other features for the first sample than those kept",
             path=path,
-            expected="the same core: equal weights and equal configuration, such as number of heads and strides",
+            expected="the same core, computed in the same way",
             fix="delete the folder, and it is made again",
         )
     return cache

@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +223,9 @@ class Grid:
     ):
         self.root, self.core, self.last = Path(root), core, last
         self.configurations = {c.name: c for c in configurations}
-        self.seeds, self.options, self.head = list(seeds), options, dict(head or {})
+        self.seeds, self.options, self.head = list(islice(seeds, 1001)), options, dict(head or {})
+        if len(self.seeds) > 1000:
+            raise DataError("more than 1000 seeds of one grid", expected="a number of runs that will end")
         if not self.configurations or not self.seeds:
             raise DataError("a grid without configurations or seeds", expected="one or more of each")
         model = fresh_head(root, core)

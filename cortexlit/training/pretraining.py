@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['BEFORE', 'SKIP', 'Recipe', 'neuron_types', 'token_centres', 'tiled', 'film', 'energies', 'Simulated', 'simulate',
-           'held_out_correlation', 'pretrain', 'demo_core']
+__all__ = ['BEFORE', 'SKIP', 'Recipe', 'neuron_types', 'token_centres', 'tiled', 'film', 'energies', 'Simulated', 'teachers',
+           'simulate', 'held_out_correlation', 'pretrain', 'demo_core']
 
 # %% ../../neuro_nbs/07_pretraining.ipynb #621d49b3
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -40,13 +41,15 @@ from cortexlit.core import (
     write_json,
 )
 from ..data.clips import resize_frames
+from ..data.populations import V1Like, drives, filtered, pools, two_lobes
 from cortexlit.data.synthetic import (
     FIELD,
     FRAME_RATE,
+    GABORS,
     LATENCY,
     MEMORY,
+    Population,
     calcium,
-    make_neurons,
     rate_of,
     receptive_fields,
     resize,
@@ -104,10 +107,11 @@ class Recipe:
 def neuron_types(
     recipe: Recipe,
     seed: int = 0,  # of the population
-) -> pd.DataFrame:  # (types, columns of `make_neurons`)
+    population: Population = GABORS,  # the kind of neurons
+) -> pd.DataFrame:  # (types, columns of `population.neurons`)
     "Reliable neurons of several simulated mice."
     each = recipe.types // recipe.mice
-    mice = [make_neurons(3 * each, 7100 + 100 * seed + mouse) for mouse in range(recipe.mice)]
+    mice = [population.neurons(3 * each, 7100 + 100 * seed + mouse) for mouse in range(recipe.mice)]
     return pd.concat([m[m["kind"] == "reliable"].iloc[:each] for m in mice], ignore_index=True)
 
 
@@ -128,7 +132,7 @@ def token_centres(
 
 
 def tiled(
-    types: pd.DataFrame,  # rows of `make_neurons`
+    types: pd.DataFrame,  # from `neuron_types`
     config: ViV1TConfig,
 ) -> pd.DataFrame:  # (types x rows x columns, ...), every type at every token centre
     "The population: each type once per token."
@@ -197,27 +201,61 @@ class Simulated:
     responses: np.ndarray
 
 
+def teachers(
+    types: pd.DataFrame,  # from `neuron_types`
+    config: ViV1TConfig,
+    films: Iterable[np.ndarray],  # (T, 38, 76) each: what drive is measured against
+    population: Population = GABORS,
+) -> Callable[[np.ndarray], np.ndarray]:  # film (T, 38, 76) -> (types, places, T) events per second
+    "The noiseless rates of a tiled population, as a function of the film."
+    tiles = tiled(types, config)
+    if isinstance(population, V1Like):
+        shape = (len(types), config.grid[1] * config.grid[2])
+        windows = [of(tiles).reshape(*shape, -1, *FIELD) for of in (two_lobes, pools)]
+
+        def seen(film: np.ndarray) -> np.ndarray:
+            return np.moveaxis(filtered(film, *windows), 0, 2)  # types, places, T, 5
+
+        rows = [types.iloc[k] for k in range(len(types))]
+        means = [
+            [drives(s, n)[:, BEFORE:].mean((0, 1)) for s, n in zip(seen(f), rows, strict=True)] for f in films
+        ]
+        scale = population.with_surround(types.assign(azimuth=0.0, altitude=0.0), np.mean(means, axis=0))
+        return lambda film: np.stack(
+            [population.rate(s, n, k) for s, n, k in zip(seen(film), rows, scale, strict=True)]
+        )
+    filters = receptive_fields(tiles).reshape(2 * len(tiles), -1)
+    scale = np.mean([energies(types, filters, f)[..., BEFORE:].mean((1, 2)) for f in films], axis=0)
+
+    def answer(film: np.ndarray) -> np.ndarray:
+        relative = energies(types, filters, film)
+        relative /= scale[:, None, None]
+        return np.stack([rate_of(relative[k], types.iloc[k]) for k in range(len(types))])
+
+    return answer
+
+
 def simulate(
     recipe: Recipe,
     seed: int = 0,  # of the population and its films
     folder: str | Path | None = None,  # default: under the generated data
     progress: bool = True,
+    population: Population = GABORS,  # the kind of neurons
 ) -> Simulated:  # memory-mapped
     "Films and noiseless responses, made once and kept."
-    config, types = recipe.config, neuron_types(recipe, seed)
+    config, types = recipe.config, neuron_types(recipe, seed, population)
     clips, count = recipe.clips + -(-recipe.clips // 10), config.grid[1] * config.grid[2]
     made_from = {"mice": recipe.mice, "types": recipe.types, "clips": clips, "seed": seed}
+    if population != GABORS:
+        made_from["population"] = asdict(population)
     folder = Path(folder or generated("pretraining", digest(made_from)))
     with locked(folder):
         if not folder.is_dir():
-            filters = receptive_fields(tiled(types, config)).reshape(2 * recipe.types * count, -1)
 
-            def energy(clip: int) -> tuple[np.ndarray, np.ndarray]:
-                small, pictures = film(seed, clip, BEFORE + config.frames)
-                return small[BEFORE:], energies(types, filters, pictures)
+            def shown(clip: int) -> tuple[np.ndarray, np.ndarray]:
+                return film(seed, clip, BEFORE + config.frames)
 
-            first = [energy(clip)[1][..., BEFORE:].mean((1, 2)) for clip in range(min(12, clips))]
-            scale = np.mean(first, axis=0)[:, None, None]
+            answer = teachers(types, config, (shown(clip)[1] for clip in range(min(12, clips))), population)
             with atomic_folder(folder) as tmp:
                 shape = (clips, recipe.types, count, config.frames - SKIP)
                 videos, responses = (
@@ -227,10 +265,9 @@ def simulate(
                 for clip in tqdm(
                     range(clips), desc="simulating", unit="clip", disable=None if progress else True
                 ):
-                    videos[clip], relative = energy(clip)
-                    relative /= scale
-                    rates = np.stack([rate_of(relative[k], types.iloc[k]) for k in range(len(types))])
-                    responses[clip] = calcium(rates / FRAME_RATE)[..., BEFORE + SKIP :]
+                    small, pictures = shown(clip)
+                    videos[clip] = small[BEFORE:]
+                    responses[clip] = calcium(answer(pictures) / FRAME_RATE)[..., BEFORE + SKIP :]
                 spread = responses[: recipe.clips].astype(np.float32).std((0, 2, 3))
                 np.save(tmp / "videos.npy", videos)
                 np.save(tmp / "responses.npy", (responses / spread[:, None, None]).astype(np.float16))
@@ -308,6 +345,7 @@ def pretrain(
     seed: int = 0,  # of population, films, first weights and order
     progress: bool = True,
     save_every: int = 100,  # steps
+    population: Population = GABORS,  # the kind of neurons that teach
 ) -> Path:
     "Train a core on a simulated population that tiles the visual field."
     recipe, out, started = recipe or Recipe(), Path(out), time.time()
@@ -319,7 +357,7 @@ def pretrain(
         if not isinstance(value, int) or value < low:
             raise DataError(f"{name}={value!r}", expected=f"a whole number from {low} up")
     check_out(out)
-    data = simulate(recipe, seed, progress=progress)
+    data = simulate(recipe, seed, progress=progress, population=population)
     model = _start(recipe.config, seed)
     mean = torch.from_numpy(np.asarray(data.responses[: recipe.clips], np.float32).mean((0, 2, 3)))
     bias = torch.nn.Parameter(torch.log(torch.expm1(mean)))
@@ -327,7 +365,8 @@ def pretrain(
     optimiser = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.99), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, recipe.lr, recipe.steps, pct_start=0.1)
     parts: dict[str, Any] = {"core": model.core, "optimiser": optimiser, "schedule": schedule}
-    work = runs("pretraining", digest(asdict(recipe) | {"seed": seed})) / "state.pt"
+    kind = {} if population == GABORS else {"population": asdict(population)}
+    work = runs("pretraining", digest(asdict(recipe) | {"seed": seed} | kind)) / "state.pt"
     step, curve, spent = 0, [], 0.0
     if work.is_file():
         try:
@@ -389,17 +428,22 @@ def pretrain(
             provenance(
                 recipe=asdict(recipe),
                 seed=seed,
+                **kind,
                 minutes=round((spent + time.time() - started) / 60, 1),
                 validation=round(float(r.mean()), 4),
             ),
         )
-        (tmp / "README.md").write_text(_card(recipe, seed, len(validation), r))
+        (tmp / "README.md").write_text(_card(recipe, seed, len(validation), r, population))
     return out
 
 # %% ../../neuro_nbs/07_pretraining.ipynb #e9cd14e3
-def _card(recipe: Recipe, seed: int, clips: int, r: np.ndarray) -> str:
+def _card(recipe: Recipe, seed: int, clips: int, r: np.ndarray, population: Population = GABORS) -> str:
     "The model card."
     low, high = np.percentile(rng(0, "card").choice(r, (2000, len(r))).mean(1), [2.5, 97.5])
+    if population == GABORS:
+        made = f"`OMP_NUM_THREADS=1 cortexlit pretrain --out viv1t_demo --seed {seed}`"
+    else:
+        made = f"`cortexlit.training.pretraining.pretrain` with `population={population}`, seed {seed}"
     return f"""# A small ViV1T core for demonstrations
 
 A core (no heads) of the ViV1T kind, trained on simulated neurons only. No animal's data went into it, and it
@@ -411,7 +455,7 @@ says nothing about brains; it exists so that head training, adapters and score s
   {recipe.clips} clips of 140 frames, noiseless responses, {recipe.steps} steps of {recipe.batch_size} clips, seed {seed}.
 * On {clips} held-out clips: correlation with the noiseless responses {r.mean():.3f} ({low:.3f} to {high:.3f}, bootstrap
   over types), last 66 frames, clip by clip; chance 0, ceiling 1.
-* Made by: `OMP_NUM_THREADS=1 cortexlit pretrain --out viv1t_demo --seed {seed}`
+* Made by: {made}
 * Licence: Apache-2.0
 """
 

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['ADAPT', 'SCHEDULES', 'Diverged', 'best_folder', 'Fit', 'check_options', 'origin', 'model_content', 'check_trained_on',
-           'fit', 'predict']
+__all__ = ['ADAPT', 'SCHEDULES', 'Diverged', 'best_folder', 'Fit', 'check_options', 'audited', 'origin', 'model_content',
+           'check_trained_on', 'fit', 'predict']
 
 # %% ../../neuro_nbs/06b_trainer.ipynb #3d3af665
 import matplotlib.pyplot as plt
@@ -53,21 +53,33 @@ from cortexlit.core import (
     MissingError,
     atomic_file,
     atomic_folder,
+    check_seed,
     claim,
     digest,
+    flush,
     locked,
     named_errors,
     provenance,
     read_json,
+    reading,
     rng,
     runs,
     sha256,
     write_json,
 )
+from ..data.audit import audit
+from ..data.checks import finite
 from ..data.clips import MouseDataset
 from ..models.adapters import Adapters, add_adapters, check_targets, merged, save_adapters
 from ..models.losses import LOSSES
-from .features import cached_features, core_inputs, fingerprint, source, weights_digest
+from cortexlit.training.features import (
+    cached_features,
+    config_options,
+    core_inputs,
+    fingerprint,
+    source,
+    weights_digest,
+)
 
 # %% ../../neuro_nbs/06b_trainer.ipynb #3d389ec2
 class _Mice:
@@ -145,7 +157,9 @@ def _correlation(responses: np.ndarray, labels: np.ndarray) -> float:
     variance = [np.square(x).mean(-1) for x in (p, y)]
     known = variance[1] > 1e-12 * power[1]
     both = known & (variance[0] > 1e-12 * power[0])
-    r = np.where(both, (p * y).mean(-1) / np.sqrt(np.where(both, variance[0] * variance[1], 1)), 0).clip(-1, 1)
+    r = np.where(both, (p * y).mean(-1) / np.sqrt(np.where(both, variance[0] * variance[1], 1)), 0).clip(
+        -1, 1
+    )
     count, per_sample = known.sum(-1), r.sum(-1)
     return float((per_sample[count > 0] / count[count > 0]).mean()) if count.any() else math.nan
 
@@ -339,6 +353,7 @@ class _Keeper(TrainerCallback):
             newest = self.folder / f"checkpoint-{state.global_step}"
             state.best_model_checkpoint = None  # it is in best/
             state.save_to_json(newest / "trainer_state.json")
+            flush(newest)
             write_json(newest / _MARK, _hashes(newest))
             if state.best_global_step == state.global_step:
                 _save_best(self.folder, state.global_step, self.spec.save)
@@ -400,18 +415,38 @@ def _opened(checkpoint: Path, fix: str) -> None:
         raise DataError("rng_state.pth of this checkpoint is missing", path=checkpoint, fix=fix)
 
 
+def _check_finished(folder: Path) -> None:
+    "Raise `DataError` for a run that would go on: a later epoch may be better."
+    newest, config = _last_checkpoint(folder), folder / "config.json"
+    if newest is None or not config.is_file():
+        return  # the checkpoint of a finished run may be deleted to save space
+    with reading(newest / "trainer_state.json", "the state of a run", "train it again"):
+        state = TrainerState.load_from_json(newest / "trainer_state.json")
+        patience = read_json(config).get("patience")
+        done, whole = state.global_step // (state.max_steps // state.num_train_epochs), state.num_train_epochs
+        if not _finished(state, patience):
+            raise DataError(f"this run is not finished: {done} of {whole} epochs", "a finished run",
+                            "start the same training again: it goes on where it stopped", folder)  # fmt: skip
+
+
 def best_folder(
     folder: str | Path,  # of a run
 ) -> Path:  # for `from_pretrained`
-    "The best model of a finished run, checked; `MissingError` if there is none, `DataError` if it is damaged."
+    "The best model of a finished run, checked; `MissingError` if there is none, `DataError` if it is damaged or not finished."
     folder = Path(folder)
     if not (folder / "best" / "model.safetensors").is_file():
         raise MissingError(
             "no finished run", path=folder, expected="the folder of a run, with a best model in best/"
         )
-    card = read_json(folder / "best" / "card.json") if (folder / "best" / "card.json").is_file() else {}
+    _check_finished(folder)
+    path = folder / "best" / "card.json"
+    card = read_json(path) if path.is_file() else {}
+    known = card.get("files", {}) if isinstance(card, dict) else None
+    if not isinstance(known, dict) or not all(isinstance(v, str) for v in known.values()):
+        raise DataError("not the card of a model that training has kept", "files and their SHA-256",
+                        "restore it from a copy, or train again", path)  # fmt: skip
     fix = f"delete {folder.name}/best and the checkpoints beside it, and train again"
-    _verify(folder / "best", card.get("files", {}), fix)
+    _verify(folder / "best", known, fix)
     return folder / "best"
 
 # %% ../../neuro_nbs/06b_trainer.ipynb #9ca20895
@@ -536,7 +571,7 @@ def _check(options: Mapping[str, Any]) -> None:
     for name in ("last", "batch_size", "accumulate", "patience"):
         if not (options[name] is None and name == "patience"):
             _whole(name, options[name], 1)
-    _whole("seed", options["seed"], 0)
+    check_seed(options["seed"], 2**32 - 1)  # NumPy takes no larger one
     _number("lr", options["lr"], 0)
     if options["core_lr"] is not None:
         _number("core_lr", options["core_lr"], 0)
@@ -584,6 +619,8 @@ def _mice(model: PreTrainedModel, dataset: Any) -> tuple[dict[str, Any], dict[st
                 f"mouse {mouse}: {type(given).__name__}", expected="a dataset folder, or (train, validation)"
             )
         train[mouse], validation[mouse] = given
+        if not len(train[mouse]):
+            raise DataError("no training samples", "one or more", path=mouse and f"mouse {mouse}")
         if mouse is None:
             continue
         found, wanted = len(train[mouse][0]["labels"]), model.config.neurons[mouse]
@@ -603,6 +640,17 @@ def _mice(model: PreTrainedModel, dataset: Any) -> tuple[dict[str, Any], dict[st
     return train, validation
 
 # %% ../../neuro_nbs/06b_trainer.ipynb #18d21a84
+def audited(
+    model: PreTrainedModel,
+    dataset: Any,  # as for `fit`
+    allow_shared_stimuli: bool = False,
+) -> tuple[dict[str, Any], dict[str, Any]]:  # {mouse: training data}, {mouse: validation data}
+    "The data of a fit, checked against the model's heads and for what they share; raises `SplitLeak`."
+    train, validation = _mice(model, dataset)
+    audit({"train": train, "validation": validation}, allow_shared_stimuli)
+    return train, validation
+
+
 def origin(
     model: PreTrainedModel,  # with the weights at the start
     dataset: Any,  # as for `fit`
@@ -615,19 +663,45 @@ def model_content(
     model: PreTrainedModel,
 ) -> dict[str, Any]:  # JSON-able
     "A model by content: hash of its weights, and its configuration."
-    incidental = ("transformers_version", "architectures", "dtype", "use_cache", "loss", "loss_frames")
-    config = {f"model.{k}": v for k, v in model.config.to_diff_dict().items() if k not in incidental}
+    config = {f"model.{k}": v for k, v in config_options(model).items()}
     return {"starting weights": weights_digest(model), **config}
+
+
+class _Looked:
+    "A dataset, each sample of which is looked at when it is read: numbers only, labels as many as outputs."
+
+    def __init__(self, dataset: Any, what: str, outputs: int | None):
+        self.dataset, self.what, self.outputs = dataset, what, outputs
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        item = self.dataset[i]
+        for name, value in item.items():
+            if np.asarray(value).dtype.kind == "f":
+                finite(
+                    f"{name} of {self.what} sample {i}",
+                    np.asarray(value),
+                    fix="leave this sample, or these neurons, out",
+                )
+        if self.outputs is not None and len(item["labels"]) != self.outputs:
+            raise DataError(
+                f"labels of {self.what} sample {i}: {len(item['labels'])}",
+                f"{self.outputs}, one for each neuron",
+            )
+        return item
 
 
 def _origin(
     model: PreTrainedModel, train: Mapping[str, Any], validation: Mapping[str, Any]
 ) -> dict[str, Any]:
+    neurons = getattr(model.config, "neurons", {})
     data = {
         ".".join(["data", *([mouse] if mouse else []), tier, field]): content
         for tier, mice in (("train", train), ("validation", validation))
         for mouse, dataset in mice.items()
-        for field, content in fingerprint(dataset).items()
+        for field, content in fingerprint(_Looked(dataset, tier, neurons.get(mouse))).items()
     }
     return model_content(model) | data
 
@@ -749,12 +823,19 @@ def _prepared(
     return model.save_pretrained
 
 # %% ../../neuro_nbs/06b_trainer.ipynb #c5518a35
-def _fits(model: PreTrainedModel, train: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+def _fits(
+    model: PreTrainedModel,
+    train: Mapping[str, Any],
+    validation: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> None:
     "Raise `DataError` if the options ask for more than model and data have."
     if options["adapters"] is not None:
         check_targets(model, options["adapters"])
     if options["adapt"] == "head" and not hasattr(model, "freeze_core"):
         raise DataError(f"{type(model).__name__} has no core to freeze", expected='adapt="full"')
+    if empty := [mouse for mouse, data in validation.items() if not len(data)]:
+        raise DataError("no validation samples", "one or more", path=empty[0] and f"mouse {empty[0]}")
     samples = sum(map(len, train.values()))
     if options["batch_size"] > max(samples, 1024):
         raise DataError(
@@ -791,6 +872,7 @@ def fit(
     | None = None,  # run what is frozen once per sample and keep it; None: for the head of a `ViV1T`
     seed: int = 0,  # of adapters, sample order, dropout and readout sampling
     resume: bool = True,  # go on with the run in `out`, if there is one
+    allow_shared_stimuli: bool = False,  # train and validate on the same stimuli, where the folder does not say so
     on_epoch: Callable[[pd.DataFrame], None]
     | None = None,  # gets the history after each epoch; what it raises ends the run, which can be resumed
     progress: bool = True,  # progress bars
@@ -805,8 +887,8 @@ def fit(
         "cache": adapt == "head" and hasattr(model, "embed") if cache is None else cache and adapt != "full", "seed": seed,
     }  # fmt: skip
     _check(options)
-    train, validation = _mice(model, dataset)
-    _fits(model, train, options)
+    train, validation = audited(model, dataset, allow_shared_stimuli)
+    _fits(model, train, validation, options)
     model = copy.deepcopy(model)
     _set_loss(model, loss, last)
     given = {"adapters": adapters and asdict(adapters), "betas": list(betas)}

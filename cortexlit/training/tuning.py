@@ -37,6 +37,7 @@ from transformers import PreTrainedModel
 from cortexlit.core import (
     DataError,
     MissingError,
+    SplitLeak,
     claim,
     clear_leftovers,
     digest,
@@ -49,10 +50,11 @@ from cortexlit.core import (
     sha256,
     write_json,
 )
+from ..data.audit import _parts, note_opening, sample_marks
 from ..models.adapters import Adapters
 from .features import fingerprint
 from .lora import database, fail_lost, open_storage
-from .trainer import Diverged, best_folder, check_options, fit, origin, predict
+from .trainer import Diverged, audited, best_folder, check_options, fit, origin, predict
 
 # %% ../../neuro_nbs/15a_cnn_vit_optuna.ipynb #21f74743
 @dataclass(frozen=True)
@@ -437,6 +439,18 @@ class Tuning:
             )  # fmt: skip
         return [best_folder(fold) for fold in folds]
 
+    def _unseen(self, dataset: Any) -> None:
+        "Raise `SplitLeak` if data of the search are among those of its test."
+        path = self.folder / "marks.json"
+        seen = set(read_json(path)) if path.is_file() else set()  # a search of an earlier version has none
+        marks = sample_marks(dataset)
+        if both := sum(mark in seen for mark in marks):
+            raise SplitLeak(
+                f"{both} of {len(marks)} samples of the test were training or validation data of this search",
+                expected="data that no trial has seen", path=self.folder,
+                fix="open the test tier; what the search has chosen by is no test of it",
+            )  # fmt: skip
+
     def open_test(
         self,
         dataset: Any,  # map-style, not among the data of the search
@@ -447,6 +461,7 @@ class Tuning:
         wanted = {"data": fingerprint(dataset), "trial": self._best.number, "options": options}
         wanted["models"] = [sha256(best / "model.safetensors") for best in self._kept()]
         path, record = self.folder / "test.npy", self.folder / "test.json"
+        self._unseen(dataset)
         with locked(self.folder):
             if path.is_file() and record.is_file():
                 before = read_json(record)
@@ -459,8 +474,11 @@ class Tuning:
             else:
                 found = [predict(model, dataset, batch_size=batch_size, **options) for model in self.models()]
                 known = save_array(path, np.mean(found, 0))
+                for part in _parts({"test": dataset}):
+                    if part.base is not None:
+                        note_opening(part.base.root, self.folder.name, "open_test")
                 write_json(record, wanted | {"sha256": known})
-        return load_array(path, known)
+        return load_array(path, known=known)
 
 # %% ../../neuro_nbs/15a_cnn_vit_optuna.ipynb #10a0834f
 def tune(
@@ -500,6 +518,10 @@ def tune(
         plan |= {f"fold {k}.{name}": content for name, content in origin(first, fold).items()}
     name = f"tuning-{digest(plan)}"
     folder = runs(name) if out is None else Path(out)
+    marks = set()
+    for fold in folds:  # what is wrong with the data is told before the first trial
+        tiers = audited(first, fold, options.get("allow_shared_stimuli", False))
+        marks |= {m for tier in tiers for data in tier.values() for m in sample_marks(data)} - {None}
     with locked(folder):
         if (folder / "plan.json").is_file() and digest(before := read_json(folder / "plan.json")) != digest(
             plan
@@ -509,6 +531,7 @@ def tune(
                             fix="choose another folder, or ask for the same as before to resume it")  # fmt: skip
         if not (folder / "plan.json").is_file():
             claim(folder, plan, "plan.json")
+            write_json(folder / "marks.json", sorted(marks))
         clear_leftovers(folder)
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
