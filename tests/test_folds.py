@@ -35,7 +35,7 @@ LORA = {"adapt": "lora", "adapters": Adapters(2, "fused"), "lr": 0.01, "epochs":
 def recording():
     "A toy recording whose neurons follow running, so that a ridge has something to predict."
     toy = toy_recording()
-    drive = np.outer(1 + np.arange(toy.n_neurons), np.nan_to_num(toy.running, nan=5.0)) / 10
+    drive = np.outer(1 + np.arange(toy.n_neurons), np.nan_to_num(toy.running, nan=5.0)) / 2
     return replace(toy, traces=(toy.traces + drive).astype("float32"))
 
 

@@ -20,7 +20,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from scipy.stats import nct, norm
+from scipy.special import nctdtr
+from scipy.stats import norm
 from scipy.stats import t as student
 
 from ..core import DataError
@@ -121,7 +122,7 @@ def power_of(
     limit, away = student.ppf((1 + level) / 2, freedom), abs(effect) / error
     if freedom > 1e4 or away > 30:
         return float(norm.sf(limit - away) + norm.cdf(-limit - away))
-    return float(nct.sf(limit, freedom, away) + nct.cdf(-limit, freedom, away))
+    return float(1 - nctdtr(freedom, away, limit) + nctdtr(freedom, away, -limit))
 
 # %% ../../neuro_nbs/04e_design.ipynb #04e00021
 def _part(data: TierArrays, rows: np.ndarray) -> TierArrays:
@@ -191,7 +192,7 @@ def smallest_effect(
     if clips < MIN_CLIPS:
         return math.nan
     low, high = 0.0, 50 * error_of(parts, clips, neurons, repeats)[0]
-    for _ in range(60):
+    for _ in range(40):
         middle = (low + high) / 2
         low, high = (
             (low, middle)
