@@ -70,6 +70,23 @@ DISGUISES = {
 }
 
 
+def gratings(directions: int, frames: int = 49) -> np.ndarray:
+    "(directions, frames, 36, 64) drifting for most of the clip, grey before and after."
+    y, x = np.mgrid[:36, :64]
+    t = np.arange(frames)[:, None, None]
+    angles = 2 * np.pi * np.arange(directions) / directions
+    waves = [np.sin(2 * np.pi * ((x * np.cos(a) + y * np.sin(a)) / 16 - t / 8)) for a in angles]
+    shown = (t >= 8) & (t < 41)
+    return np.stack([128 + 100 * wave * shown for wave in waves]).astype(np.float32)
+
+
+def test_a_grating_that_drifts_the_other_way_is_another_stimulus():
+    films = gratings(8)
+    assert not len(same_stimuli(films[:4], films[4:]))  # each is the mirror image of one of the others
+    found = same_stimuli(films[:4], films[3:5])
+    assert found[["clip", "known"]].to_numpy().tolist() == [[0, 3]] and set(found["how"]) == {""}
+
+
 @pytest.mark.parametrize("how", DISGUISES)
 @pytest.mark.parametrize("film", FILMS)
 def test_the_same_film_in_disguise_is_found(film, how):

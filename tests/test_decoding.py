@@ -267,32 +267,38 @@ def test_a_constant_scores_zero():
     assert np.isnan(scores.r).tolist() == [False, True]
 
 
-def test_below_fifty_concepts_there_is_no_interval_and_the_sheet_says_so():
+def test_with_few_concepts_there_is_no_interval_and_the_sheet_says_so():
     g = np.random.default_rng(0)
-    concept = np.repeat(np.arange(49), 4)
-    y = g.normal(size=(49, 2))[concept]
+    concept = np.repeat(np.arange(29), 4)
+    y = g.normal(size=(29, 2))[concept]
     scores = score_decoding(y + g.normal(size=y.shape), y, np.zeros_like(y), concept, resamples=50)
     value, low, high = scores.interval()
     assert np.isfinite(value) and np.isnan([low, high]).all()
     known = dict(dataset="d", split="concept", split_hash="h")
     rows = decoding_rows("m", y + 0.1, y, np.zeros_like(y), concept, None, ("a", "b"), **known)
-    assert all("no interval: 49 concepts, 50 or more are needed" in row.note for row in rows)
+    assert all("no interval: 29 concepts, 30 or more are needed" in row.note for row in rows)
     assert all(np.isnan(row.low) and not np.isnan(row.value) for row in rows)
+    concept = np.repeat(np.arange(45), 4)
+    y = g.normal(size=(45, 2))[concept]
+    for folds, enough in ((concept % 5, False), (concept % 4, True), (None, True)):
+        scores = score_decoding(y + g.normal(size=y.shape), y, np.zeros_like(y), concept, folds, resamples=50)
+        assert np.isfinite(scores.interval()[1]) == enough
 
 
-def test_from_fifty_concepts_in_five_folds_the_intervals_hold():
-    "R2 and r of 150 experiments; with 15 concepts it would be .89 and .82."
+@pytest.mark.parametrize(("concepts", "folds"), [(30, 3), (50, 5)])
+def test_with_enough_concepts_the_intervals_hold(concepts, folds):
+    "R2 and r of 150 experiments; with 15 concepts in 5 folds it would be .89 and .82."
     covered = np.zeros(2)
     for seed in range(150):
         g = np.random.default_rng(seed)
-        concept = np.repeat(np.arange(50), 10)
-        y = g.normal(size=(50, 1))[concept]
-        x = 0.4 * y + 0.4 * g.normal(size=(50, 1))[concept] + 0.6 * g.normal(size=y.shape)
-        reference = constant_predictions(y, concept % 5)
-        scores = score_decoding(x, y, reference, concept, concept % 5, resamples=300)
+        concept = np.repeat(np.arange(concepts), 10)
+        y = g.normal(size=(concepts, 1))[concept]
+        x = 0.4 * y + 0.4 * g.normal(size=(concepts, 1))[concept] + 0.6 * g.normal(size=y.shape)
+        reference = constant_predictions(y, concept % folds)
+        scores = score_decoding(x, y, reference, concept, concept % folds, resamples=300)
         truths = {"r2": 1 - (0.36 + 0.16 + 0.36), "r": 0.4 / np.sqrt(0.16 + 0.16 + 0.36)}
         covered += [scores.interval(m)[1] <= truth <= scores.interval(m)[2] for m, truth in truths.items()]
-    assert (covered >= 0.85 * 150).all()
+    assert (covered >= 0.84 * 150).all()
 
 
 def test_constants_of_folds_score_zero_too():

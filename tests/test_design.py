@@ -1,5 +1,6 @@
 """Design: components are those that were put in, power is what happens, and the test tier stays closed."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -57,6 +58,21 @@ def test_each_component_is_found_alone(alone):
     found = np.mean([components(*made_up(parts, 12, 12, 4, 0.3, draw)) for _ in range(60)], 0)
     for name, value in zip(Components._fields, found, strict=True):
         assert value == pytest.approx(0.04 * (name == alone), abs=0.006), name
+
+
+def test_sums_over_pairs_are_those_of_two_loops():
+    table, clip = made_up(Components(0.1, 0.1, 0.1, 0.1, 0.4), 5, 3, 2, 0.3, rng(0, "loops"))
+    found = dict.fromkeys(module._sums_of_pairs(table, clip), 0.0)
+    for s, r in itertools.product(range(10), repeat=2):
+        for n, m in itertools.product(range(3), repeat=2):
+            if clip[s] != clip[r]:
+                kind = "neuron" if n == m else "nothing"
+            elif s == r:
+                kind = "entry" if n == m else "trial"
+            else:
+                kind = "clip, neuron" if n == m else "clip"
+            found[kind] += table[s, n] * table[r, m]
+    assert module._sums_of_pairs(table, clip) == pytest.approx(found)
 
 
 def test_gaps_and_unequal_repeats_leave_components_in_place():
@@ -140,7 +156,9 @@ def test_power_without_effect_is_the_error_rate_and_grows_to_one():
 
 
 @settings(max_examples=40)
-@given(st.floats(1e-4, 0.1), st.floats(1e-4, 0.1), st.floats(0, 0.3), st.integers(5, 80), st.integers(10, 300))
+@given(
+    st.floats(1e-4, 0.1), st.floats(1e-4, 0.1), st.floats(0, 0.3), st.integers(5, 80), st.integers(10, 300)
+)
 def test_the_smallest_effect_has_the_power(clip, neuron, rest, clips, neurons):
     parts = Components(clip**2, neuron**2, 0.0, 0.0, rest**2)
     least = smallest_effect(parts, clips, neurons, power=0.8)

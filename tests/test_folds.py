@@ -271,6 +271,24 @@ def test_a_constant_in_each_fold_scores_zero_though_its_levels_lean_the_wrong_wa
             assert row.value == 0, row
 
 
+def test_the_level_of_a_fold_moves_no_score_within_folds(inputs, tmp_path):
+    "Responses of one fold are raised: ceilings and other repeats score as before."
+    toy, root = recording(), inputs[0]
+    samples = pd.read_csv(root / "0" / "samples.csv")
+    traces = np.array(toy.traces, float)
+    for row in samples[samples["tier"] == "test"].itertuples():
+        traces[:, row.first_frame : row.last_frame + 1] += 64
+    raised = build_folds(replace(toy, traces=traces), tmp_path / "raised", **SMALL)
+    sheets = [
+        score_dataset(r, last=LAST, baselines={"stimulus-blind mean": pooled_tier(r).labels})
+        for r in (root, raised)
+    ]
+    for a, b in zip(*(sheet.rows for sheet in sheets), strict=True):
+        if a.metric != "FEVE":
+            assert (a.model, a.metric) == (b.model, b.metric)
+            assert (a.value, a.ceiling) == pytest.approx((b.value, b.ceiling), abs=1e-4, nan_ok=True)
+
+
 # --- trained
 
 

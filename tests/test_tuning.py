@@ -19,7 +19,7 @@ from processes import Process
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from cortexlit.core import DataError, rng
+from cortexlit.core import DataError, SplitLeak, rng
 from cortexlit.training import lora, tuning
 from cortexlit.training.trainer import Fit, fit, predict
 from cortexlit.training.tuning import SPACES, Choice, Range, Space, load_best, tune
@@ -395,9 +395,11 @@ def test_importance_and_figure(whole, tmp_path):
 
 def test_a_model_with_mice_and_a_folder_of_its_own(private_folders):
     "A `ViV1T` whose core stays frozen."
-    from toy_training import LAST, tiers, tiny_model
+    from toy_training import LAST, Toy, tiers, tiny_model
 
     found = tune(lambda p: tiny_model(), {"A": tiers()}, Space({"lr": Choice((0.01, 0.02))}), trials=2, epochs=1, last=LAST,
                  progress=False, pruner=None)  # fmt: skip
     assert found.folder.parent == private_folders / "_runs" and found.folder.name.startswith("tuning-")
-    assert found.open_test(tiers()[1], last=LAST).shape == (4, 5, LAST)
+    with pytest.raises(SplitLeak, match="4 of 4 samples of the test"):
+        found.open_test(tiers()[1], last=LAST)
+    assert found.open_test(Toy(4, seed=3), last=LAST).shape == (4, 5, LAST)

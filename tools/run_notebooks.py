@@ -137,7 +137,11 @@ def execute(
             if why_not(cell, flags, missing, skip):
                 continue
             cell.outputs = []
+            source = cell.source
+            if source.rstrip().endswith(";"):  # execnb would drop what the cell prints
+                cell.source = f"{source}\nNone"
             shell.cell(cell)
+            cell.source = source
             ran += 1
             if shell.exc:
                 failure = _report(cell, number, shell.exc)

@@ -131,11 +131,22 @@ def _views(stimuli: np.ndarray) -> dict[str, np.ndarray]:  # how -> fingerprints
     return views
 
 
+def _periodic(films: np.ndarray) -> np.ndarray:  # (clips,)
+    "Which films (clips, frames, cells) move and mostly come back to where they were, such as drifting gratings."
+    pace = (np.diff(films, axis=1) ** 2).sum(-1).mean(1) if films.shape[1] > 1 else np.zeros(len(films))
+    away = np.full(len(films), np.inf)
+    for lag in range(2 * _REACH, films.shape[1] - 2 * _REACH):
+        away = np.minimum(away, np.median(((films[:, lag:] - films[:, :-lag]) ** 2).sum(-1), 1))
+    return (pace > _STILL) & (away < np.minimum(_NEAR, _RATIO * pace))
+
+
 def _same(known: np.ndarray, other: Mapping[str, np.ndarray]) -> pd.DataFrame:
-    "As `same_stimuli`, of fingerprints and of views."
+    "As `same_stimuli`, of fingerprints and of views; gratings that drift the other way are no mirrored film."
     found = pd.DataFrame(columns=["clip", "known", "shift", "how"])
     if len(known) and all(map(len, other.values())):
         parts = [_alike(_flat(known), _flat(seen)).assign(how=how) for how, seen in other.items()]
+        again = np.flatnonzero(_periodic(_flat(other[""]))) if "" in other else []
+        parts = [p if how == "" else p[~p["clip"].isin(again)] for p, how in zip(parts, other, strict=True)]
         found = pd.concat([found, *(part for part in parts if len(part))])
     found = found.drop_duplicates("clip").sort_values("clip")[["clip", "known", "shift", "how"]]
     return found.reset_index(drop=True)

@@ -19,11 +19,11 @@ from ..core import DataError, rng
 from .scores import Score, ScoreSheet
 
 # %% auto #0
-__all__ = ['ALPHAS', 'MIN_CONCEPTS', 'best_constant', 'huber', 'published_confidence', 'constant_predictions', 'Spectrum',
-           'decompose', 'leave_group_out', 'NestedRidge', 'nested_ridge', 'r2_by_target', 'average_by',
-           'DecodingScores', 'score_decoding', 'permuted_targets', 'permutation_scores', 'p_value', 'noise_ceiling',
-           'decoding_ceiling', 'mixed_bands', 'Components', 'property_components', 'identification_ranks',
-           'decoding_rows', 'score_subject']
+__all__ = ['ALPHAS', 'MIN_CONCEPTS', 'MIN_IN_FOLD', 'best_constant', 'huber', 'published_confidence', 'constant_predictions',
+           'Spectrum', 'decompose', 'leave_group_out', 'NestedRidge', 'nested_ridge', 'r2_by_target', 'average_by',
+           'enough_concepts', 'DecodingScores', 'score_decoding', 'permuted_targets', 'permutation_scores', 'p_value',
+           'noise_ceiling', 'decoding_ceiling', 'mixed_bands', 'Components', 'property_components',
+           'identification_ranks', 'decoding_rows', 'score_subject']
 
 # %% ../../neuro_nbs/12a_decoding_baselines.ipynb #575bb6c8
 def best_constant(
@@ -327,7 +327,17 @@ def _from_sums(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return r2, r
 
 # %% ../../neuro_nbs/12a_decoding_baselines.ipynb #0092530c
-MIN_CONCEPTS = 50  # with fewer there is no interval: drawing concepts anew makes it too narrow
+MIN_CONCEPTS, MIN_IN_FOLD = 30, 10  # with fewer concepts there is no interval: it would be too narrow
+
+
+def enough_concepts(
+    groups: np.ndarray,  # (n,) concepts
+    folds: np.ndarray | None,  # (n,) fold of each row; None: one
+) -> bool:
+    "Are there enough concepts, in all and in each fold, for an interval that holds?"
+    folds = np.zeros(len(groups), int) if folds is None else np.asarray(folds)
+    least = min(len(np.unique(np.asarray(groups)[folds == k])) for k in np.unique(folds))
+    return len(np.unique(groups)) >= MIN_CONCEPTS and least >= MIN_IN_FOLD
 
 
 @dataclass(frozen=True)
@@ -340,7 +350,7 @@ class DecodingScores:
         (targets,) R2 over the constant, and Pearson correlation within folds (0 where all predictions of a
         fold are equal).
     r2_draws, r_draws : np.ndarray
-        (resamples, targets) the same for concepts drawn with replacement; NaN with fewer than `MIN_CONCEPTS`.
+        (resamples, targets) the same for concepts drawn with replacement; NaN with too few of them.
     """
 
     r2: np.ndarray
@@ -353,7 +363,7 @@ class DecodingScores:
         metric: str = "r2",  # "r2" or "r"
         target: int | None = None,  # None: mean over targets
     ) -> tuple[float, float, float]:  # value, low, high (95 %)
-        "A score and its percentile interval; NaN with fewer than `MIN_CONCEPTS` concepts."
+        "A score and its percentile interval; NaN with too few concepts."
         value, draws = getattr(self, metric), getattr(self, f"{metric}_draws")
         value, draws = (value.mean(), draws.mean(1)) if target is None else (value[target], draws[:, target])
         if not np.isfinite(draws).any():
@@ -408,7 +418,7 @@ def score_decoding(
     count = sums.shape[1]
     drawn = rng(seed, "concepts").multinomial(count, np.full(count, 1 / count), size=resamples).astype(float)
     draws = _from_sums(np.tensordot(sums, drawn, (1, 1)).transpose(0, 2, 1))
-    if count < MIN_CONCEPTS:
+    if not enough_concepts(groups, folds):
         draws = tuple(np.full_like(d, np.nan) for d in draws)
     return DecodingScores(*_from_sums(sums.sum(1)), *draws)
 
@@ -628,8 +638,11 @@ def decoding_rows(
     rows = []
     for metric, value, low, high, top, p in lines:
         undefined = math.isnan(value)
-        few = f"no interval: {counts['n_clips']} concepts, {MIN_CONCEPTS} or more are needed"
-        few = few if counts["n_clips"] < MIN_CONCEPTS else ""
+        few = (
+            ""
+            if enough_concepts(groups, folds)
+            else f"no interval: {counts['n_clips']} concepts, {MIN_CONCEPTS} or more are needed, and {MIN_IN_FOLD} in each fold"
+        )
         text = "; ".join(filter(None, (note, p, few, "undefined: constant targets" if undefined else "")))
         rows.append(
             Score(
