@@ -131,9 +131,13 @@ def of_families(experiments: int, clips: int, neurons: int, world: str, models: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--experiments", type=int, default=1000, help="for each mean; families and metrics: half")
+    parser.add_argument(
+        "--experiments", type=int, default=1000, help="for each mean; families and metrics: half"
+    )
     args = parser.parse_args()
     start, n = time.process_time(), args.experiments
     cases = [of_means(n, c, m, world) for world in WORLDS for c in (5, 6, 12, 30) for m in (64, 300)]
@@ -142,7 +146,9 @@ def main() -> None:
         cases += of_metrics(n // 2, clips, repeats, 64)
         print(f"metrics on {clips} clips done, {time.process_time() - start:.0f} s", flush=True)
     cases += [of_families(n // 2, c, 64, world) for world in MODELS for c in (6, 20)]
-    write_json(args.out, {"cases": cases, "provenance": provenance(seconds=time.process_time() - start, seed=0)})
+    write_json(
+        args.out, {"cases": cases, "provenance": provenance(seconds=time.process_time() - start, seed=0)}
+    )
     for case in cases:
         print({k: round(v, 3) if isinstance(v, float) else v for k, v in case.items()})
 

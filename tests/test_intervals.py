@@ -16,7 +16,13 @@ def tables(seed=0, shape=(6, 5)):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10**6), st.integers(1, 3), st.integers(2, 6), st.integers(1, 6), st.sampled_from([0, 0.3, 0.7]))
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 3),
+    st.integers(2, 6),
+    st.integers(1, 6),
+    st.sampled_from([0, 0.3, 0.7]),
+)
 def test_contributions_sum_to_nothing_and_the_mean_is_mean_score(seed, seeds, clips, neurons, holes):
     g = np.random.default_rng(seed)
     values = g.normal(size=(seeds, 2 * clips, neurons))
@@ -72,9 +78,7 @@ def test_repeats_travel_together():
     assert widths[2] < 0.8 * widths[0]
 
 
-@pytest.mark.parametrize(
-    ("clip", "neuron", "rest"), [(1, 0.2, 1), (0.3, 1, 1), (0, 0, 1), (0.5, 1.6, 2)]
-)
+@pytest.mark.parametrize(("clip", "neuron", "rest"), [(1, 0.2, 1), (0.3, 1, 1), (0, 0, 1), (0.5, 1.6, 2)])
 def test_intervals_hold_what_they_promise(clip, neuron, rest):
     "Six clips, 64 neurons: 95 % within what 300 tables can tell (four standard errors below)."
     g, hits = np.random.default_rng(5), 0

@@ -15,6 +15,7 @@ from toy_training import FRAMES, tiny_model
 from toys import toy_recording
 
 from cortexlit.core import DataError
+from cortexlit.data.audit import openings
 from cortexlit.data.clips import MouseDataset, build_dataset
 from cortexlit.evaluation.metrics import single_trial_correlation
 from cortexlit.models.adapters import Adapters, load_adapters
@@ -113,14 +114,16 @@ def test_a_grid_and_what_it_keeps(inputs, tmp_path, capsys):
 
 
 def test_the_test_tier_is_predicted_once(inputs, tmp_path, monkeypatch):
-    done = grid(inputs, tmp_path / "grid", seeds=(0,)).run(progress=False)
+    done, before = grid(inputs, tmp_path / "grid", seeds=(0,)).run(progress=False), len(openings(inputs[0]))
     first = done.predictions()
+    assert openings(inputs[0])["by"].tolist()[before:] == ["small-seed0", "large-seed0"]
     assert set(first) == {("small", 0), ("large", 0)}
     shape = (len(MouseDataset(inputs[0], "test")), 5, LAST)
     assert all(p.shape == shape and np.isfinite(p).all() for p in first.values())
     monkeypatch.setattr(lora, "predict", None)
     again = done.predictions()
     assert all((again[k] == first[k]).all() for k in first)
+    assert len(openings(inputs[0])) == before + 2
 
 
 def work(inputs, out: Path, deadly: bool) -> None:

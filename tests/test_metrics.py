@@ -101,7 +101,10 @@ def loop_feve(p, y, clip, last, threshold):
     total, noise = loop_variances(y, clip, last)
     out = []
     for n in range(y.shape[1]):
-        if constant(y[:, n, -last:].ravel().astype(float), mean_square(y[:, n, -last:])) or (total[n] - noise[n]) / total[n] <= threshold:
+        if (
+            constant(y[:, n, -last:].ravel().astype(float), mean_square(y[:, n, -last:]))
+            or (total[n] - noise[n]) / total[n] <= threshold
+        ):
             out.append(np.nan)
             continue
         error = np.mean(
@@ -296,7 +299,12 @@ def test_feve_equals_loop(case, threshold):
         for f in (feve, loop_feve)
     )
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6, equal_nan=True)
-    varies = ~np.array([constant(v, mean_square([v])) for v in y[..., -last:].swapaxes(0, 1).reshape(y.shape[1], -1).astype(float)])
+    varies = ~np.array(
+        [
+            constant(v, mean_square([v]))
+            for v in y[..., -last:].swapaxes(0, 1).reshape(y.shape[1], -1).astype(float)
+        ]
+    )
     fraction = np.where(varies, (total - noise) / np.where(varies, total, 1), np.nan)
     np.testing.assert_allclose(
         explainable_variance(y, clip, last), fraction, rtol=0, atol=1e-9, equal_nan=True
@@ -475,13 +483,22 @@ def test_scores_do_not_depend_on_units(factor):
     p = y + g.normal(size=y.shape) * (g.random((8, 5, 1)) < 0.7)
     for metric in (single_trial_correlation, flattened_correlation):
         for a, b in ((factor * p, y), (p, factor * y)):
-            np.testing.assert_allclose(metric(a, b, reduce=None), metric(p, y, reduce=None), rtol=1e-6, atol=1e-9)
+            np.testing.assert_allclose(
+                metric(a, b, reduce=None), metric(p, y, reduce=None), rtol=1e-6, atol=1e-9
+            )
     for metric in (correlation_to_average, cc_norm):
         np.testing.assert_allclose(
-            metric(factor * p, factor * y, clip, reduce=None), metric(p, y, clip, reduce=None), rtol=1e-6, atol=1e-9
+            metric(factor * p, factor * y, clip, reduce=None),
+            metric(p, y, clip, reduce=None),
+            rtol=1e-6,
+            atol=1e-9,
         )
-    np.testing.assert_allclose(feve(factor * p, factor * y, clip, reduce=None), feve(p, y, clip, reduce=None), rtol=1e-6)
-    np.testing.assert_allclose(explainable_variance(factor * y, clip), explainable_variance(y, clip), rtol=1e-6)
+    np.testing.assert_allclose(
+        feve(factor * p, factor * y, clip, reduce=None), feve(p, y, clip, reduce=None), rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        explainable_variance(factor * y, clip), explainable_variance(y, clip), rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("metric", [flattened_correlation, correlation_to_average, feve, cc_norm])

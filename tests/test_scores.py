@@ -30,7 +30,16 @@ def full_sheet(values):
     sheet = ScoreSheet()
     sheet.add("model", "r", values, clip=CLIP, baseline=0.05, ceiling=0.3, seed=0, **WHERE)
     sheet.add("model", "r", values * 0.9, clip=CLIP, baseline=0.05, ceiling=0.3, seed=1, **WHERE)
-    sheet.add("model", "CC_norm", values[:6], clip=CLIP[::2], samples=12, ceiling=1, note='a <b> & \u00e4, "c"\nd', **WHERE)
+    sheet.add(
+        "model",
+        "CC_norm",
+        values[:6],
+        clip=CLIP[::2],
+        samples=12,
+        ceiling=1,
+        note='a <b> & \u00e4, "c"\nd',
+        **WHERE,
+    )
     sheet.add("constant", "r", np.full((12, 5), np.nan), clip=CLIP, **WHERE)
     sheet.add(
         "repeat mean",

@@ -129,16 +129,27 @@ def test_flags_and_files_decide_which_cells_run(tmp_path):
 
 
 def test_asked_for_cells_run_and_outputs_can_be_saved(tmp_path):
-    path = notebook(tmp_path / "x.ipynb", "#| slow\nprint(6 * 7)", "#| data nothing\n1", output="old")
+    wide = "import pandas as pd\nprint('told');\npd.DataFrame([[1.25] * 12], columns=[f'column {k}' for k in range(12)])"
+    path = notebook(
+        tmp_path / "x.ipynb",
+        "#| slow\nprint(6 * 7)",
+        "#| data nothing\n1",
+        "print('kept');",
+        wide,
+        output="old",
+    )
     words = [sys.executable, "-c", (
         "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import run_notebooks\n"
         "print(run_notebooks.execute(Path(sys.argv[2]), {'slow'}, {'nothing'}, save=True))"
     ), ROOT / "tools", path]  # fmt: skip
     done = subprocess.run(words, capture_output=True, text=True, timeout=1200)
-    assert done.stdout.strip() == "1", done.stderr
+    assert done.stdout.strip() == "3", done.stderr
     cells = json.loads(path.read_text())["cells"][1:]
-    assert ["".join(c["outputs"][0]["text"]) for c in cells] == ["42\n", "old"]
+    assert ["".join(c["outputs"][0]["text"]) for c in cells] == ["42\n", "old", "kept\n", "told\n"]
     assert "".join(cells[0]["source"]).startswith("#| slow")
+    assert "".join(cells[2]["source"]) == "print('kept');"  # as it was written
+    table = "".join(cells[3]["outputs"][1]["data"]["text/plain"])
+    assert "column 5" in table and "..." not in table  # whole, as in Jupyter
 
 
 def test_every_file_that_a_cell_names_is_registered():

@@ -121,8 +121,11 @@ def execute(
     save: bool = False,  # write the outputs into the notebook itself
 ) -> int:  # cells that were run
     "Run a notebook in this process; `Problem` with cell, error and a short traceback if it fails."
+    import pandas as pd
     from execnb.shell import CaptureShell
 
+    # as in Jupyter: without its kernel, pandas takes the output for a narrow terminal
+    pd.set_option("display.max_columns", 20)
     nb, skip = read(path), skip_flags()
     if _skips(nb):
         return 0

@@ -210,13 +210,13 @@ def both(work: Callable, result: Callable, out: Path) -> Any:
     return result(out)
 
 
-def place(scratch: Path, name: str) -> Path:
+def place(scratch: Path, name: str, shared: tuple[str, ...] = ("data", "core", "things")) -> Path:
     folder = scratch / name
     folder.mkdir()
     os.chdir(folder)
     (folder / "settings.ini").write_text("lib_name = cortexlit\n")
-    for shared in ("data", "core", "things"):
-        (folder / shared).symlink_to(scratch / shared)
+    for one in shared:
+        (folder / one).symlink_to(scratch / one)
     return folder
 
 
@@ -395,10 +395,7 @@ def sort(end: str, same: bool, known: bool) -> str:
 
 def inputs(scratch: Path, draw: random.Random, seconds: float) -> dict[str, Any]:
     "Spoil the content of one file at a time, for every reader; `other`: what no reader could know."
-    home = scratch / "inputs"
-    home.mkdir()
-    os.chdir(home)
-    (home / "settings.ini").write_text("lib_name = cortexlit\n")
+    home = place(scratch, "inputs", shared=())
     cache = write_session(scratch / "session", size="tiny")
     every = malformed.readers(home, write_things(scratch / "study", "tiny"), cache)
     table, faults, others, good = {name: Counter() for name in every}, [], Counter(), {}
@@ -457,10 +454,7 @@ def command(line: list[str]) -> str:
 
 def lines(scratch: Path, draw: random.Random, seconds: float) -> dict[str, Any]:
     "Call every command with a value that is not right."
-    home = scratch / "lines"
-    home.mkdir()
-    os.chdir(home)
-    (home / "settings.ini").write_text("lib_name = cortexlit\n")
+    home = place(scratch, "lines", shared=())
     every = malformed.commands(home)
     embedded_session("tiny")
     table, faults, ran = {name: Counter() for name in every}, [], Counter()

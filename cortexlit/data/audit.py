@@ -7,7 +7,7 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['GRID', 'fingerprints', 'same_stimuli', 'sample_marks', 'known_tiers', 'same_frames', 'audit', 'openings',
-           'models_named', 'note_opening']
+           'models_named', 'folders_of', 'note_opening']
 
 # %% ../../neuro_nbs/03a_audit.ipynb #b4dc59e4
 import hashlib
@@ -115,13 +115,17 @@ def _alike(known: np.ndarray, other: np.ndarray) -> pd.DataFrame:  # clip, known
 
 def _flat(prints: np.ndarray) -> np.ndarray:
     "(clips, frames, rows, columns) -> (clips, frames, cells); a picture is a film of one frame."
-    return np.ascontiguousarray(prints.reshape(*prints.shape[:-2], -1))
+    return np.ascontiguousarray(prints.reshape(*prints.shape[:-2], GRID[0] * GRID[1]))
+
+
+def _seen(stimuli: np.ndarray) -> np.ndarray:
+    "Fingerprints (clips, frames, 9, 16) of films, or of pictures (clips, H, W)."
+    return fingerprints(stimuli[:, None] if np.ndim(stimuli) == 3 else stimuli)
 
 
 def _views(stimuli: np.ndarray) -> dict[str, np.ndarray]:  # how -> fingerprints (clips, frames, 9, 16)
     "As it is, mirrored, and for pictures (clips, H, W) moved by a pixel."
-    pictures = np.ndim(stimuli) == 3
-    seen = fingerprints(stimuli[:, None] if pictures else stimuli)
+    pictures, seen = np.ndim(stimuli) == 3, _seen(stimuli)
     views = {"": seen, "mirrored": seen[..., ::-1], "upside down": seen[..., ::-1, :]}
     if pictures:
         wide = np.pad(np.asarray(stimuli, np.float32), ((0, 0), (1, 1), (1, 1)), mode="edge")
@@ -144,10 +148,13 @@ def _same(known: np.ndarray, other: Mapping[str, np.ndarray]) -> pd.DataFrame:
     "As `same_stimuli`, of fingerprints and of views; gratings that drift the other way are no mirrored film."
     found = pd.DataFrame(columns=["clip", "known", "shift", "how"])
     if len(known) and all(map(len, other.values())):
-        parts = [_alike(_flat(known), _flat(seen)).assign(how=how) for how, seen in other.items()]
-        again = np.flatnonzero(_periodic(_flat(other[""]))) if "" in other else []
-        parts = [p if how == "" else p[~p["clip"].isin(again)] for p, how in zip(parts, other, strict=True)]
-        found = pd.concat([found, *(part for part in parts if len(part))])
+        parts = {how: _alike(_flat(known), _flat(seen)).assign(how=how) for how, seen in other.items()}
+        turned = pd.concat([part for how, part in parts.items() if how])
+        again = turned["clip"].unique().astype(int)
+        again = again[_periodic(_flat(other[""][again]))]
+        found = pd.concat(
+            [found, *(part for part in (parts[""], turned[~turned["clip"].isin(again)]) if len(part))]
+        )
     found = found.drop_duplicates("clip").sort_values("clip")[["clip", "known", "shift", "how"]]
     return found.reset_index(drop=True)
 
@@ -167,7 +174,7 @@ def same_stimuli(
             f"stimuli with {np.ndim(known)} and {np.ndim(other)} axes",
             expected="both (clips, frames, height, width), or both (pictures, height, width)",
         )
-    return _same(_views(known)[""], _views(other))
+    return _same(_seen(np.asarray(known)), _views(np.asarray(other)))
 
 # %% ../../neuro_nbs/03a_audit.ipynb #6ea3e773
 _SHOWN = ("video", "image", "features", "tokens")  # fields of an item that are not measured in the animal
@@ -452,6 +459,13 @@ def models_named(
         ", ".join(f"{m[0]} (seed {m[1]})" if isinstance(m, tuple) else str(m) for m in models or ())
         or "baselines"
     )
+
+
+def folders_of(
+    dataset: Any,  # of the library, or parts, changes or several of them; or {mouse: dataset}
+) -> list[Path]:  # none for data that lie elsewhere
+    "The dataset folders behind what a model is given."
+    return [part.base.root for part in _parts({"": dataset}) if part.base is not None]
 
 
 def note_opening(

@@ -1528,7 +1528,9 @@ def _check_cache(
     if meta["roi_names"].size:
         shaped("roi_names", meta["roi_names"], {"ROIs": None}, path)
         shaped("rois", meta["rois"], {"voxels": values.shape[1], "ROIs": len(meta["roi_names"])}, path)
-    if meta["mask"].dtype != bool or meta["rois"].dtype != bool or meta["brain"].dtype != bool:
+    if "statistics" in meta:
+        shaped("statistics", meta["statistics"], {"trials": len(values)}, path)
+    if any(meta[name].dtype != bool for name in ("mask", "rois", "brain", "statistics") if name in meta):
         raise DataError("masks and ROIs that are not true or false", path=path, fix="build it again")
     if not isinstance(card.get("shape"), list) or len(card["shape"]) != 2:
         raise DataError(
@@ -1589,11 +1591,6 @@ class ThingsDataset:
         same_length("voxels", sizes | {"card": list(card["shape"])[1]}, path, again)
         self.folder, self.card, self.form = folder, card, form
         self.brain, self.affine = meta["brain"], meta["affine"]
-        used = (
-            np.load(path)["statistics"]
-            if "statistics" in np.load(path)
-            else np.ones(len(meta["image"]), bool)
-        )
         trials = pd.DataFrame(
             {k: meta[k] for k in ("session", "run", "trial", "volume", "image", "concept", "role")}
         )
@@ -1611,9 +1608,8 @@ class ThingsDataset:
         self.rois = all_rois.iloc[self._columns].reset_index(drop=True)
         self._rows = np.flatnonzero(wanted)
         self.trials = trials.iloc[self._rows].reset_index(drop=True)
-        self.statistics = used[
-            self._rows
-        ]  # trials whose responses entered the z-scores, held-out ones too by default
+        # trials whose responses entered the z-scores: all of them, held-out ones too, unless it was asked otherwise
+        self.statistics = meta.get("statistics", np.ones(len(self._values), bool))[self._rows]
         place = np.argwhere(meta["mask"])[self._columns]
         self.mask = np.zeros(self.brain.shape, bool)
         self.mask[tuple(place.T)] = True

@@ -38,7 +38,8 @@ def _largest_ratio(found: Spread, models: int, level: float, seed: int, draws: i
     a, b = np.triu_indices(models, 1)
     own = [(size, np.diag(part).mean() / 2, freedom) for size, part, freedom in found.parts]
     total = max(
-        sum((-1) ** (size + 1) * part for size, part, _ in own), max(part for size, part, _ in own if size == 1)
+        sum((-1) ** (size + 1) * part for size, part, _ in own),
+        max(part for size, part, _ in own if size == 1),
     )
     draw = rng(seed, "all pairs")
     if total <= 0:
@@ -88,9 +89,13 @@ class Comparison:
         order = "is distinguishable from noise" if settled == len(self.pairs) else (
             "is distinguishable from noise in part" if settled else "is not distinguishable from noise")  # fmt: skip
         found = f"The order {order}: {settled} of {len(self.pairs)} differences exclude zero; " + (
-            f"{best[0]} is the best one." if len(best) == 1 else f"{len(best)} of {len(self.models)} models may be the best one."
+            f"{best[0]} is the best one."
+            if len(best) == 1
+            else f"{len(best)} of {len(self.models)} models may be the best one."
         )
-        return found + (f" {self.undefined:.0%} of the entries are undefined." if self.undefined > 0.005 else "")
+        return found + (
+            f" {self.undefined:.0%} of the entries are undefined." if self.undefined > 0.005 else ""
+        )
 
     def plot(self) -> Figure:
         "Scores with their intervals, and differences from the best with theirs."

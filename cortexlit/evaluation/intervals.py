@@ -123,15 +123,22 @@ def score_interval(
     seed: int = 0,  # of the draws
 ) -> tuple[float, float]:  # low, high; NaN with fewer than `MIN_CLIPS` clips, or if nothing is defined
     "Interval of a mean score, for other clips and other neurons (and other seeds) like these."
-    table = _checked(values, groups, level, draws)
+    return _with_interval(_checked(values, groups, level, draws), groups, level, draws, seed)[1:]
+
+
+def _with_interval(
+    table: np.ndarray, groups: Sequence | np.ndarray | None, level: float, draws: int, seed: int
+) -> tuple[float, float, float]:  # mean, low, high
     mean, each = contributions(table, groups)
     if np.isnan(table).all():
-        return np.nan, np.nan
+        return mean, np.nan, np.nan
     half = float(_half_widths(each[None], level, draws, seed)[0])
-    return mean - half, mean + half
+    return mean, mean - half, mean + half
 
 
-def _checked(values: np.ndarray, groups: Sequence | np.ndarray | None, level: float, draws: int) -> np.ndarray:
+def _checked(
+    values: np.ndarray, groups: Sequence | np.ndarray | None, level: float, draws: int
+) -> np.ndarray:
     "Scores (seeds, samples, neurons); raises for what is no such table."
     table = np.asarray(values, dtype=float)
     if table.ndim not in (2, 3) or not table.size:
@@ -168,7 +175,7 @@ def paired_difference(
         raise DataError(f"score tables of shapes {first.shape} and {second.shape}", expected="equal shapes")
     gap = _checked(first - second, groups, level, draws)
     _require_shared({"first": first, "second": second})
-    return contributions(gap, groups)[0], *score_interval(gap, groups, level, draws, seed)
+    return _with_interval(gap, groups, level, draws, seed)
 
 
 def _require_shared(tables: dict[str, np.ndarray]) -> np.ndarray:

@@ -17,7 +17,9 @@ __all__ = ['CONSTANT', 'mean_score', 'single_trial_correlation', 'flattened_corr
            'explainable_variance', 'feve', 'cc_norm']
 
 # %% ../../neuro_nbs/04_metrics.ipynb #eaa9d504
-CONSTANT = 1e-12  # a trace whose variance is at most this share of its neuron's mean square counts as constant
+CONSTANT = (
+    1e-12  # a trace whose variance is at most this share of its neuron's mean square counts as constant
+)
 
 
 def _window(last: int | None, **arrays: np.ndarray) -> list[np.ndarray]:
@@ -129,7 +131,6 @@ def _pearson(squares: np.ndarray, products: np.ndarray, constant: np.ndarray) ->
     r = np.clip(products / np.where(varies, scale, 1), -1, 1)
     return np.where(varies, r, np.where(constant[1], np.nan, 0.0))
 
-
 # %% ../../neuro_nbs/04_metrics.ipynb #2c168b86
 def _nanmean(values: np.ndarray, axis: int | None = None) -> np.ndarray:
     "Mean of the defined entries; NaN, without a warning, where there is none."
@@ -194,7 +195,6 @@ def _shares(*moments: np.ndarray) -> np.ndarray:
     change = both / np.sqrt(safe[0] * safe[1]) - r / 2 * (own / safe[:, None]).sum(0)
     return r + np.where(r == 0, 0, len(count) * change)
 
-
 # %% ../../neuro_nbs/04_metrics.ipynb #f6f21896
 def flattened_correlation(
     predictions: np.ndarray,  # (samples, neurons, frames)
@@ -226,7 +226,9 @@ def _repeats(clip: Sequence | np.ndarray, samples: int) -> list[np.ndarray]:
     return np.split(np.argsort(place, kind="stable"), np.cumsum(count)[:-1])
 
 # %% ../../neuro_nbs/04_metrics.ipynb #45873cc7
-def _average_moments(predictions: np.ndarray, labels: np.ndarray, groups: list[np.ndarray]) -> list[np.ndarray]:
+def _average_moments(
+    predictions: np.ndarray, labels: np.ndarray, groups: list[np.ndarray]
+) -> list[np.ndarray]:
     "`_moments` of mean prediction and mean label of each clip."
     parts = [_moments(*(a[g].mean(0, dtype=float)[None] for a in (predictions, labels))) for g in groups]
     return [np.concatenate(part, -2) for part in zip(*parts, strict=True)]
@@ -253,7 +255,6 @@ def _variances(labels: np.ndarray, groups: list[np.ndarray]) -> tuple[np.ndarray
     noise = sum(len(g) * labels[g].var(0, ddof=1, dtype=float).mean(-1) for g in groups)
     varies = ~_constant(count[None], centre[:1, None], squares[:1, None])[0, 0]
     return squares[0] / (count - 1), noise / len(labels), varies
-
 
 # %% ../../neuro_nbs/04_metrics.ipynb #1567605a
 def explainable_variance(
@@ -335,7 +336,6 @@ def _normalised_shares(
     own = (squares[0] + count * away[0] ** 2) * len(count) / np.where(total[0] > 0, total[0], 1)
     power = powers / np.where(np.isnan(value), 1, powers.mean(0))
     return np.where(value == 0, 0, both + value * (1 - (own - 1) / 2 - (power - 1) / 2) - value)
-
 
 # %% ../../neuro_nbs/04_metrics.ipynb #79c58f01
 def cc_norm(

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..core import DataError
-from .viv1t import _refuse_unknown
+from .viv1t import Saved, _refuse_unknown
 
 # %% auto #0
 __all__ = ['VAEConfig', 'VAEOutput', 'VAE']
@@ -83,7 +83,7 @@ class VAEOutput(ModelOutput):
     log_variance: torch.Tensor | None = None
 
 
-class VAE(PreTrainedModel):
+class VAE(Saved, PreTrainedModel):
     """Response pattern -> distribution of a code -> response pattern, told a label vector if there is one.
 
     Kingma and Welling (2014), arXiv:1312.6114; conditional: Sohn, Lee and Yan (2015). Responses are float (batch, inputs),

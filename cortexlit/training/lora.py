@@ -32,6 +32,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from torch.utils.data import ConcatDataset, Subset
 
 from ..core import DataError, claim, digest, made_once, rng, runs, scale, sha256
+from ..data.audit import note_opening
 from ..data.clips import MouseDataset
 from ..models.adapters import Adapters, check_targets
 from .features import cached_features, fingerprint, source
@@ -346,6 +347,7 @@ class Grid:
             best = best_folder(path.parent) / "model.safetensors"
 
             def make(seed: int = seed, path: Path = path, best: Path = best) -> np.ndarray:
+                note_opening(self.root, path.parent.name, "Grid.predictions")
                 model = copy.deepcopy(self.start(seed).model)
                 load_model(model, best)
                 features = path.parent / "features"

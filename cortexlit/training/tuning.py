@@ -50,7 +50,7 @@ from cortexlit.core import (
     sha256,
     write_json,
 )
-from ..data.audit import _parts, note_opening, sample_marks
+from ..data.audit import folders_of, note_opening, sample_marks
 from ..models.adapters import Adapters
 from .features import fingerprint
 from .lora import database, fail_lost, open_storage
@@ -474,9 +474,8 @@ class Tuning:
             else:
                 found = [predict(model, dataset, batch_size=batch_size, **options) for model in self.models()]
                 known = save_array(path, np.mean(found, 0))
-                for part in _parts({"test": dataset}):
-                    if part.base is not None:
-                        note_opening(part.base.root, self.folder.name, "open_test")
+                for root in folders_of(dataset):
+                    note_opening(root, self.folder.name, "open_test")
                 write_json(record, wanted | {"sha256": known})
         return load_array(path, known=known)
 
