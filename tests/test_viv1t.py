@@ -238,12 +238,24 @@ def test_hub_id_is_read_from_the_hub_cache_without_a_network(published, tmp_path
     from huggingface_hub import constants
 
     repository = tmp_path / "models--bryanlimy--ViV1T"
-    write_run(repository / "snapshots" / "abc123" / "viv1t_001", published)
+    old, new = "a" * 40, "b" * 40
+    write_run(repository / "snapshots" / old / "viv1t_001", published)
+    changed = published | {
+        "state": {k: v + 1 if k == "readouts.A.bias" else v for k, v in published["state"].items()}
+    }
+    write_run(repository / "snapshots" / new / "viv1t_001", changed)
     (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("abc123")
+    (repository / "refs" / "main").write_text(old)
+    (repository / "refs" / "v2").write_text(new)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     same_answers(ViV1T.from_published("bryanlimy/ViV1T/viv1t_001"), published)
+    same_answers(ViV1T.from_published(f"bryanlimy/ViV1T/viv1t_001@{old}"), published)
+    for revision in (new, "v2"):
+        model = ViV1T.from_published(f"bryanlimy/ViV1T/viv1t_001@{revision}")
+        assert torch.equal(model.readouts["A"].bias, changed["state"]["readouts.A.bias"])
+    with pytest.raises(MissingError, match="--revision v3 --local-dir"):
+        ViV1T.from_published("bryanlimy/ViV1T/viv1t_001@v3")
     with pytest.raises(MissingError) as error:
         ViV1T.from_published("bryanlimy/ViV1T/viv1t_002")
     for words in ("viv1t_002", "hf download bryanlimy/ViV1T --include 'viv1t_002/*'", "DIR/viv1t_002"):
@@ -259,7 +271,7 @@ def test_hub_download_of_both_layouts(published, tmp_path, monkeypatch):
     ViV1T.from_published(hub / "lab" / "repo" / "run").save_pretrained(hub / "lab" / "ours")
     (hub / "lab" / "empty").mkdir()
 
-    def fetch(repo, filename, subfolder=None):
+    def fetch(repo, filename, subfolder=None, revision=None):
         path = hub / repo / (subfolder or "") / filename
         if not path.is_file():
             raise EntryNotFoundError(filename)
@@ -270,6 +282,24 @@ def test_hub_download_of_both_layouts(published, tmp_path, monkeypatch):
     same_answers(ViV1T.from_published("lab/ours"), published)
     with pytest.raises(MissingError, match="has no args.yaml or config.json in its root"):
         ViV1T.from_published("lab/empty")
+
+
+def test_options_and_weights_are_of_one_commit(published, tmp_path, monkeypatch):
+    "A push between the two downloads does not mix two versions of a run."
+    import huggingface_hub
+
+    asked = []
+    for commit in ("a" * 40, "b" * 40):
+        write_run(tmp_path / "snapshots" / commit / "run", published)
+
+    def fetch(repo, filename, subfolder=None, revision=None):
+        asked.append(revision)
+        commit = revision or ("a" if len(asked) == 1 else "b") * 40  # the branch has moved
+        return str(tmp_path / "snapshots" / commit / subfolder / filename)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    same_answers(ViV1T.from_published("lab/repo/run"), published)
+    assert asked == [None, "a" * 40]
 
 
 def test_core_only_starts_fresh_heads_for_new_neurons(published, tmp_path):

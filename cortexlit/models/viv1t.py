@@ -388,7 +388,7 @@ class Heads(Saved):
     @classmethod
     def from_published(
         cls,
-        source: str | Path | Mapping[str, Any],  # state dict, .pt file, run or saved folder, "owner/repo/run"
+        source: str | Path | Mapping[str, Any],  # state dict, .pt file, run or saved folder, "owner/repo/run[@revision]"
         config: PretrainedConfig | None = None,  # None: what the source says, else the published options
         mice: Iterable[str]
         | Mapping[str, Any]
@@ -732,12 +732,20 @@ def _read_weights(path: Path) -> dict[str, Any]:
         ) from error
 
 # %% ../../neuro_nbs/06_viv1t.ipynb #20fafd11
+def _commit(file: Path) -> str:  # empty: not told
+    "The commit of the hub that a downloaded file is of: the folder under `snapshots`."
+    parts = file.parts
+    return parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-1] else ""
+
+
 def _download(source: str) -> Path:
-    "The local copy of a run folder on the Hugging Face hub, named owner/repository/run."
-    parts = source.split("/")
-    if len(parts) < 2 or not re.fullmatch(r"[\w.-]+(/[\w.-]+)+", source):
+    "The local copy of a run folder on the Hugging Face hub, named owner/repository/run or .../run@revision."
+    name, _, revision = source.partition("@")
+    parts = name.split("/")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)+(@[\w./-]+)?", source):
         raise MissingError(
-            f"there is no file or folder {source!r}", expected="a path, or owner/repository/run"
+            f"there is no file or folder {source!r}",
+            expected="a path, owner/repository/run, or owner/repository/run@revision",
         )
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
@@ -747,20 +755,21 @@ def _download(source: str) -> Path:
     try:
         for first, second in layouts:
             try:
-                found = hf_hub_download(repo, first, subfolder=run or None)
+                found = Path(hf_hub_download(repo, first, subfolder=run or None, revision=revision or None))
             except LocalEntryNotFoundError:
                 raise
             except EntryNotFoundError:
                 continue
-            hf_hub_download(repo, second, subfolder=run or None)
-            return Path(found).parent
+            hf_hub_download(repo, second, subfolder=run or None, revision=_commit(found) or revision or None)
+            return found.parent
         problem = f"{repo} has no {layouts[0][0]} or {layouts[1][0]} in {run or 'its root'}"
         raise MissingError(problem, expected="owner/repository/run, e.g. bryanlimy/ViV1T/viv1t_001")
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise MissingError(
             f"{source!r} is no local folder, and could not be had from huggingface.co: {type(error).__name__}",
             expected="a network, or a copy made elsewhere",
-            fix=f"where there is a network: hf download {repo} --include '{run or '*'}/*' --local-dir DIR; "
+            fix=f"where there is a network: hf download {repo} --include '{run or '*'}/*'"
+            f"{f' --revision {revision}' if revision else ''} --local-dir DIR; "
             f"copy DIR here, then give DIR/{run}",
         ) from error
 
