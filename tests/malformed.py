@@ -388,12 +388,13 @@ def published(root: Path) -> Path:
 
 def readers(root: Path, study: Path, cache: Path) -> dict[str, Reader]:
     "Files and folders of every kind; `study` is a tiny one of `write_things`, `cache` a tiny session."
-    from test_faults import READERS, clips, one, scenes, tree
+    from test_faults import READERS, clips, one, recording, scenes, tree
     from toy_training import LAST, Toy, tiers, tiny_model
 
     from cortexlit.core import load_array
     from cortexlit.data import allen, things
     from cortexlit.data.clips import MouseDataset, import_tree
+    from cortexlit.data.folds import build_folds, fold_folders, pooled_tier
     from cortexlit.data.scenes import ScenesDataset, import_arrays, import_sensorium2022
     from cortexlit.evaluation.scores import ScoreSheet
     from cortexlit.models.adapters import Adapters, add_adapters, load_adapters, save_adapters
@@ -402,6 +403,7 @@ def readers(root: Path, study: Path, cache: Path) -> dict[str, Reader]:
     from cortexlit.training.trainer import best_folder, fit
 
     made = {"clips": clips(root / "clips"), "scenes": scenes(root / "scenes")}
+    made["folds"] = build_folds(recording(), root / "folds", folds=3, clip_frames=10, size=(6, 8), gap=2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         made["things"] = things.build_things(things.open_things(study, "01", "figshare"), root / "things")
@@ -533,6 +535,15 @@ def readers(root: Path, study: Path, cache: Path) -> dict[str, Reader]:
                 found[f"{kind}, {path.name}"] = Reader(
                     path, lambda k=kind, c=call: every(made[k], c), card=cards[kind]
                 )
+    for name in ("card.json", "samples.csv", "0/card.json"):
+        found[f"folds, {name}"] = Reader(
+            made["folds"] / name,
+            lambda: [
+                pooled_tier(made["folds"]),
+                *(every(f, MouseDataset) for f in fold_folders(made["folds"])),
+            ],
+            card=made["folds"] / "card.json",
+        )
     for path in sorted(made["things"].glob("*.*")):
         if path.suffix in (".npy", ".npz", ".csv", ".json"):
             found[f"cache, {path.name}"] = Reader(path, voxel_cache["read"], card=cards["things"])

@@ -37,6 +37,7 @@ from cortexlit.data.clips import (
     import_tree,
     load_tier,
 )
+from cortexlit.data.folds import pooled_tier
 from cortexlit.data.recordings import Recording
 from cortexlit.data.scenes import (
     ScenesDataset,
@@ -1045,7 +1046,7 @@ NAMES = [
     "model v1t, options", "model vit3d", "model vit3d, options", "model cnn_vit", "model cnn_vit, options",
     "model classifier", "model classifier, options", "model vae", "model vae, options", "clips, behavior.npy", "clips, card.json",
     "clips, neurons.csv", "clips, responses.npy", "clips, samples.csv", "clips, statistics.json",
-    "clips, videos.npy", "scenes, behavior.npy", "scenes, card.json", "scenes, images.npy", "scenes, neurons.csv",
+    "clips, videos.npy", "folds, card.json", "folds, samples.csv", "folds, 0/card.json", "scenes, behavior.npy", "scenes, card.json", "scenes, images.npy", "scenes, neurons.csv",
     "scenes, responses.npy", "scenes, samples.csv", "scenes, statistics.json", "cache, card.json",
     "cache, metadata.npz", "cache, responses.npy",
     "session", "events", "session, cell_specimens.json", "session, experiment_containers.json",
@@ -1176,12 +1177,12 @@ def test_any_split_table_is_taken_or_named(tmp_path_factory, rows):
 # --- kind: folders and cards
 
 
-@pytest.mark.parametrize("kind", ["clips", "scenes", "things"])
+@pytest.mark.parametrize("kind", ["clips", "folds", "scenes", "things"])
 def test_an_edited_card(bench, kind):
     path = bench["cache, card.json" if kind == "things" else f"{kind}, card.json"].path
     whole = path.read_text()
-    read = {"clips": lambda p: MouseDataset(p, "train"), "scenes": lambda p: ScenesDataset(p, "train"),
-            "things": things.ThingsDataset}[kind]  # fmt: skip
+    read = {"clips": lambda p: MouseDataset(p, "train"), "folds": pooled_tier,
+            "scenes": lambda p: ScenesDataset(p, "train"), "things": things.ThingsDataset}[kind]  # fmt: skip
     card = json.loads(whole)
     try:
         for change in (
@@ -1200,8 +1201,8 @@ def test_an_edited_card(bench, kind):
             with pytest.raises(DataError, match="outside the folder|cut off or damaged|lists no"):
                 read(path.parent)
         old = {k: v for k, v in card.items() if k not in ("hash", "kind")}
-        if kind == "scenes":
-            old["kind"] = "scenes"
+        if kind in ("folds", "scenes"):
+            old["kind"] = kind
         if kind == "things":
             del old["files"]
         path.write_text(json.dumps(old))
@@ -1212,8 +1213,8 @@ def test_an_edited_card(bench, kind):
 
 def test_folders_of_another_kind(bench):
     folder = {k: bench[f"{'cache' if k == 'things' else k}, card.json"].path.parent for k in checks.KINDS}
-    read = {"clips": lambda p: MouseDataset(p, "train"), "scenes": lambda p: ScenesDataset(p, "train"),
-            "things": things.ThingsDataset}  # fmt: skip
+    read = {"clips": lambda p: MouseDataset(p, "train"), "folds": pooled_tier,
+            "scenes": lambda p: ScenesDataset(p, "train"), "things": things.ThingsDataset}  # fmt: skip
     for kind, call in read.items():
         call(folder[kind])
         for other in folder.keys() - {kind}:

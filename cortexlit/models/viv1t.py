@@ -388,7 +388,7 @@ class Heads(Saved):
     @classmethod
     def from_published(
         cls,
-        source: str | Path | Mapping[str, Any],  # state dict, .pt file, run or saved folder, "owner/repo/run[@revision]"
+        source: str | Path | Mapping[str, Any],  # state dict, .pt file, saved folder, "owner/repo/run@rev"
         config: PretrainedConfig | None = None,  # None: what the source says, else the published options
         mice: Iterable[str]
         | Mapping[str, Any]
