@@ -5,6 +5,7 @@ asks for a process, and ends with pytest.
 """
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import sys
@@ -19,6 +20,7 @@ _CONTEXT.set_forkserver_preload(["pytest", "hypothesis", "cortexlit.training.tun
 def _child(
     told: Path, folder: str, path: list[str], environment: dict, target: Callable, args: tuple
 ) -> None:
+    gc.freeze()  # what was imported stays: sweeps of the memory need not look at it
     sys.path[:] = path
     os.environ.clear()
     os.environ.update(environment)

@@ -251,7 +251,7 @@ def two_mice(folders):
     return model, dict(folders)
 
 
-FAST = dict(epochs=1, last=LAST, progress=False)
+FAST = dict(epochs=1, last=LAST, batch_size=16, progress=False)
 
 
 def test_a_film_of_one_mouse_in_the_test_of_another(mice, tmp_path):

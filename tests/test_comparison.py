@@ -62,7 +62,7 @@ def test_a_clear_winner_is_settled():
 
 
 def test_no_interval_is_empty_where_scores_vary():
-    for seed in range(300):  # a variance with minus signs is negative for some of them
+    for seed in range(100):  # a variance with minus signs is negative for half of them
         found = compare(scores(seed=seed))
         assert (found.pairs["high"] - found.pairs["low"] > 0.1).all(), seed
 

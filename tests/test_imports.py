@@ -1,12 +1,14 @@
 """How the modules of the library may depend on each other and on allensdk."""
 
 import ast
-import subprocess
+import importlib
 import sys
+import traceback
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from processes import Process
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -87,32 +89,34 @@ def test_no_module_imports_itself_by_a_detour():
         pytest.fail("modules import each other in a circle: " + " <- ".join(error.args[1]))
 
 
-WITHOUT = """
-import importlib, sys, traceback
-from cortexlit.data import allen
-assert not any(m.split(".")[0] == "allensdk" for m in sys.modules), "allensdk was imported"
-sys.modules["allensdk"] = None  # from here on, importing it raises ImportError
-for call in (allen.list_sessions, lambda c: allen.open_session(1, c), allen.open_cache):
-    try:
-        call("c")
-    except allen.MissingError as error:
-        assert 'pip install "cortexlit[allen]"' in str(error) and "Python 3.11" in str(error), error
-    else:
-        raise AssertionError("no error")
-failed = []
-for name in sys.argv[1:]:
-    try:
-        importlib.import_module(f"cortexlit.{name}")
-    except Exception:
-        failed.append(name)
-        traceback.print_exc()
-sys.exit(f"cannot be imported without allensdk: {failed}" if failed else 0)
-"""
+def without_allensdk(names: list[str]) -> None:
+    "Import all modules of the library where importing allensdk fails."
+    for name in [m for m in sys.modules if m.split(".")[0] == "cortexlit"]:
+        del sys.modules[name]
+    allen = importlib.import_module("cortexlit.data.allen")
+    assert not any(m.split(".")[0] == "allensdk" for m in sys.modules), "allensdk was imported"
+    sys.modules["allensdk"] = None  # from here on, importing it raises ImportError
+    for call in (allen.list_sessions, lambda c: allen.open_session(1, c), allen.open_cache):
+        try:
+            call("c")
+        except allen.MissingError as error:
+            assert 'pip install "cortexlit[allen]"' in str(error) and "Python 3.11" in str(error), error
+        else:
+            raise AssertionError("no error")
+    failed = []
+    for name in names:
+        try:
+            importlib.import_module(f"cortexlit.{name}")
+        except Exception:
+            failed.append(name)
+            traceback.print_exc()
+    assert not failed, f"cannot be imported without allensdk: {failed}"
+    print("imported", len(names))
 
 
-def test_everything_imports_without_allensdk_and_calls_say_what_to_install():
+def test_everything_imports_without_allensdk_and_calls_say_what_to_install(tmp_path):
     """allensdk's pins are old: a dataset folder must be usable, and data.allen importable, without it."""
     names = sorted(modules())
     assert "data.allen" in names
-    done = subprocess.run([sys.executable, "-c", WITHOUT, *names], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    code, told = Process(tmp_path, without_allensdk, names).ended()
+    assert code == 0 and f"imported {len(names)}" in told, told

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from cortexlit.core import DataError, read_json
-from cortexlit.models.viv1t import ViV1T
+from cortexlit.models.viv1t import ViV1T, ViV1TConfig
 from cortexlit.training import pretraining
 from cortexlit.training.pretraining import Recipe, demo_core, neuron_types, pretrain, simulate
 
@@ -15,7 +15,10 @@ TINY = Recipe(mice=1, types=8, clips=2, steps=4, batch_size=1)
 
 @pytest.fixture
 def places(tmp_path, monkeypatch):
-    "Generated data and runs of this test only."
+    "Generated data and runs of this test only, and a core with a quarter of the tokens."
+    config = Recipe.config.fget
+    coarse = property(lambda recipe: ViV1TConfig(**config(recipe).to_diff_dict() | {"stride": (1, 8, 8)}))
+    monkeypatch.setattr(Recipe, "config", coarse)
     for name in ("generated", "runs"):
         monkeypatch.setattr(pretraining, name, lambda *parts, name=name: tmp_path.joinpath(name, *parts))
     return tmp_path

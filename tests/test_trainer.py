@@ -407,13 +407,13 @@ def test_a_model_without_mice_and_time(tmp_path):
 
 def test_schedules(tmp_path):
     lr = {
-        name: fit(tiny_model(), tiers(), schedule=name, out=tmp_path / name, **FAST | {"epochs": 8, "lr": 1e-30})
+        name: fit(tiny_model(), tiers(), schedule=name, out=tmp_path / name, batch_size=4, **FAST | {"epochs": 8, "lr": 1e-30})
         .history["lr"].to_numpy() / 1e-30
         for name in ("cosine", "linear", "constant", "plateau")
     }  # fmt: skip
-    last_step = np.arange(1, 9) * 8 - 1
-    np.testing.assert_allclose(lr["linear"], 1 - last_step / 64, atol=1e-6)
-    np.testing.assert_allclose(lr["cosine"], (1 + np.cos(np.pi * last_step / 64)) / 2, atol=1e-6)
+    last_step = np.arange(1, 9) * 2 - 1
+    np.testing.assert_allclose(lr["linear"], 1 - last_step / 16, atol=1e-6)
+    np.testing.assert_allclose(lr["cosine"], (1 + np.cos(np.pi * last_step / 16)) / 2, atol=1e-6)
     np.testing.assert_allclose(lr["constant"], 1)
     np.testing.assert_allclose(
         lr["plateau"], [1, 1, 1, 1, 0.5, 0.5, 0.5, 0.25]

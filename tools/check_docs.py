@@ -24,13 +24,17 @@ import yaml
 from nbdev.config import get_config
 from project import LIBRARY, ROOT, copy_project, notebooks, python
 
+# Workers are forked from a server, since spawned ones run IPython's clean-up at their exit: a sweep of the whole
+# memory for each page, half of the build's time.
 BUILD = """
+from fastcore.parallel import parallel
+from nbdev import serve
 from nbdev.doclinks import _build_modidx
 from nbdev.quarto import refresh_quarto_yml
-from nbdev.serve import proc_nbs
 _build_modidx()
 refresh_quarto_yml()
-proc_nbs(n_workers=2)
+serve.parallel = lambda *args, **options: parallel(*args, **(options | {"method": "forkserver"}))
+serve.proc_nbs(n_workers=2)
 """
 GUIDES = ("README.md", "CONTRIBUTING.md")
 CONCEPTS = "nbs/00b_concepts.ipynb"  # the table of the course's concepts
@@ -174,12 +178,21 @@ def read_page(path: Path, proc: Path) -> Page:
     return page
 
 
-def check_link(page: Page, target: str, pages: list[Page], proc: Path, base: str) -> str | None:
+def places(
+    pages: list[Page],
+    proc: Path,  # the folder of all pages
+) -> dict[Path, Page]:  # page of each notebook and of each HTML file
+    "Where the pages lie."
+    names = [(name, page) for page in pages for name in (page.source, page.address)]
+    return {(proc / name).resolve(): page for name, page in names}
+
+
+def check_link(page: Page, target: str, by_place: dict[Path, Page], proc: Path, base: str) -> str | None:
     "What is wrong with one link, if anything."
     target = target.replace("&amp;", "&")
     if target.startswith(base):
         address, _, anchor = target[len(base) :].partition("#")
-        found = next((p for p in pages if p.address == (address or "index.html")), None)
+        found = by_place.get((proc / (address or "index.html")).resolve())
         if found is None:
             return f"no page for {target}"
     elif is_external(target):
@@ -187,10 +200,8 @@ def check_link(page: Page, target: str, pages: list[Page], proc: Path, base: str
     else:
         where, _, anchor = target.partition("#")
         folder = proc if where.startswith("/") else (proc / page.source).parent
-        file = (folder / unquote(where).lstrip("/")).resolve() if where else proc / page.source
-        by_place = {(proc / p.source).resolve(): p for p in pages}
-        by_place |= {(proc / p.address).resolve(): p for p in pages}
-        found = by_place.get(file.resolve())
+        file = (folder / unquote(where).lstrip("/") if where else proc / page.source).resolve()
+        found = by_place.get(file)
         if found is None:
             return None if file.exists() else f"no such file: {target}"
     if anchor and unquote(anchor) not in found.anchors:
@@ -312,12 +323,12 @@ def check(proc: Path) -> tuple[list[Page], list[str]]:
     settings = get_config(path=ROOT)
     base = f"{settings.doc_host}{settings.doc_baseurl}".rstrip("/") + "/"
     pages = [read_page(path, proc) for path in notebooks(proc)]
-    problems, seen = [], {}
+    problems, seen, by_place = [], {}, places(pages, proc)
     for page in pages:
         if page.address in seen:
             problems.append(f"{page.source}: writes the same page as {seen[page.address]} ({page.address})")
         seen.setdefault(page.address, page.source)
-        found = [*page.problems, *(check_link(page, link, pages, proc, base) for link in page.links)]
+        found = [*page.problems, *(check_link(page, link, by_place, proc, base) for link in page.links)]
         problems += [f"{page.source}: {text}" for text in dict.fromkeys(found) if text]
     problems += sidebar_problems(pages, yaml.safe_load((proc / "_quarto.yml").read_text(encoding="utf-8")))
     for name in GUIDES:

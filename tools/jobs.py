@@ -4,6 +4,7 @@ The lines hold no control characters, so that they read the same on a terminal a
 whose process dies, does not stop the others.
 """
 
+import gc
 import heapq
 import multiprocessing
 import os
@@ -96,6 +97,7 @@ class _Running:
 def _child(results: Any, log: str | None, function: Callable, args: tuple) -> None:
     "In the process of the job: call, and send back what came of it. If the process that wanted it dies, so does this."
     threading.Thread(target=_outlive_nobody, daemon=True).start()
+    gc.freeze()  # what was imported stays: sweeps of the memory need not look at it
     if log is not None:
         with open(log, "wb") as file:  # also what C code and grandchildren print
             os.dup2(file.fileno(), 1)
