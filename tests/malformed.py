@@ -386,13 +386,23 @@ def published(root: Path) -> Path:
     return root
 
 
+def park(path: Path) -> Path:
+    "A small file in the layout of the open recordings."
+    from scipy.io import savemat
+
+    draw = np.random.default_rng(0)
+    series = {name: draw.random((4, 9)) for name in ("neuron1", "neuron2", "speed", "pupil_zscore")}
+    savemat(path, {"D": series, "TE": {"direction": [0, 45, 90, 135]}, "t": np.arange(9) / 16})
+    return path
+
+
 def readers(root: Path, study: Path, cache: Path) -> dict[str, Reader]:
     "Files and folders of every kind; `study` is a tiny one of `write_things`, `cache` a tiny session."
     from test_faults import READERS, clips, one, recording, scenes, tree
     from toy_training import LAST, Toy, tiers, tiny_model
 
     from cortexlit.core import load_array
-    from cortexlit.data import allen, things
+    from cortexlit.data import allen, opendata, synthetic, things
     from cortexlit.data.clips import MouseDataset, import_tree
     from cortexlit.data.folds import build_folds, fold_folders, pooled_tier
     from cortexlit.data.scenes import ScenesDataset, import_arrays, import_sensorium2022
@@ -535,6 +545,13 @@ def readers(root: Path, study: Path, cache: Path) -> dict[str, Reader]:
                 found[f"{kind}, {path.name}"] = Reader(
                     path, lambda k=kind, c=call: every(made[k], c), card=cards[kind]
                 )
+    for path, ident in ((mouse / "cortexlit.json", "sessions"), (mouse / f"truth/{session}.npz", "arrays")):
+        found[f"truth, {ident}"] = Reader(path, lambda: synthetic.load_truth(mouse, session))
+    shutil.copytree(study / "truth", root / "subjects" / "truth")
+    found["truth of a subject"] = Reader(
+        root / "subjects/truth/sub-01.npz", lambda: things.load_truth(root / "subjects", "01")
+    )
+    found["open recording"] = Reader(park(root / "park.mat"), lambda: opendata._read_park(root / "park.mat"))
     for name in ("card.json", "samples.csv", "0/card.json"):
         found[f"folds, {name}"] = Reader(
             made["folds"] / name,

@@ -1049,6 +1049,7 @@ NAMES = [
     "clips, videos.npy", "folds, card.json", "folds, samples.csv", "folds, 0/card.json", "scenes, behavior.npy", "scenes, card.json", "scenes, images.npy", "scenes, neurons.csv",
     "scenes, responses.npy", "scenes, samples.csv", "scenes, statistics.json", "cache, card.json",
     "cache, metadata.npz", "cache, responses.npy",
+    "truth, sessions", "truth, arrays", "truth of a subject", "open recording",
     "session", "events", "session, cell_specimens.json", "session, experiment_containers.json",
     "session, manifest.json", "session, ophys_experiments.json", "session, stimulus_mappings.json",
     "checkpoint, optimizer.pt", "checkpoint, scheduler.pt", "checkpoint, rng_state.pth",

@@ -27,9 +27,11 @@ from cortexlit.core import (
     h5_file,
     locked,
     read_json,
+    reading,
     rng,
     write_json,
 )
+from .checks import load_arrays
 
 # %% auto #0
 __all__ = ['SIZES', 'SESSION_A', 'SESSION_B', 'FRAME_RATE', 'REFRESH', 'GRATING_DIRECTIONS', 'GRATING_RATES',
@@ -1387,13 +1389,14 @@ def load_truth(
     root = Path(root)
     if not (root / "cortexlit.json").exists():
         raise MissingError("no ground truth here", path=root, expected="a folder made by write_session")
-    about = read_json(root / "cortexlit.json")
-    known = about["sessions"]
+    with reading(root / "cortexlit.json", "what write_session wrote", "make the session again in another folder"):
+        about = read_json(root / "cortexlit.json")
+        known = {ident: str(session["session_type"]) for ident, session in about["sessions"].items()}
+        size_named(about["size"])
     if str(session_id) not in known:
         raise MissingError(f"no session {session_id}", path=root, expected=" or ".join(known))
-    with np.load(root / "truth" / f"{session_id}.npz", allow_pickle=False) as file:
-        truth = {k: file[k] for k in file.files}
-    if known[str(session_id)]["session_type"] == SESSION_B:
+    truth = load_arrays(root / "truth" / f"{session_id}.npz", ["expected"])
+    if known[str(session_id)] == SESSION_B:
         truth["expected_natural_scenes"] = _scene_expectation(truth["expected"], about["size"], about["seed"])
     return truth
 
