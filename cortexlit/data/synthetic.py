@@ -1389,7 +1389,9 @@ def load_truth(
     root = Path(root)
     if not (root / "cortexlit.json").exists():
         raise MissingError("no ground truth here", path=root, expected="a folder made by write_session")
-    with reading(root / "cortexlit.json", "what write_session wrote", "make the session again in another folder"):
+    with reading(
+        root / "cortexlit.json", "what write_session wrote", "make the session again in another folder"
+    ):
         about = read_json(root / "cortexlit.json")
         known = {ident: str(session["session_type"]) for ident, session in about["sessions"].items()}
         size_named(about["size"])
