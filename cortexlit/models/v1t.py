@@ -27,6 +27,7 @@ from transformers.utils import ModelOutput
 
 from ..core import DataError
 from .attention import attend, share
+from .efficient import rotary_angles, rotate
 from .layers import DropPath
 from .losses import LOSSES, loss_named
 from .readouts import OUTPUTS, Gaussian2dReadout, Shifter, sample_map
@@ -58,6 +59,7 @@ def _check_options(c: PretrainedConfig) -> None:
     least = dict.fromkeys(("patch", "stride", "heads", "mlp_dim"), 1) | {"emb_dim": 2}
     least |= dict.fromkeys(("depth", "behavior_channels", "pupil_channels"), 0)
     whole = [(name, getattr(c, name), low) for name, low in least.items()]
+    whole += [("kv_heads", c.kv_heads, 1)] if c.kv_heads is not None else []
     whole += [(f"size[{i}]", n, 1) for i, n in enumerate(c.size)]
     whole += [(f"resize[{i}]", n, 1) for i, n in enumerate(c.resize or ())]
     whole += [(f"neurons[{mouse!r}]", n, 1) for mouse, n in c.neurons.items()]
@@ -71,11 +73,19 @@ def _check_options(c: PretrainedConfig) -> None:
         raise DataError(f"crop={c.crop!r}", expected="the seen part of the image's sides, 0 < crop <= 1")
     names = {"patch_mode": PATCHES, "behavior": BEHAVIORS, "shift": SHIFTS, "output": OUTPUTS, "loss": LOSSES}
     names |= {"positions": ("predicted", "free"), "image_sampling": ("nearest", "bilinear")}
+    names |= {"token_positions": ("learned", "rotary")}
     for name, allowed in names.items():
         if getattr(c, name) not in allowed:
             raise DataError(
                 f"{name}={getattr(c, name)!r}", expected=f"one of {', '.join(map(repr, allowed))}"
             )
+    if c.kv_heads is not None and c.heads % c.kv_heads:
+        raise DataError(f"kv_heads={c.kv_heads} with heads={c.heads}", expected="a divisor of heads")
+    if c.token_positions == "rotary" and c.emb_dim < 4:
+        raise DataError(
+            f'token_positions="rotary" with emb_dim={c.emb_dim}',
+            expected="4 or more: a plane for x and for y",
+        )
     if min(c.seen) < c.patch:
         raise DataError(f"patches of {c.patch} pixels in an image of {c.seen}", fix="make patch smaller")
     _check_mice(c.neurons)
@@ -112,6 +122,9 @@ class V1TConfig(PretrainedConfig):
         patch_mode: str = "unfold",  # a name in `PATCHES`
         emb_dim: int = 155,  # width of a token, and of each attention head
         heads: int = 4,  # attention heads
+        kv_heads: int
+        | None = None,  # heads of keys and values, each shared by heads / kv_heads queries; None: heads
+        token_positions: str = "learned",  # as published; "rotary": queries and keys turned by their place
         mlp_dim: int = 488,  # hidden width of the feed-forward layers
         depth: int = 4,  # blocks
         local_attention: bool = False,  # learned temperature, and no token looks at itself (Lee et al. 2021)
@@ -133,6 +146,7 @@ class V1TConfig(PretrainedConfig):
         self.resize = None if resize is None else list(resize)
         self.patch, self.stride, self.patch_mode = patch, stride, patch_mode
         self.emb_dim, self.heads, self.mlp_dim, self.depth = emb_dim, heads, mlp_dim, depth
+        self.kv_heads, self.token_positions = kv_heads, token_positions
         self.local_attention = local_attention
         self.patch_dropout, self.dropout, self.drop_path = patch_dropout, dropout, drop_path
         self.behavior, self.shift, self.image_sampling = behavior, shift, image_sampling
@@ -215,7 +229,9 @@ class PatchEmbedding(nn.Module):
         h, w = config.grid
         self.projection = _projection(config)
         self.cls_token = nn.Parameter(torch.randn(1, 1, config.emb_dim))
-        self.pos_embedding = nn.Parameter(torch.randn(1 + h * w, config.emb_dim))
+        learned = config.token_positions == "learned"
+        table = nn.Parameter(torch.randn(1 + h * w, config.emb_dim)) if learned else None
+        self.register_parameter("pos_embedding", table)
         self.dropout = nn.Dropout(config.patch_dropout)
 
     def forward(
@@ -224,7 +240,7 @@ class PatchEmbedding(nn.Module):
     ) -> torch.Tensor:  # (B, 1 + H' W', emb_dim)
         patches = self.projection(image)
         tokens = torch.cat([self.cls_token.expand(len(image), -1, -1).to(patches.dtype), patches], 1)
-        return self.dropout(tokens + self.pos_embedding)
+        return self.dropout(tokens if self.pos_embedding is None else tokens + self.pos_embedding)
 
 # %% ../../neuro_nbs/11_v1t.ipynb #790d3c31
 STRIP = 1 << 19  # weights computed at a time; so many stay in a processor core's cache
@@ -351,36 +367,44 @@ class Attention(nn.Module):
         heads: int,
         dropout: float = 0.0,  # of the weights, and of the output
         local: bool = False,  # learned temperature, no look at oneself
+        kv_heads: int | None = None,  # heads of keys and values; None: as many as heads
     ):
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.heads, self.kv_heads, self.dropout = heads, kv_heads or heads, dropout
         self.layer_norm = nn.LayerNorm(dim)
-        self.to_qkv = nn.Linear(dim, 3 * heads * dim, bias=False)
+        self.to_qkv = nn.Linear(dim, (heads + 2 * self.kv_heads) * dim, bias=False)
         self.projection = nn.Sequential(nn.Linear(heads * dim, dim), nn.Dropout(dropout))
         self.register_parameter("scale", nn.Parameter(torch.full((heads,), dim**-0.5)) if local else None)
         self.apply(_init)
 
-    def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _project(self, x: torch.Tensor, angles: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
         "q, k, v (B, heads, tokens, dim); q holds what the learned temperature adds to 1 / sqrt(dim)."
         dim = x.shape[-1]
-        parts = self.to_qkv(self.layer_norm(x)).chunk(3, -1)
-        q, k, v = (part.unflatten(-1, (self.heads, dim)).transpose(1, 2) for part in parts)
+        sizes = [n * dim for n in (self.heads, self.kv_heads, self.kv_heads)]
+        parts = self.to_qkv(self.layer_norm(x)).split(sizes, -1)
+        q, k, v = (part.unflatten(-1, (-1, dim)).transpose(1, 2) for part in parts)
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        if self.kv_heads < self.heads:
+            k, v = (part.repeat_interleave(self.heads // self.kv_heads, 1) for part in (k, v))
         return (q if self.scale is None else q * (self.scale * dim**0.5).view(-1, 1, 1).to(q.dtype)), k, v
 
     def forward(
         self,
         x: torch.Tensor,  # (B, tokens, dim)
+        angles: torch.Tensor | None = None,  # rotary positions: (tokens, planes) rad
     ) -> torch.Tensor:  # (B, tokens, dim)
         dropout = self.dropout if self.training else 0.0
-        mixed = attention(*self._project(x), dropout, self.scale is not None)
+        mixed = attention(*self._project(x, angles), dropout, self.scale is not None)
         return self.projection(mixed.transpose(1, 2).flatten(-2))
 
     def attention_map(
         self,
         x: torch.Tensor,  # (B, tokens, dim)
+        angles: torch.Tensor | None = None,  # as in `forward`
     ) -> torch.Tensor:  # (B, heads, tokens, tokens): each row sums to 1
         "The weights with which tokens look at tokens."
-        q, k, _ = self._project(x)
+        q, k, _ = self._project(x, angles)
         scores = q @ k.transpose(-2, -1) * x.shape[-1] ** -0.5
         if self.scale is not None:
             scores.diagonal(dim1=-2, dim2=-1).fill_(-torch.inf)
@@ -408,9 +432,10 @@ class Block(nn.Module):
         dropout: float = 0.0,
         drop_path: float = 0.0,  # of each branch, per sample
         local: bool = False,  # `local_attention`
+        kv_heads: int | None = None,  # heads of keys and values; None: as many as heads
     ):
         super().__init__()
-        self.mha = Attention(dim, heads, dropout, local)
+        self.mha = Attention(dim, heads, dropout, local, kv_heads)
         layers = [nn.LayerNorm(dim), nn.Linear(dim, mlp_dim), nn.GELU(), nn.Dropout(dropout)]
         self.mlp = nn.Sequential(*layers, nn.Linear(mlp_dim, dim), nn.Dropout(dropout)).apply(_init)
         self.drop_path = DropPath(drop_path)
@@ -419,9 +444,10 @@ class Block(nn.Module):
         self,
         x: torch.Tensor,  # (B, tokens, dim)
         state: torch.Tensor | None = None,  # (B, dim) from a `behaviour_mlp`
+        angles: torch.Tensor | None = None,  # rotary positions: (tokens, planes) rad
     ) -> torch.Tensor:  # (B, tokens, dim)
         x = x if state is None else x + state[:, None]
-        x = x + self.drop_path(self.mha(x))
+        x = x + self.drop_path(self.mha(x, angles))
         return x + self.drop_path(self.mlp(x))
 
 # %% ../../neuro_nbs/11_v1t.ipynb #42e9a98c
@@ -433,13 +459,20 @@ class ViT(nn.Module):
         config: V1TConfig,
     ):
         super().__init__()
-        c, self.grid = config, config.grid
+        c, self.grid, self.rotary = config, config.grid, config.token_positions == "rotary"
         self.patch_embedding = PatchEmbedding(c)
-        block = (c.emb_dim, c.heads, c.mlp_dim, c.dropout, c.drop_path, c.local_attention)
+        block = (c.emb_dim, c.heads, c.mlp_dim, c.dropout, c.drop_path, c.local_attention, c.kv_heads)
         self.blocks = nn.ModuleList(Block(*block) for _ in range(c.depth))
         own = 0 if c.behavior == "per-mouse" else c.state_channels  # a mouse's own networks are in its head
         self.behavior = nn.ModuleList(behaviour_mlp(own, c.emb_dim) for _ in range(c.depth if own else 0))
         self.gradient_checkpointing = False
+
+    def _angles(self, x: torch.Tensor) -> torch.Tensor | None:
+        "By how much each token is turned (tokens, planes); CLS is not."
+        if not self.rotary:
+            return None
+        places = torch.cartesian_prod(*(torch.arange(n, device=x.device) for n in self.grid))
+        return F.pad(rotary_angles(places, x.shape[-1]), (0, 0, 1, 0))
 
     def forward(
         self,
@@ -447,9 +480,11 @@ class ViT(nn.Module):
         states: Iterable[torch.Tensor | None],  # one for each block: (B, emb_dim), or None
     ) -> torch.Tensor:  # (B, emb_dim, H', W')
         x = self.patch_embedding(image)
+        angles = self._angles(x)
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for block, state in zip(self.blocks, states, strict=True):
-            x = checkpoint(block, x, state, use_reentrant=False) if recompute else block(x, state)
+            given = (x, state, angles)
+            x = checkpoint(block, *given, use_reentrant=False) if recompute else block(*given)
         return x[:, 1:].transpose(1, 2).unflatten(-1, self.grid)
 
     @torch.no_grad()
@@ -460,9 +495,10 @@ class ViT(nn.Module):
     ) -> torch.Tensor:  # (depth, B, heads, tokens, tokens): each row sums to 1
         "The weights of every block (call `eval()` first, or dropout plays a part)."
         x, maps = self.patch_embedding(image), []
+        angles = self._angles(x)
         for block, state in zip(self.blocks, states, strict=True):
-            maps.append(block.mha.attention_map(x if state is None else x + state[:, None]))
-            x = block(x, state)
+            maps.append(block.mha.attention_map(x if state is None else x + state[:, None], angles))
+            x = block(x, state, angles)
         return torch.stack(maps)
 
 # %% ../../neuro_nbs/11_v1t.ipynb #c48024c1
@@ -544,6 +580,17 @@ class V1T(Heads, PreTrainedModel):
 
     def _new_head(self, neurons: int) -> dict[str, nn.Module]:
         return _new_head(self.config, neurons)
+
+    def to_published(self) -> dict[str, torch.Tensor]:
+        "A copy of the weights under the names of the published code; an option that it does not have is an error."
+        c = self.config
+        if c.kv_heads not in (None, c.heads) or c.token_positions != "learned":
+            raise DataError(
+                f"kv_heads={c.kv_heads}, token_positions={c.token_positions!r}: the published code has neither",
+                expected='kv_heads=None, token_positions="learned"',
+                fix="save_pretrained",
+            )
+        return super().to_published()
 
     def _state(self, **given: torch.Tensor | None) -> torch.Tensor:
         "Behaviour, pupil centre or both as one array (B, channels), checked."

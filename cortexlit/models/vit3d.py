@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['ATTENTION', 'LOSSES', 'patch_voxels', 'PatchEmbedding', 'ParcelEmbedding', 'SoftmaxAttention', 'LinearAttention',
-           'ViT3DConfig', 'EncoderBlock', 'ViT3DOutput', 'ViT3D']
+__all__ = ['ATTENTION', 'TOKEN_POSITIONS', 'LOSSES', 'patch_voxels', 'PatchEmbedding', 'ParcelEmbedding', 'SoftmaxAttention',
+           'LinearAttention', 'ViT3DConfig', 'EncoderBlock', 'ViT3DOutput', 'ViT3D']
 
 # %% ../../neuro_nbs/13_vit3d.ipynb #63bf42ac
 import base64
@@ -24,6 +24,7 @@ from transformers.utils import ModelOutput
 
 from ..core import DataError
 from .attention import attend, attention_weights
+from .efficient import HiLoAttention, rotary_angles, rotate
 from .v1t import V1T
 from .viv1t import Saved, _refuse_unknown
 
@@ -151,7 +152,8 @@ def _unpacked(text: str) -> np.ndarray:
     return np.frombuffer(zlib.decompress(base64.b64decode(text)), "<u2").astype(int)
 
 # %% ../../neuro_nbs/13_vit3d.ipynb #8e3a11dd
-ATTENTION = ("softmax", "local", "linear")
+ATTENTION = ("softmax", "local", "linear", "hilo")
+TOKEN_POSITIONS = ("learned", "rotary")
 LOSSES = {"mse": F.mse_loss, "huber": F.huber_loss}  # Huber's turns from squared to linear at 1
 
 
@@ -178,6 +180,10 @@ class ViT3DConfig(PretrainedConfig):
         dropout: float = 0.1,  # of tokens, of what each branch adds, of hidden units, of the head's input
         attention: str = "softmax",  # a name in `ATTENTION`
         radius: int = 2,  # of "local": largest distance along each axis, in patches
+        window: int = 2,  # of "hilo": side of a window, in patches
+        kv_heads: int
+        | None = None,  # heads of keys and values, each shared by heads / kv_heads queries; None: heads
+        token_positions: str = "learned",  # a vector for each token; "rotary": queries and keys turned by their place
         outputs: int = 10,  # properties
         loss: str = "mse",  # a name in `LOSSES`
         **kwargs,  # options every Hugging Face config has
@@ -191,6 +197,7 @@ class ViT3DConfig(PretrainedConfig):
         self.emb_dim, self.depth, self.heads, self.mlp_dim = emb_dim, depth, heads, mlp_dim
         self.noise, self.mixing = noise, mixing
         self.dropout, self.attention, self.radius = dropout, attention, radius
+        self.window, self.kv_heads, self.token_positions = window, kv_heads, token_positions
         self.outputs, self.loss = outputs, loss
         _check_options(self)
         _refuse_unknown(self, kwargs)
@@ -233,22 +240,39 @@ def _check_options(c: ViT3DConfig) -> None:
         if len(getattr(c, name)) != 3:
             raise DataError(f"{name}={getattr(c, name)}", expected="3 whole numbers: x, y, z")
     whole = [
-        (name, getattr(c, name)) for name in ("emb_dim", "depth", "heads", "mlp_dim", "radius", "outputs")
+        (name, getattr(c, name))
+        for name in ("emb_dim", "depth", "heads", "mlp_dim", "radius", "window", "outputs")
     ]
+    whole += [("kv_heads", c.kv_heads)] if c.kv_heads is not None else []
     whole += [(f"{name}[{i}]", n) for name in ("grid", "patch") for i, n in enumerate(getattr(c, name))]
     for name, value in whole:
         if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
             raise DataError(f"{name}={value!r}", expected="a whole number, 1 or more")
     if c.emb_dim % c.heads:
         raise DataError(f"emb_dim={c.emb_dim} with heads={c.heads}", expected="a multiple of heads")
+    if c.kv_heads is not None and c.heads % c.kv_heads:
+        raise DataError(f"kv_heads={c.kv_heads} with heads={c.heads}", expected="a divisor of heads")
     if not 0 <= c.dropout < 1 or not 0 <= c.noise < np.inf or not 0 <= c.mixing < np.inf:
         raise DataError(
             f"dropout={c.dropout}, noise={c.noise}, mixing={c.mixing}",
             expected="0 <= dropout < 1, 0 <= noise, 0 <= mixing",
         )
-    for name, allowed in (("attention", ATTENTION), ("loss", tuple(LOSSES))):
+    names = {"attention": ATTENTION, "token_positions": TOKEN_POSITIONS, "loss": tuple(LOSSES)}
+    for name, allowed in names.items():
         if getattr(c, name) not in allowed:
             raise DataError(f"{name}={getattr(c, name)!r}", expected=f"one of {', '.join(allowed)}")
+    if c.attention == "hilo" and c.heads < 2:
+        raise DataError('attention="hilo" with heads=1', expected="2 heads or more: near and far")
+    if c.token_positions == "rotary" and c.attention == "linear":
+        raise DataError(
+            'token_positions="rotary" with attention="linear"',
+            expected='another attention, or "learned": features bend the turn, and scores would not depend on distance',
+        )
+    if c.token_positions == "rotary" and c.emb_dim // c.heads < 6:
+        raise DataError(
+            f'token_positions="rotary" with heads {c.emb_dim // c.heads} wide',
+            expected="emb_dim / heads of 6 or more: a plane for each of x, y, z",
+        )
     brain = c.brain
     if not brain.any():
         raise DataError("the mask is empty", expected="at least one voxel")
@@ -260,10 +284,10 @@ def _check_options(c: ViT3DConfig) -> None:
             )
         if not (np.bincount(parcels)[1:] > 0).all() or not parcels.any():
             raise DataError("a parcel has no voxel", expected="parcels 1, 2, ..., each with voxels")
-        if c.attention == "local":
-            raise DataError(
-                'attention="local" with parcels', expected="patches: parcels have no places on a grid"
-            )
+        placed = {f'attention="{c.attention}"': c.attention in ("local", "hilo")}
+        placed['token_positions="rotary"'] = c.token_positions == "rotary"
+        for option in (name for name, needs in placed.items() if needs):
+            raise DataError(f"{option} with parcels", expected="patches: parcels have no places on a grid")
     elif (c.token_of < 0).all():
         raise DataError(
             f"no patch {c.patch} on the grid {c.grid} is whole, without padding",
@@ -279,34 +303,45 @@ class EncoderBlock(nn.Module):
         config: ViT3DConfig,
     ):
         super().__init__()
-        c, self.heads = config, config.heads
+        c, self.heads, self.kv_heads = config, config.heads, config.kv_heads or config.heads
+        self.width = c.emb_dim // c.heads
         self.norm = nn.LayerNorm(c.emb_dim)
-        self.qkv = nn.Linear(c.emb_dim, 3 * c.emb_dim)
-        self.attention = LinearAttention() if c.attention == "linear" else SoftmaxAttention()
+        self.qkv = nn.Linear(c.emb_dim, c.emb_dim + 2 * self.kv_heads * self.width)
+        kinds = {"linear": LinearAttention, "hilo": HiLoAttention}
+        self.attention = kinds.get(c.attention, SoftmaxAttention)()
         self.out = nn.Sequential(nn.Linear(c.emb_dim, c.emb_dim), nn.Dropout(c.dropout))
         layers = [nn.LayerNorm(c.emb_dim), nn.Linear(c.emb_dim, c.mlp_dim), nn.GELU(), nn.Dropout(c.dropout)]
         self.mlp = nn.Sequential(*layers, nn.Linear(c.mlp_dim, c.emb_dim), nn.Dropout(c.dropout))
 
-    def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        "q, k, v (B, heads, tokens, head_dim)."
-        parts = self.qkv(self.norm(x)).chunk(3, -1)
-        return tuple(part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+    def _project(self, x: torch.Tensor, angles: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        "q, k, v (B, heads, tokens, head_dim), turned by their place and shared as the options say."
+        sizes = [n * self.width for n in (self.heads, self.kv_heads, self.kv_heads)]
+        parts = self.qkv(self.norm(x)).split(sizes, -1)
+        q, k, v = (part.unflatten(-1, (-1, self.width)).transpose(1, 2) for part in parts)
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        if self.kv_heads < self.heads:
+            k, v = (part.repeat_interleave(self.heads // self.kv_heads, 1) for part in (k, v))
+        return q, k, v
 
     def forward(
         self,
         x: torch.Tensor,  # (B, tokens, emb_dim)
-        near: torch.Tensor | None = None,  # (tokens, tokens) bool: which keys a query sees; None: all
+        near: torch.Tensor
+        | None = None,  # "local": (tokens, tokens) bool, "hilo": windows; None: all see all
+        angles: torch.Tensor | None = None,  # "rotary": (tokens, planes) rad
     ) -> torch.Tensor:  # (B, tokens, emb_dim)
-        x = x + self.out(self.attention(*self._project(x), near).transpose(1, 2).flatten(2))
+        x = x + self.out(self.attention(*self._project(x, angles), near).transpose(1, 2).flatten(2))
         return x + self.mlp(x)
 
     def attention_map(
         self,
         x: torch.Tensor,  # (B, tokens, emb_dim)
         near: torch.Tensor | None = None,  # as in `forward`
+        angles: torch.Tensor | None = None,  # as in `forward`
     ) -> torch.Tensor:  # (B, heads, queries, keys): each row sums to 1
         "The weights with which tokens look at tokens."
-        q, k, _ = self._project(x)
+        q, k, _ = self._project(x, angles)
         return self.attention.weights(q, k, near)
 
 # %% ../../neuro_nbs/13_vit3d.ipynb #6f9e7d5b
@@ -351,7 +386,12 @@ class ViT3D(Saved, PreTrainedModel):
             self.embedding = ParcelEmbedding(_unpacked(c.parcels), c.emb_dim)
             self.tokens = len(self.embedding.sizes)
         self.cls = nn.Parameter(0.02 * torch.randn(1, 1, c.emb_dim))
-        self.positions = nn.Parameter(0.02 * torch.randn(1, 1 + self.tokens, c.emb_dim))
+        if c.token_positions == "learned":
+            self.positions = nn.Parameter(0.02 * torch.randn(1, 1 + self.tokens, c.emb_dim))
+        if c.attention == "hilo":
+            taken = np.zeros(places.max(0) + 1, bool)
+            taken[tuple(places.T)] = True
+            self.register_buffer("windows", 1 + torch.tensor(patch_voxels(taken, (c.window,) * 3)[0]))
         self.dropout = nn.Dropout(c.dropout)
         self.blocks = nn.ModuleList(EncoderBlock(c) for _ in range(c.depth))
         layers = [nn.LayerNorm(c.emb_dim), nn.Dropout(c.dropout), nn.Linear(c.emb_dim, c.outputs)]
@@ -386,10 +426,20 @@ class ViT3D(Saved, PreTrainedModel):
         if self.training and self.config.noise:
             voxels = voxels + self.config.noise * torch.randn_like(voxels)
         x = self.embedding(voxels)
-        return self.dropout(torch.cat([self.cls.expand(len(x), -1, -1), x], 1) + self.positions)
+        x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1)
+        return self.dropout(x + self.positions if self.config.token_positions == "learned" else x)
+
+    def _angles(self) -> torch.Tensor | None:
+        "By how much each token is turned (tokens, planes); CLS is not."
+        if self.config.token_positions != "rotary":
+            return None
+        width = self.config.emb_dim // self.config.heads
+        return F.pad(rotary_angles(self.places, width), (0, 0, 1, 0))
 
     def _near(self) -> torch.Tensor | None:
-        "Which keys a query sees (tokens, tokens); CLS sees all and is seen by all."
+        "Which keys a query sees (tokens, tokens), or the windows; CLS sees all and is seen by all."
+        if self.config.attention == "hilo":
+            return self.windows
         if self.config.attention != "local":
             return None
         apart = (self.places[:, None] - self.places).abs().amax(-1)
@@ -408,9 +458,9 @@ class ViT3D(Saved, PreTrainedModel):
             share, other = share.to(voxels), torch.randperm(len(voxels), device=voxels.device)
             voxels = share * voxels + (1 - share) * voxels[other]
             labels = share * labels + (1 - share) * labels[other]
-        x, near = self.embed(volume, voxels), self._near()
+        x, near, angles = self.embed(volume, voxels), self._near(), self._angles()
         for block in self.blocks:
-            x = block(x, near)
+            x = block(x, near, angles)
         logits = self.head(x[:, 0])
         if labels is None:
             return ViT3DOutput(logits=logits)
@@ -425,10 +475,10 @@ class ViT3D(Saved, PreTrainedModel):
         voxels: torch.Tensor | None = None,  # or (B, voxels of the mask, in C order)
     ) -> torch.Tensor:  # (depth, B, heads, 1 + tokens, 1 + tokens): each row sums to 1, CLS first
         "The attention weights of every block (call `eval()` first, or dropout and noise play a part)."
-        x, near, maps = self.embed(volume, voxels), self._near(), []
+        x, near, angles, maps = self.embed(volume, voxels), self._near(), self._angles(), []
         for block in self.blocks:
-            maps.append(block.attention_map(x, near))
-            x = block(x, near)
+            maps.append(block.attention_map(x, near, angles))
+            x = block(x, near, angles)
         return torch.stack(maps)
 
     def to_voxels(
