@@ -79,6 +79,10 @@ def test_a_trained_decoder_joins_the_sheet(study, cache, tmp_path, capsys, monke
     assert {r["split_hash"] for r in rows} == {found["split_hash"]}
     code, refused = run(capsys, monkeypatch, *score, "--seed", "1")
     assert code == 1 and "trained with the split" in refused["error"]
+    if model == "patches":  # subject 02 saw the same trials, so split and ratings are the same
+        other = build_things(open_things(study / "figshare", "02"), tmp_path / "other")
+        code, refused = run(capsys, monkeypatch, "score", other, *score[2:])
+        assert code == 1 and "trained on other responses" in refused["error"]
 
 
 def test_a_synthetic_subject_says_where_its_ratings_lie(tmp_path, capsys, monkeypatch):

@@ -16,6 +16,7 @@ from cortexlit.evaluation.metrics import (
     feve,
     flattened_correlation,
     mean_score,
+    r2_er,
     single_trial_correlation,
 )
 
@@ -361,6 +362,21 @@ def test_signal_power_is_unbiased_for_slow_noise():
     assert average.mean() - truth > 20 * power.std() / np.sqrt(4000)  # without the correction: far off
 
 
+def test_r2_er_is_pospisil_and_bairs_for_one_frame_per_stimulus():
+    "Their equation, with the noise of each stimulus by itself."
+    g = np.random.default_rng(5)
+    stimuli, repeats = 30, 4
+    signal = g.normal(size=stimuli)
+    nu, y = signal + g.normal(size=stimuli), signal + g.normal(size=(repeats, stimuli))
+    nu_c, mean = nu - nu.mean(), y.mean(0)
+    noise = y.var(0, ddof=1) / repeats
+    top = (nu_c @ mean) ** 2 - (nu_c**2 * noise).sum()
+    power = ((mean - mean.mean()) ** 2).sum() - noise.sum() * (stimuli - 1) / stimuli
+    clip = np.tile(np.arange(stimuli), repeats)
+    found = r2_er(nu[clip][:, None, None], y.reshape(-1, 1, 1), clip, reduce=None)
+    np.testing.assert_allclose(found, top / ((nu_c**2).sum() * power), rtol=1e-9)
+
+
 def test_known_answers():
     "The true signal as prediction, white noise of known size, 60 clips: all five scores are known."
     g = np.random.default_rng(7)
@@ -399,7 +415,7 @@ CLIP = [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize(
-    "metric", [single_trial_correlation, flattened_correlation, correlation_to_average, feve, cc_norm]
+    "metric", [single_trial_correlation, flattened_correlation, correlation_to_average, feve, cc_norm, r2_er]
 )
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("which", [0, 1])
@@ -461,6 +477,7 @@ def test_a_constant_prediction_scores_zero():
         flattened_correlation(flat, y, reduce=None),
         correlation_to_average(flat, y, clip, reduce=None),
         cc_norm(flat, y + np.arange(3)[clip][:, None, None], clip, reduce=None),
+        r2_er(flat, y + np.arange(3)[clip][:, None, None], clip, reduce=None),
     ):
         assert (values[np.isfinite(values)] == 0).all() and np.isfinite(values).any()
     assert np.isnan(single_trial_correlation(y, flat, reduce=None)).all()  # a constant label has no score
@@ -486,7 +503,7 @@ def test_scores_do_not_depend_on_units(factor):
             np.testing.assert_allclose(
                 metric(a, b, reduce=None), metric(p, y, reduce=None), rtol=1e-6, atol=1e-9
             )
-    for metric in (correlation_to_average, cc_norm):
+    for metric in (correlation_to_average, cc_norm, r2_er):
         np.testing.assert_allclose(
             metric(factor * p, factor * y, clip, reduce=None),
             metric(p, y, clip, reduce=None),
@@ -501,7 +518,7 @@ def test_scores_do_not_depend_on_units(factor):
     )
 
 
-@pytest.mark.parametrize("metric", [flattened_correlation, correlation_to_average, feve, cc_norm])
+@pytest.mark.parametrize("metric", [flattened_correlation, correlation_to_average, feve, cc_norm, r2_er])
 def test_shares_average_to_the_value_and_follow_left_out_clips(metric):
     g = np.random.default_rng(3)
     signal, clip = g.normal(size=(8, 5, 40)), np.tile(np.arange(8), 4)

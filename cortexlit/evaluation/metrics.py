@@ -14,7 +14,7 @@ from ..core import DataError
 
 # %% auto #0
 __all__ = ['CONSTANT', 'mean_score', 'single_trial_correlation', 'flattened_correlation', 'correlation_to_average',
-           'explainable_variance', 'feve', 'cc_norm']
+           'explainable_variance', 'feve', 'cc_norm', 'r2_er']
 
 # %% ../../neuro_nbs/04_metrics.ipynb #eaa9d504
 CONSTANT = (
@@ -359,3 +359,51 @@ def cc_norm(
     explained = np.where(constant[0], 0.0, products / count / scale)
     value = np.where(usable, explained, np.nan)
     return _reduced(value, reduce, lambda: _normalised_shares(value, scale, powers, *moments))
+
+# %% ../../neuro_nbs/04_metrics.ipynb #04er0002
+def _projection_noise(
+    predictions: np.ndarray, labels: np.ndarray, groups: list[np.ndarray], centre: np.ndarray
+) -> np.ndarray:
+    "Variance by which noise moves each clip's product of prediction and mean response, (clips, neurons)."
+    found = []
+    for g in groups:
+        weight = predictions[g].astype(float).mean(0) - centre[:, None]
+        found.append(np.einsum("nt,rnt->rn", weight, labels[g].astype(float)).var(0, ddof=1) / len(g))
+    return np.stack(found)
+
+# %% ../../neuro_nbs/04_metrics.ipynb #04er0004
+def _squared_shares(
+    value: np.ndarray, scale: np.ndarray, powers: np.ndarray, noise: np.ndarray, *moments: np.ndarray
+) -> np.ndarray:
+    "What each clip adds to each neuron's r2_ER: (clips, neurons), the column's mean is the value."
+    count, means, squares, products = moments
+    _, centre, total, both = _merged(*moments)
+    away, clips = means - centre[:, None], len(count)
+    part = clips * (products + count * away[0] * away[1])  # its mean is `both`
+    own = (squares[0] + count * away[0] ** 2) * clips / np.where(total[0] > 0, total[0], 1)
+    power = powers / np.where(np.isnan(value), 1, powers.mean(0))
+    top = (2 * both * (part - both) - (clips * noise - noise.sum(0))) / scale
+    return np.where(value == 0, 0, value * (3 - own - power) + top)
+
+# %% ../../neuro_nbs/04_metrics.ipynb #04er0003
+def r2_er(
+    predictions: np.ndarray,  # (samples, neurons, frames)
+    labels: np.ndarray,  # same shape
+    clip: Sequence | np.ndarray,  # (samples,) clip id; equal ids are repeats
+    last: int | None = None,  # score the last so many frames; None: all
+    reduce: Literal["mean", "table"] | None = "mean",  # None: (neurons,); "table": (clips, neurons) shares
+) -> float | np.ndarray:  # NaN where the signal power is not positive, 0 for a constant prediction
+    "Squared correlation with the noise-free response, corrected for noise (after Pospisil and Bair 2021); may be negative."
+    predictions, labels = _window(last, predictions=predictions, labels=labels)
+    _require_finite(predictions=predictions, labels=labels)
+    groups = _repeats(clip, len(labels))
+    moments = _average_moments(predictions, labels, groups)
+    count, centre, squares, products = _merged(*moments)
+    powers = _signal_power(labels, groups, moments, centre[1])
+    constant = _constant(count[None], centre[:, None], squares[:, None])[:, 0]
+    usable = (powers.mean(0) > 0) & ~constant[1]
+    scale = np.where(usable & ~constant[0], squares[0] * count * powers.mean(0), 1)
+    noise = _projection_noise(predictions, labels, groups, centre[0])
+    explained = np.where(constant[0], 0.0, (products**2 - noise.sum(0)) / scale)
+    value = np.where(usable, explained, np.nan)
+    return _reduced(value, reduce, lambda: _squared_shares(value, scale, powers, noise, *moments))
