@@ -576,10 +576,11 @@ NAME = ["x", "", "../x", "\u00fc", "a" * 300]
 
 def commands(root: Path) -> dict[str, tuple[list[str], dict[str, list[str]]]]:
     "Command -> words that are right, and for each option (or argument, by its number) values that are not."
-    from test_faults import clips, scenes
+    from test_faults import clips, recording, scenes
     from toy_training import tiny_model
 
     from cortexlit.data import things
+    from cortexlit.data.folds import build_folds
 
     (root / "file").write_text("precious")
     (root / "thesis").mkdir()
@@ -587,6 +588,7 @@ def commands(root: Path) -> dict[str, tuple[list[str], dict[str, list[str]]]]:
     study = things.embedded_things("tiny", layouts=("figshare",))
     data, pictures = str(clips(root / "clips")), str(scenes(root / "scenes"))
     cache = str(things.build_things(things.open_things(study), root / "cache"))
+    folds = str(build_folds(recording(), root / "folds", folds=3, clip_frames=10, size=(6, 8), gap=2))
     tiny_model(core_state=False, size=(6, 8)).save_core(root / "core")
     out = str(root / "new")
     outs = [
@@ -596,7 +598,13 @@ def commands(root: Path) -> dict[str, tuple[list[str], dict[str, list[str]]]]:
         "/proc/nowhere/x",
         str(root / "thesis"),
     ]
-    folders = [str(root / "nowhere"), str(root / "file"), str(root / "thesis"), data, pictures, cache, ""]
+    folders = [str(root / name) for name in ("nowhere", "file", "thesis")] + [
+        data,
+        folds,
+        pictures,
+        cache,
+        "",
+    ]
 
     def not_(*kinds: str) -> list[str]:
         return [f for f in folders if f not in kinds]
@@ -619,6 +627,11 @@ def commands(root: Path) -> dict[str, tuple[list[str], dict[str, list[str]]]]:
         "grid": ([data, *core, "--last", "5", "--seeds", "1"], {
             "0": not_(data), "--rank": WHOLE, "--targets": NAME, "--seeds": [*WHOLE, "0"], "--core": cores, "--out": outs,
             "--storage": [*NAME, "sqlite:////proc/nowhere/x.db", "nothing://x"], "--scale": NAME, "--last": [*WHOLE, "0", "1000"]}),
+        "design": ([data, "--last", "5"], {
+            "0": not_(data, folds), "--effect": [*REAL, "0", "3"], "--power": [*REAL, "0", "1"], "--last": [*WHOLE, "0", "1000"]}),
+        "folds": ([folds, *core, "--last", "5"], {
+            "0": not_(folds), "--adapt": NAME, "--seeds": [*WHOLE, "0"], "--core": cores, "--out": outs[:4], "--scale": NAME,
+            "--last": [*WHOLE, "0", "1000"]}),
         "scenes build": (["900000002", *embedded, "--out", out], {
             "0": sessions, "--split": NAME, "--signal": NAME, "--delay": REAL, "--window": [*REAL, "0"],
             "--size": ["0 0", "-3 5", "100000 100000", "x 3"], "--constant-neurons": NAME, "--out": outs}),
