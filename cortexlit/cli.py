@@ -1071,6 +1071,7 @@ def pretrain(
     """
     from cortexlit.training import pretraining
 
+    core.check_out(out)
     _out.print(f"The core is in {pretraining.pretrain(out, seed=seed)}", markup=False, soft_wrap=True)
 
 # %% ../neuro_nbs/19_cli.ipynb #0e90262c

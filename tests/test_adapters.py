@@ -1,8 +1,11 @@
 """Adapters on models they were not written for, and folders that do not fit."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from toy_training import tiers, tiny_model
 
 from cortexlit.core import DataError, MissingError
@@ -89,6 +92,19 @@ def test_folders_that_do_not_fit(tmp_path):
         load_adapters(tiny_model(heads=3), tmp_path / "a")
     with pytest.raises(DataError, match="head does not fit"):
         load_adapters(tiny_model({"B": 4}), tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "head.safetensors"])
+def test_weights_that_are_not_finite(tmp_path, name):
+    adapters, base = Adapters(rank=2, head=True), tiny_model()
+    save_adapters(trained(copy.deepcopy(base), adapters), adapters, tmp_path / "a")
+    load_adapters(copy.deepcopy(base), tmp_path / "a")  # the control
+    found = load_file(tmp_path / "a" / name)
+    first = min(found)
+    found[first].view(-1)[0] = torch.nan
+    save_file(found, tmp_path / "a" / name)
+    with pytest.raises(DataError, match=f"not finite: {first}"):
+        load_adapters(base, tmp_path / "a")
 
 
 def test_rank_is_the_rank_of_the_change():

@@ -257,3 +257,13 @@ def test_plot_shows_every_row(values):
     assert [text.get_text() for text in axes[2].texts] == ["no value"]
     with pytest.raises(DataError, match="nothing to plot"):
         ScoreSheet().plot()
+
+
+@pytest.mark.parametrize("opened", ["x", ["x"], {"a": "often"}])
+def test_a_sheet_whose_count_of_openings_is_none(tmp_path, opened):
+    ScoreSheet().save(tmp_path)
+    path = tmp_path / "scores.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"opened": opened}))
+    with pytest.raises(DataError, match="opened"):
+        ScoreSheet.load(tmp_path)

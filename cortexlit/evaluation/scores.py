@@ -298,6 +298,11 @@ class ScoreSheet:
             raise DataError(
                 "not a score sheet of format 1", expected=f"rows with {', '.join(_KINDS)}", path=path
             )
+        opened = content.get("opened") or {}
+        if not isinstance(opened, dict) or not all(type(n) is int for n in opened.values()):
+            raise DataError(
+                f"opened: {opened!r}", expected="how often each dataset's test tier was opened", path=path
+            )
 
         def restored(name: str, value: Any) -> Any:
             if _KINDS[name] is not float:
@@ -305,7 +310,7 @@ class ScoreSheet:
             return float(value) if type(value) is int else math.nan if value is None else value
 
         sheet = cls(Score(**{name: restored(name, value) for name, value in row.items()}) for row in rows)
-        sheet.provenance, sheet.opened = content.get("provenance"), dict(content.get("opened") or {})
+        sheet.provenance, sheet.opened = content.get("provenance"), opened
         return sheet
 
     def plot(self) -> Figure:  # one panel per metric (columns), dataset, tier and split (rows)

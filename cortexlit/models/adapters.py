@@ -188,9 +188,14 @@ def _saved(path: Path) -> dict[str, torch.Tensor]:
         raise MissingError("a file of the adapters is missing", path=path, fix="copy the whole folder")
     try:
         with named_errors(path):
-            return load_file(path)
+            found = load_file(path)
     except SafetensorError as error:
         raise DataError(f"the file is damaged: {error}", path=path, fix="copy the folder again") from error
+    if wrong := [name for name, value in found.items() if not torch.isfinite(value).all()]:
+        raise DataError(
+            f"weights that are not finite: {min(wrong)}", "numbers only", "copy the folder again", path
+        )
+    return found
 
 
 def _same_names(given: set[str], own: set[str], path: Path) -> None:
