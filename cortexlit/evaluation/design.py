@@ -353,8 +353,8 @@ def design(
         "single split": samples[samples["tier"] == "test"]["clip"].nunique(),
         "folds": samples["clip"].nunique(),
     }
-    gap = int(check_folder(one)["options"].get("gap", 0))
-    predictions, block = _out_of_block(train, validation, check_folder(one)["rate"] or 30.0, blocks, gap)
+    rate, gap = card["rate"] or 30.0, int(card["options"].get("gap", 0))
+    predictions, block = _out_of_block(train, validation, rate, blocks, gap)
     tables = {name: _metrics(p, train, last, block) for name, p in predictions.items()}
     scale, repeats = _reachable(train, last, block), len(train.clip) / shown
     rows = []

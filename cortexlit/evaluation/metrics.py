@@ -324,6 +324,20 @@ def _signal_power(
     return seen - np.stack(noise)
 
 
+def _beside_signal(
+    predictions: np.ndarray, labels: np.ndarray, clip: Sequence | np.ndarray, last: int | None
+) -> tuple:
+    "Checked arrays, repeats, moments of averages, signal power by clip; which neurons have one, which predictions none."
+    predictions, labels = _window(last, predictions=predictions, labels=labels)
+    _require_finite(predictions=predictions, labels=labels)
+    groups = _repeats(clip, len(labels))
+    moments = _average_moments(predictions, labels, groups)
+    count, centre, squares, _ = _merged(*moments)
+    powers = _signal_power(labels, groups, moments, centre[1])
+    constant = _constant(count[None], centre[:, None], squares[:, None])[:, 0]
+    return predictions, labels, groups, moments, powers, (powers.mean(0) > 0) & ~constant[1], constant[0]
+
+
 def _normalised_shares(
     value: np.ndarray, scale: np.ndarray, powers: np.ndarray, *moments: np.ndarray
 ) -> np.ndarray:
@@ -346,17 +360,10 @@ def cc_norm(
     reduce: Literal["mean", "table"] | None = "mean",  # None: (neurons,); "table": (clips, neurons) shares
 ) -> float | np.ndarray:  # NaN where the signal power is not positive, 0 for a constant prediction
     "Correlation to average over its ceiling (Schoppe et al. 2016); may exceed 1 by estimation noise."
-    predictions, labels = _window(last, predictions=predictions, labels=labels)
-    _require_finite(predictions=predictions, labels=labels)
-    groups = _repeats(clip, len(labels))
-    moments = _average_moments(predictions, labels, groups)
-    count, centre, squares, products = _merged(*moments)
-    powers = _signal_power(labels, groups, moments, centre[1])
-    power = powers.mean(0)
-    constant = _constant(count[None], centre[:, None], squares[:, None])[:, 0]
-    usable = (power > 0) & ~constant[1]
-    scale = np.sqrt(np.where(usable & ~constant[0], squares[0] / count * power, 1))
-    explained = np.where(constant[0], 0.0, products / count / scale)
+    *_, moments, powers, usable, silent = _beside_signal(predictions, labels, clip, last)
+    count, _, squares, products = _merged(*moments)
+    scale = np.sqrt(np.where(usable & ~silent, squares[0] / count * powers.mean(0), 1))
+    explained = np.where(silent, 0.0, products / count / scale)
     value = np.where(usable, explained, np.nan)
     return _reduced(value, reduce, lambda: _normalised_shares(value, scale, powers, *moments))
 
@@ -394,16 +401,10 @@ def r2_er(
     reduce: Literal["mean", "table"] | None = "mean",  # None: (neurons,); "table": (clips, neurons) shares
 ) -> float | np.ndarray:  # NaN where the signal power is not positive, 0 for a constant prediction
     "Squared correlation with the noise-free response, corrected for noise (after Pospisil and Bair 2021); may be negative."
-    predictions, labels = _window(last, predictions=predictions, labels=labels)
-    _require_finite(predictions=predictions, labels=labels)
-    groups = _repeats(clip, len(labels))
-    moments = _average_moments(predictions, labels, groups)
+    p, y, groups, moments, powers, usable, silent = _beside_signal(predictions, labels, clip, last)
     count, centre, squares, products = _merged(*moments)
-    powers = _signal_power(labels, groups, moments, centre[1])
-    constant = _constant(count[None], centre[:, None], squares[:, None])[:, 0]
-    usable = (powers.mean(0) > 0) & ~constant[1]
-    scale = np.where(usable & ~constant[0], squares[0] * count * powers.mean(0), 1)
-    noise = _projection_noise(predictions, labels, groups, centre[0])
-    explained = np.where(constant[0], 0.0, (products**2 - noise.sum(0)) / scale)
+    scale = np.where(usable & ~silent, squares[0] * count * powers.mean(0), 1)
+    noise = _projection_noise(p, y, groups, centre[0])
+    explained = np.where(silent, 0.0, (products**2 - noise.sum(0)) / scale)
     value = np.where(usable, explained, np.nan)
     return _reduced(value, reduce, lambda: _squared_shares(value, scale, powers, noise, *moments))
