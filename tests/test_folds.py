@@ -13,6 +13,7 @@ from toys import toy_recording
 
 from cortexlit.core import DataError, MissingError, SplitLeak, read_json
 from cortexlit.data import folds as data_folds
+from cortexlit.data.audit import openings
 from cortexlit.data.clips import MouseDataset, build_dataset, load_tier
 from cortexlit.data.folds import build_folds, fold_clips, fold_folders, fold_of, fold_tiers, pool, pooled_tier
 from cortexlit.evaluation.baselines import behaviour_ridge, clip_baselines, score_dataset
@@ -354,7 +355,13 @@ def test_predictions_are_those_of_each_fold_by_itself(inputs):
 def test_interrupted_and_resumed_is_the_same_to_the_bit(inputs, tmp_path, monkeypatch):
     root, core = inputs
     options = {"core": core, "seeds": (0, 1), "last": LAST, "head": QUICK, "progress": False}
+
+    def opened() -> int:
+        return sum(len(openings(folder)) for folder in fold_folders(root))
+
+    before = opened()
     whole = fold_predictions(root, out=tmp_path / "whole", **options)
+    assert opened() == before + 6  # three folds, two seeds
     for folder in (Path("_runs"), Path("_data")):  # heads of the first call are not found by the second
         folder.rename(folder.with_name(f"old{folder}"))
     calls, honest = [], folds.predict_fold
@@ -373,7 +380,7 @@ def test_interrupted_and_resumed_is_the_same_to_the_bit(inputs, tmp_path, monkey
     assert len(calls) == 3 + 4  # four of six were missing
     assert all((again[key] == whole[key]).all() for key in whole)
     fold_predictions(root, out=tmp_path / "parts", **options)
-    assert len(calls) == 7
+    assert len(calls) == 7 and opened() == before + 6 + 7  # what is kept is not opened again
 
 
 def test_what_was_made_from_other_data_or_options_is_refused(inputs, tmp_path):

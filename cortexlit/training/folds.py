@@ -19,6 +19,7 @@ import numpy as np
 from torch.utils.data import ConcatDataset
 
 from ..core import DataError, claim, digest, made_once, runs
+from ..data.audit import models_named, note_opening
 from ..data.clips import MouseDataset
 from ..data.folds import fold_folders, pool
 from ..models.adapters import check_targets
@@ -178,13 +179,15 @@ def fold_predictions(
             }
             settings = {"core": core, "control": control, "seed": seed, "last": last, "head": head}
             shared = cores[random, seed * random]
-            parts.append(
-                made_once(
-                    path,
-                    about,
-                    lambda f=folder, g=given, s=settings, c=shared: predict_fold(f, g, shared=c, **s),
-                )
-            )
+
+            def make(
+                folder: Path = folder, given: Any = given, settings: dict = settings, shared: Any = shared,
+                by: str = models_named([(name, seed)]),
+            ) -> np.ndarray:  # fmt: skip
+                note_opening(folder, by, "fold_predictions")
+                return predict_fold(folder, given, shared=shared, **settings)
+
+            parts.append(made_once(path, about, make))
         found[name, seed] = pool(root, parts)
         if progress:
             print(f"{name}, seed {seed}: {len(folders)} folds")
