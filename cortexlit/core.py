@@ -16,8 +16,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from numbers import Integral
 from pathlib import Path
@@ -31,8 +32,8 @@ from filelock import FileLock, Timeout
 __all__ = ['check_seed', 'rng', 'seed_everything', 'CortexlitError', 'DataError', 'MissingError', 'StorageError', 'SplitLeak',
            'named_errors', 'reading', 'project_dir', 'data_home', 'generated', 'runs', 'scale', 'clear_leftovers',
            'flush', 'settle', 'atomic_file', 'kind_of', 'atomic_folder', 'locked', 'need_space', 'new_array', 'h5_file',
-           'check_out', 'write_json', 'read_json', 'digest', 'sha256', 'claim', 'save_array', 'load_array', 'made_once',
-           'provenance']
+           'need_memory', 'check_out', 'write_json', 'read_json', 'digest', 'sha256', 'claim', 'seal', 'check_seal',
+           'hashes', 'same_files', 'write_card', 'check_card', 'save_array', 'load_array', 'made_once', 'provenance']
 
 # %% ../nbs/00_core.ipynb #4bf9be33
 def check_seed(
@@ -603,6 +604,36 @@ def h5_file(
             image = file.id.get_file_image()
         Path(path).write_bytes(image)
 
+# %% ../nbs/00_core.ipynb #fb2d8e64
+def need_memory(
+    n_bytes: float,  # that are about to be asked for
+    what: str,  # what needs them, e.g. "a model of 3 parameters"
+    fix: str = "make the sizes smaller",
+) -> None:
+    "Raise `DataError` for more than this machine, or the group this process is in, has free."
+    most = _memory()
+    if n_bytes > most:
+        raise DataError(
+            f"{what} needs {n_bytes / 1e9:.1f} GB of memory",
+            f"at most the {most / 1e9:.1f} GB that are free",
+            fix,
+        )
+
+
+def _memory() -> float:
+    "Bytes of memory that are free, as far as the system tells."
+    found = [float("inf")]
+    with suppress(OSError, ValueError, AttributeError):
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found.append(1024 * int(next(x for x in lines if x.startswith("MemAvailable")).split()[1]))
+    with suppress(OSError, ValueError):  # "max": no limit
+        group = Path("/sys/fs/cgroup")
+        most, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        found.append(max(0, most - used))
+    return min(found)
+
 # %% ../nbs/00_core.ipynb #ea1c7d52
 def check_out(
     folder: str | Path | None,  # where results are to be written; None: nowhere
@@ -619,9 +650,22 @@ def check_out(
                 continue  # a name that is too long is another error
             if not here.is_dir():
                 raise OSError(errno.EEXIST if here == folder else errno.ENOTDIR, "", str(here))
-            if not os.access(here, os.W_OK | os.X_OK):
-                raise OSError(errno.EACCES, "", str(here))
+            _try(here, folder)
             return
+
+
+def _try(here: Path, folder: Path) -> None:
+    "Make a folder there and remove it again: permissions do not tell, since the superuser has them even in /proc."
+    wanted = folder.relative_to(here).parts[:1] or ("trial",)
+    _clear(here / wanted[0])
+    trial = _beside(here / wanted[0])
+    try:
+        trial.mkdir()
+        trial.rmdir()
+    except FileNotFoundError:
+        raise OSError(errno.EACCES, "", str(here)) from None  # a folder that takes none, such as /proc
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(here)) from error
 
 # %% ../nbs/00_core.ipynb #b254260c
 def _plain(obj: Any) -> Any:
@@ -721,6 +765,88 @@ def claim(
                 expected=f"{content.get(key)}, as asked for now",
                 fix="choose another folder, or ask for the same as before to resume it",
             )
+
+# %% ../nbs/00_core.ipynb #f4c2dcd7
+def seal(
+    card: dict[str, Any],  # all that the card says
+) -> dict[str, Any]:  # the card with its own hash, ready for `write_json`
+    "Add the hash of all that a card says; versions and machine (`provenance`) aside, so that equal data have equal hashes."
+    content = {k: v for k, v in card.items() if k not in ("hash", "provenance")}
+    return card | {"hash": digest(content)}
+
+
+def check_seal(
+    card: dict[str, Any],  # read from a file
+    path: str | Path,  # the file
+    fix: str,  # how to get a good one
+) -> None:
+    "`DataError` if a card says something else than when it was sealed. One without a hash is taken as it is."
+    if "hash" in card and card != seal(card):
+        raise DataError("the card differs from its own hash", f"hash {card['hash']}", fix, path)
+
+
+def hashes(
+    folder: str | Path,
+) -> dict[str, str]:  # name below the folder -> SHA-256
+    "What a folder holds, its card aside."
+    folder = Path(folder)
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / "card.json")
+    return {p.relative_to(folder).as_posix(): sha256(p) for p in files}
+
+
+def same_files(
+    folder: str | Path,
+    known: Mapping[str, str],  # name -> SHA-256; "": it only has to be there
+    fix: str,  # how to get good ones
+    what: str = "folder",  # what the files are of, e.g. "checkpoint"
+) -> None:
+    "`DataError` unless all files are there and as they were written."
+    for name, content in known.items():
+        path = Path(folder) / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise DataError(f"the file {name!r} would lie outside the {what}", path=folder, fix=fix)
+        if not path.is_file() or (content and sha256(path) != content):
+            told = "differs from what was written" if path.is_file() else "is missing"
+            raise DataError(f"{name} of this {what} {told}", "the file as it was written", fix, path)
+
+# %% ../nbs/00_core.ipynb #f4c2dcd8
+_unsigned: set[Path] = set()  # folders of which it has been said that they have no card
+
+
+def write_card(
+    folder: str | Path,
+    kind: str,  # of the folder, e.g. "model"
+    files: Mapping[str, str] | None = None,  # name -> SHA-256; None: all that are there
+    **more: Any,  # further entries
+) -> None:
+    "Write the card of a finished folder: what kind it is, the hash of every file, and the card's own."
+    card = {"kind": kind, "files": hashes(folder) if files is None else dict(files), **more}
+    write_json(Path(folder) / "card.json", seal(card))
+
+
+def check_card(
+    folder: str | Path,
+    what: str,  # what the files are of, e.g. "model"
+    fix: str,  # how to get good ones
+    needs: Sequence[str] = (),  # files that the card has to list
+) -> dict[str, Any]:  # the card; empty: there is none
+    "Compare a folder with its card; `DataError` names what differs. That there is none is said once."
+    path = Path(folder) / "card.json"
+    card = read_json(path) if path.is_file() else {}
+    known = card.get("files", {}) if isinstance(card, dict) else None
+    if not isinstance(known, dict) or not all(isinstance(v, str) for v in known.values()):
+        raise DataError(f"not the card of a {what}", "files and their SHA-256", fix, path)
+    check_seal(card, path, fix)
+    if known and (unlisted := [name for name in needs if name not in known]):
+        raise DataError(f"the card lists no {unlisted[0]}", "every file", fix, path)
+    same_files(folder, known, fix, what)
+    if not known and path.parent.resolve() not in _unsigned:
+        _unsigned.add(path.parent.resolve())
+        told = (
+            f"{folder}: nothing says what these files were when they were written, so damage may go unnoticed"
+        )
+        warnings.warn(f"{told}; save it again to have that", stacklevel=3)
+    return card
 
 # %% ../nbs/00_core.ipynb #a6e4fed8
 def save_array(

@@ -19,7 +19,7 @@ import pandas as pd
 from cortexlit.core import (
     DataError,
     MissingError,
-    digest,
+    check_seal,
     load_array,
     read_json,
     reading,
@@ -27,8 +27,8 @@ from cortexlit.core import (
 )
 
 # %% auto #0
-__all__ = ['KINDS', 'finite', 'whole', 'unique', 'same_length', 'shaped', 'increasing', 'jumps', 'by_name', 'load_arrays',
-           'load_table', 'described', 'inside', 'encrypted', 'seal', 'read_card', 'verify']
+__all__ = ['KINDS', 'finite', 'whole', 'unique', 'same_length', 'shaped', 'consistent', 'increasing', 'jumps', 'by_name',
+           'load_arrays', 'load_table', 'described', 'inside', 'encrypted', 'read_card', 'verify', 'finite_file']
 
 # %% ../../neuro_nbs/00a_checks.ipynb #34bef54f
 def finite(
@@ -138,6 +138,25 @@ def shaped(
             path=path,
             fix="the array is damaged, or its axes are in another order",
         )
+
+
+def consistent(
+    arrays: Mapping[str, np.ndarray],
+    axes: Mapping[str, Sequence[str]],  # array -> names of its axes; an axis is as long wherever it is named
+    lengths: Mapping[str, int] | None = None,  # of axes, where known
+    text: Sequence[str] = (),  # arrays that hold names
+    path: str | Path | None = None,
+    fix: str = "make the file again",
+) -> None:
+    "`DataError` unless arrays that belong together have the same axes and hold finite numbers, or names."
+    found = dict(lengths or {})
+    for name, array in arrays.items():
+        shaped(name, array, {axis: found.get(axis) for axis in axes[name]}, path)
+        found |= dict(zip(axes[name], array.shape, strict=True))
+        if name not in text:
+            finite(name, array, path=path, fix=fix)
+        elif array.dtype.kind != "U":
+            raise DataError(f"{name} has dtype {array.dtype}", "names (text)", fix, path)
 
 
 def increasing(
@@ -291,14 +310,6 @@ KINDS = {
 }
 
 
-def seal(
-    card: dict[str, Any],  # all that the card says
-) -> dict[str, Any]:  # the card with its own hash, ready for `write_json`
-    "Add the hash of all that a card says; versions and machine (`provenance`) aside, so that equal data have equal hashes."
-    content = {k: v for k, v in card.items() if k not in ("hash", "provenance")}
-    return card | {"hash": digest(content)}
-
-
 def _kind(card: Mapping[str, Any]) -> str:
     "What a card describes; older cards say it by their fields."
     if "kind" in card:
@@ -324,25 +335,36 @@ def read_card(
     found = _kind(card)
     if found not in KINDS:
         fix = "turn it into a dataset folder: import_tree, or import_sensorium2022 for still pictures"
+        tree = found == "tree"
         raise DataError(
-            "a tree of one file per trial, or an unknown folder",
+            "a tree of one file per trial, or an unknown folder"
+            if tree
+            else f"a folder of the kind {found!r}",
             path=root,
             expected=" or ".join(KINDS),
-            fix=fix,
+            fix=fix if tree else "name a dataset folder",
         )
     if kind is not None and found != kind:
         raise DataError(
             f"the wrong kind of folder: {KINDS[found]}", KINDS[kind], "name a folder of that kind", root
         )
-    if "hash" in card and card != seal(card):
-        fix = "the card was edited or is damaged; build the dataset again (overwrite=True)"
-        raise DataError(
-            "the card differs from its own hash", path=path, expected=f"hash {card['hash']}", fix=fix
-        )
+    check_seal(card, path, "the card was edited or is damaged; build the dataset again (overwrite=True)")
     return card
 
 # %% ../../neuro_nbs/00a_checks.ipynb #f3b73009
-_verified: dict[Path, tuple] = {}  # file -> state and hash when this process last read it
+_verified: dict[tuple, tuple] = {}  # file and what was asked of it -> its state when the answer was yes
+
+
+def _unchanged(path: Path, about: os.stat_result, asked: str) -> bool:
+    "Has this process found it right before, and has the file not changed since?"
+    state = (about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino)
+    return _verified.get((path.resolve(), asked)) == state
+
+
+def _keep_in_mind(path: Path, about: os.stat_result, asked: str) -> None:
+    if time.time() - about.st_ctime > 2:  # a younger one could change again within the clock's resolution
+        state = (about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino)
+        _verified[path.resolve(), asked] = state
 
 
 def verify(
@@ -364,8 +386,7 @@ def verify(
             raise MissingError("a file of the dataset is missing", path=path, fix=again)
         with reading(path):
             about = path.stat()
-            state = (about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino)
-            if _verified.get(path.resolve()) == (state, known):
+            if _unchanged(path, about, known):
                 continue
             found = sha256(path)
         if found != known:
@@ -375,5 +396,20 @@ def verify(
                 expected=f"SHA-256 {known[:16]}...",
                 fix=f"it is damaged or was edited; {again}",
             )
-        if time.time() - about.st_ctime > 2:  # a younger one could change again within the clock's resolution
-            _verified[path.resolve()] = (state, known)
+        _keep_in_mind(path, about, known)
+
+
+def finite_file(
+    name: str,  # as for `finite`
+    array: np.ndarray,  # memory-mapped
+    path: str | Path,  # its file
+    gaps: bool = False,  # allow NaN: not measured
+    fix: str = "build the dataset again (overwrite=True)",
+) -> None:
+    "As `finite`; what was found right is not read again until the file changes."
+    with reading(path):
+        path, asked = Path(path), f"finite, {gaps=}"
+        about = path.stat()
+    if not _unchanged(path, about, asked):
+        finite(name, array, gaps, path, fix)
+        _keep_in_mind(path, about, asked)

@@ -31,6 +31,7 @@ from cortexlit.core import (
     read_json,
     reading,
     rng,
+    seal,
     sha256,
     write_json,
 )
@@ -40,11 +41,11 @@ from cortexlit.data.checks import (
     by_name,
     described,
     finite,
+    finite_file,
     jumps,
     load_table,
     read_card,
     same_length,
-    seal,
     shaped,
     unique,
     verify,
@@ -905,6 +906,7 @@ class _Tier:
         axes = self._axes()
         for name, array in self._arrays.items():
             shaped(name, array, axes[name], self.root / f"{name}.npy")
+            finite_file(name, array, self.root / f"{name}.npy", gaps=name not in (self._seen[1], "responses"))
 
     def _check_terms(self) -> None:
         "Raise `DataError` unless the statistics fit the arrays they are of."

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..core import DataError, atomic_folder, digest, provenance, read_json, sha256, write_json
-from .checks import load_array, load_table, seal, whole
+from ..core import DataError, atomic_folder, digest, provenance, read_json, seal, sha256, write_json
+from .checks import load_array, load_table, whole
 from cortexlit.data.clips import (
     MouseDataset,
     TierArrays,

@@ -32,6 +32,7 @@ from cortexlit.core import (
     read_json,
     reading,
     rng,
+    seal,
     sha256,
     write_json,
 )
@@ -41,7 +42,6 @@ from cortexlit.data.checks import (
     finite,
     jumps,
     load_table,
-    seal,
     shaped,
     whole,
 )

@@ -29,9 +29,11 @@ from cortexlit.core import (
     read_json,
     reading,
     rng,
+    same_files,
+    sha256,
     write_json,
 )
-from .checks import load_arrays
+from .checks import consistent, load_arrays
 
 # %% auto #0
 __all__ = ['SIZES', 'SESSION_A', 'SESSION_B', 'FRAME_RATE', 'REFRESH', 'GRATING_DIRECTIONS', 'GRATING_RATES',
@@ -1342,7 +1344,7 @@ def write_session(
         raise DataError(f"seed is {seed}", expected="0 to 9999: ids are made from it")
     if Path(root).exists():
         raise DataError("the folder exists already", path=root, fix="choose another name, or delete it first")
-    ids, stages, sessions = _session_ids(seed, population.offset), [], {}
+    ids, stages, sessions, files = _session_ids(seed, population.offset), [], {}, {}
     with atomic_folder(root) as folder:
         for name in ("ophys_experiment_data", "ophys_experiment_events", "truth"):
             (folder / name).mkdir()
@@ -1353,6 +1355,7 @@ def write_session(
                 folder / "ophys_experiment_events" / f"{session_id}_events.npz", ev=traces.pop("detected")
             )
             _save_arrays(folder / "truth" / f"{session_id}.npz", **_truth(stage, traces))
+            files[f"truth/{session_id}.npz"] = sha256(folder / "truth" / f"{session_id}.npz")
             stages.append((session_id, session_type, stage.neurons))
             sessions[str(session_id)] = {
                 "session_type": session_type,
@@ -1364,6 +1367,7 @@ def write_session(
         for name, content in _catalogue(stages, seed, population.offset).items():
             write_json(folder / name, content)
         mark = {"synthetic": True, "format": 1, "size": size, "seed": seed, "sessions": sessions}
+        mark["files"] = files  # of the truth
         if population != GABORS:  # the marker of the first kind keeps its bytes
             mark["population"] = asdict(population)
         write_json(folder / "cortexlit.json", mark)
@@ -1381,6 +1385,18 @@ def embedded_session(
         return root if (root / "cortexlit.json").exists() else write_session(root, size, seed)
 
 
+_TRUTH = {  # array -> its axes; others have one number for each cell, or for each cell and movie frame
+    "expected": ("cells", "frames"), "events": ("cells", "frames"), "gaze": ("frames", "x, y"), "running": ("frames",),
+    "pupil_area": ("frames",), "receptive_fields": ("cells", "parts", "rows", "columns"),
+    "normalisation_pool": ("cells", "rows", "columns"), "surround_pool": ("cells", "rows", "columns"),
+}  # fmt: skip
+_ALWAYS = tuple(  # of every population
+    "cell_id kind complex_cell azimuth altitude frequency direction length temporal_frequency x_px y_px radius peak_rate "
+    "rest_rate threshold variability gain_running gain_pupil amplitude noise baseline neuropil neuropil_r receptive_fields "
+    "expected events ceiling gaze running pupil_area".split()
+)
+
+
 def load_truth(
     root: str | Path,  # a folder made by `write_session`
     session_id: int | str,  # e.g. 900000001
@@ -1389,15 +1405,26 @@ def load_truth(
     root = Path(root)
     if not (root / "cortexlit.json").exists():
         raise MissingError("no ground truth here", path=root, expected="a folder made by write_session")
-    with reading(
-        root / "cortexlit.json", "what write_session wrote", "make the session again in another folder"
-    ):
+    again, name = "make the session again in another folder", f"truth/{session_id}.npz"
+    with reading(root / "cortexlit.json", "what write_session wrote", again):
         about = read_json(root / "cortexlit.json")
         known = {ident: str(session["session_type"]) for ident, session in about["sessions"].items()}
+        files = {ident: str(value) for ident, value in about.get("files", {}).items()}
         size_named(about["size"])
     if str(session_id) not in known:
         raise MissingError(f"no session {session_id}", path=root, expected=" or ".join(known))
-    truth = load_arrays(root / "truth" / f"{session_id}.npz", ["expected"])
+    if files and name not in files:
+        raise DataError(f"it lists no {name}", "the hash of each truth", again, root / "cortexlit.json")
+    same_files(root, {k: v for k, v in files.items() if k == name}, again, "simulated session")
+    truth = load_arrays(root / name, ["expected"])
+    if files and (missing := [key for key in _ALWAYS if key not in truth]):
+        raise DataError(f"no {missing[0]}", f"all of {', '.join(_ALWAYS)}", again, root / name)
+    of_movies = {
+        key: ("cells", key.partition("_")[2]) for key in truth if key.startswith(("rate_", "expected_"))
+    }
+    axes = {key: ("cells",) for key in truth} | of_movies | _TRUTH
+    cells = {"cells": about["sessions"][str(session_id)]["cells"]}
+    consistent(truth, axes, cells, ("kind",), root / name, again)
     if known[str(session_id)] == SESSION_B:
         truth["expected_natural_scenes"] = _scene_expectation(truth["expected"], about["size"], about["seed"])
     return truth

@@ -38,10 +38,21 @@ from cortexlit.core import (
     read_json,
     reading,
     rng,
+    same_files,
+    seal,
     sha256,
     write_json,
 )
-from .checks import finite, load_arrays, same_length, seal, shaped, unique, whole
+from cortexlit.data.checks import (
+    consistent,
+    finite,
+    finite_file,
+    load_arrays,
+    same_length,
+    shaped,
+    unique,
+    whole,
+)
 from .clips import _need_space, check_folder
 from .opendata import OpenFile, fetch
 
@@ -523,6 +534,7 @@ def write_things(
     else:
         design = _design(made_of, rng(seed, "things", "design"))
         ratings = _ratings(np.unique(design["concept"]), rng(seed, "things", "ratings"))
+    files = {}  # of the truth -> SHA-256
     with atomic_folder(root) as tmp:
         if size == "design":
             (tmp / "ratings").mkdir()
@@ -539,6 +551,7 @@ def write_things(
                     _write_tables(tmp / layout, made, design, subject, layout)
             (tmp / "truth").mkdir(exist_ok=True)
             np.savez(tmp / "truth" / f"sub-{subject}.npz", **made["truth"])
+            files[f"truth/sub-{subject}.npz"] = sha256(tmp / "truth" / f"sub-{subject}.npz")
         write_json(
             tmp / "things.json",
             {
@@ -547,6 +560,7 @@ def write_things(
                 "seed": seed,
                 "layouts": list(layouts),
                 "subjects": list(made_of.grids),
+                "files": files,
             },
         )
     return Path(root)
@@ -563,15 +577,35 @@ def embedded_things(
         return root if (root / "things.json").exists() else write_things(root, size, seed, layouts)
 
 
+_TRUTH = {  # array -> its axes
+    "latents": ("concepts", "latents"), "weights": ("properties", "latents"), "latent_noise": ("latents",),
+    "concept_loadings": ("voxels", "latents"), "image_loadings": ("voxels", "details"),
+    "nc_singletrial": ("voxels",), "informative": ("voxels",), "properties": ("properties",),
+    "smooth_noise": ("voxels", "waves"), "white_noise": ("voxels",), "concepts": ("concepts",),
+}  # fmt: skip
+
+
 def load_truth(
     root: str | Path,  # a folder made by `write_things`
     subject: str = "01",
 ) -> dict[str, np.ndarray]:  # see the table below
     "All that is known about a synthetic subject; `MissingError` where there is none."
-    path = Path(root) / "truth" / f"sub-{subject}.npz"
+    path, mark = Path(root) / "truth" / f"sub-{subject}.npz", Path(root) / "things.json"
     if not path.is_file():
         raise MissingError("no ground truth here", path=path, expected="a folder made by write_things")
-    return load_arrays(path)
+    again = "write the study again, in another folder"
+    with reading(mark, "what write_things wrote", again):
+        about = read_json(mark) if mark.is_file() else {}
+        known = {name: str(value) for name, value in about.get("files", {}).items()}
+    if known and f"truth/{path.name}" not in known:
+        raise DataError(f"it lists no truth/{path.name}", "the hash of each truth", again, mark)
+    same_files(root, {k: v for k, v in known.items() if k == f"truth/{path.name}"}, again, "study")
+    truth = load_arrays(path)
+    if missing := sorted(_TRUTH.keys() - truth.keys()):
+        raise DataError(f"no {missing[0]}", f"all of {', '.join(_TRUTH)}", again, path)
+    truth = {name: truth[name] for name in _TRUTH}
+    consistent(truth, _TRUTH, text=("properties", "concepts"), path=path, fix=again)
+    return truth
 
 # %% ../../neuro_nbs/12_things.ipynb #e80ffc77
 _TEXT = ("uniqueID", "Word", "word", "concept", "stimulus", "image_filename", "trial_type")
@@ -1575,6 +1609,7 @@ class ThingsDataset:
             ),
         )
         self._values = load_array(folder / "responses.npy", kinds="f", mmap=True)
+        finite_file("responses", self._values, folder / "responses.npy")
         again = "build it again: build_things(..., overwrite=True)"
         _check_cache(meta, self._values, card, folder)
         sizes = {

@@ -15,7 +15,16 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..core import DataError, atomic_file, named_errors, provenance, read_json, write_json
+from cortexlit.core import (
+    DataError,
+    atomic_file,
+    check_seal,
+    named_errors,
+    provenance,
+    read_json,
+    seal,
+    write_json,
+)
 from .intervals import MIN_CLIPS, score_interval
 from .metrics import mean_score
 
@@ -260,12 +269,14 @@ class ScoreSheet:
         source = self.provenance or provenance()
         write_json(
             folder / "scores.json",
-            {
-                "format": 1,
-                "rows": [asdict(row) for row in self.rows],
-                "opened": self.opened,
-                "provenance": source,
-            },
+            seal(
+                {
+                    "format": 1,
+                    "rows": [asdict(row) for row in self.rows],
+                    "opened": self.opened,
+                    "provenance": source,
+                }
+            ),
         )
         return folder
 
@@ -298,6 +309,7 @@ class ScoreSheet:
             raise DataError(
                 "not a score sheet of format 1", expected=f"rows with {', '.join(_KINDS)}", path=path
             )
+        check_seal(content, path, "it was edited or is damaged; score again, or restore it from a copy")
         opened = content.get("opened") or {}
         if not isinstance(opened, dict) or not all(type(n) is int for n in opened.values()):
             raise DataError(

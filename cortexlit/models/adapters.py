@@ -24,7 +24,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..core import DataError, MissingError, named_errors, read_json, write_json
+from cortexlit.core import (
+    DataError,
+    MissingError,
+    check_card,
+    named_errors,
+    read_json,
+    sha256,
+    write_card,
+    write_json,
+)
 
 # %% ../../neuro_nbs/05c_adapters.ipynb #b8636426
 TARGETS = {
@@ -170,16 +179,21 @@ def _base(model: nn.Module) -> dict[str, str]:
 def save_adapters(
     wrapper: PeftModel,  # from `add_adapters`
     adapters: Adapters,
-    folder: str | Path,  # gets peft's two files, base.json and, with head=True, head.safetensors
+    folder: str | Path,  # gets peft's two files, base.json, card.json and, with head=True, head.safetensors
 ) -> None:
     "Save adapters, the head that was trained with them, and the hashes of the weights they belong to."
     folder, model = Path(folder), wrapper.base_model.model
     with named_errors(folder):
+        (folder / "card.json").unlink(missing_ok=True)  # of what is about to be replaced
         wrapper.save_pretrained(str(folder))
         (folder / "README.md").unlink(missing_ok=True)  # an empty form
         if adapters.head:
             save_file({name: p.detach().contiguous() for name, p in _head(model).items()}, folder / _HEAD)
+        else:
+            (folder / _HEAD).unlink(missing_ok=True)
     write_json(folder / _BASE, _base(model) | {"head_trained": adapters.head})
+    names = ("adapter_config.json", "adapter_model.safetensors", _BASE, *[_HEAD] * adapters.head)
+    write_card(folder, "adapters", {name: sha256(folder / name) for name in names})
 
 
 def _saved(path: Path) -> dict[str, torch.Tensor]:
@@ -191,11 +205,15 @@ def _saved(path: Path) -> dict[str, torch.Tensor]:
             found = load_file(path)
     except SafetensorError as error:
         raise DataError(f"the file is damaged: {error}", path=path, fix="copy the folder again") from error
-    if wrong := [name for name, value in found.items() if not torch.isfinite(value).all()]:
+    _finite(found, path)
+    return found
+
+
+def _finite(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    if wrong := [name for name, value in tensors.items() if not torch.isfinite(value).all()]:
         raise DataError(
             f"weights that are not finite: {min(wrong)}", "numbers only", "copy the folder again", path
         )
-    return found
 
 
 def _same_names(given: set[str], own: set[str], path: Path) -> None:
@@ -220,6 +238,7 @@ def load_adapters(
     config = read_json(folder / "adapter_config.json")
     if not isinstance(config, dict) or not config.get("peft_type"):
         raise DataError("not a configuration of adapters", path=folder / "adapter_config.json")
+    check_card(folder, "folder of adapters", "copy the folder again", ["adapter_config.json", _BASE])
     weights = folder / "adapter_model.safetensors"
     given = None if (folder / "adapter_model.bin").is_file() else _saved(weights)
     record = read_json(folder / _BASE) if (folder / _BASE).is_file() else {}
@@ -256,12 +275,14 @@ def load_adapters(
             path=folder,
             expected="adapters of layers with the model's names and shapes",
         ) from error
-    if given is not None:
-        try:
-            _same_names(set(given), set(get_peft_model_state_dict(wrapper)), weights)
-        except DataError:
-            wrapper.unload()  # the model is as it was
-            raise
+    loaded = get_peft_model_state_dict(wrapper)
+    try:
+        if given is not None:
+            _same_names(set(given), set(loaded), weights)
+        _finite(loaded, folder)
+    except DataError:
+        wrapper.unload()  # the model is as it was
+        raise
     if head is not None:
         model.load_state_dict(head, strict=False)
     return wrapper

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..core import DataError
-from .viv1t import Saved, _refuse_unknown
+from .viv1t import Saved, _check_sizes, _refuse_unknown
 
 # %% auto #0
 __all__ = ['VAEConfig', 'VAEOutput', 'VAE']
@@ -49,6 +49,7 @@ class VAEConfig(PretrainedConfig):
             _whole(name, getattr(self, name), least)
         for value in self.hidden:
             _whole("a hidden layer", value, 1)
+        _check_sizes(self)
         if noise is not None and not 0 < noise < np.inf:
             raise DataError(f"noise={noise!r}", expected="a variance above 0, or None")
         if not 0 <= beta < np.inf:

@@ -10,6 +10,7 @@ __all__ = ['KINDS', 'STUDY', 'study_split', 'block_mean', 'ClassifierConfig', 'C
            'ConceptTrials']
 
 # %% ../../neuro_nbs/16_classifiers.ipynb #a0b92fa4
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..core import DataError, rng
-from .viv1t import Saved, _refuse_unknown
+from .viv1t import Saved, _check_sizes, _refuse_unknown
 
 # %% ../../neuro_nbs/16_classifiers.ipynb #1b5a2104
 def study_split(
@@ -132,6 +133,7 @@ class ClassifierConfig(PretrainedConfig):
 
 def _check_options(c: ClassifierConfig) -> None:
     "Raise at the first option that no classifier can be built from."
+    _check_sizes(c)
     for name, allowed in (("kind", KINDS), ("norm", ("batch", "group"))):
         if getattr(c, name) not in allowed:
             raise DataError(f"{name}={getattr(c, name)!r}", expected=f"one of {', '.join(allowed)}")
@@ -182,7 +184,7 @@ class ConceptClassifier(Saved, PreTrainedModel):
         config: ClassifierConfig,  # with the names of the concepts
     ):
         super().__init__(config)
-        c, size = config, int(np.prod(config.shape))
+        c, size = config, math.prod(config.shape)
         if c.concepts == ("LABEL_0", "LABEL_1"):  # what Hugging Face puts where nothing was given
             raise DataError("a classifier without concepts", fix="ClassifierConfig(concepts=...)")
         if c.kind == "logistic":
@@ -196,7 +198,7 @@ class ConceptClassifier(Saved, PreTrainedModel):
                 norm = nn.BatchNorm3d(after) if c.norm == "batch" else nn.GroupNorm(8, after)
                 body += [nn.Conv3d(before, after, 3, padding=1), norm, nn.ReLU()]
                 body += [nn.MaxPool3d(2, ceil_mode=True) if k < 2 else nn.AdaptiveAvgPool3d(tuple(c.pooled))]
-            inside = c.channels[-1] * int(np.prod(c.pooled))
+            inside = c.channels[-1] * math.prod(c.pooled)
             head = [nn.Flatten(), nn.Linear(inside, c.features), nn.ReLU(), nn.Dropout(c.dropout)]
             self.layers = nn.Sequential(*body, *head, nn.Linear(c.features, c.num_labels))
         self.post_init()

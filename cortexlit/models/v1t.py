@@ -31,7 +31,7 @@ from .efficient import rotary_angles, rotate
 from .layers import DropPath
 from .losses import LOSSES, loss_named
 from .readouts import OUTPUTS, Gaussian2dReadout, Shifter, sample_map
-from .viv1t import Heads, Layout, _check_mice, _named_options, _refuse_unknown
+from .viv1t import Heads, Layout, _check_mice, _check_sizes, _named_options, _refuse_unknown
 
 # %% ../../neuro_nbs/11_v1t.ipynb #e26d79cc
 PATCHES = {"unfold": 0, "convolution": 1, "shifted": 2, "normalised": 3}  # name -> published patch_mode
@@ -53,6 +53,7 @@ SHIFTS = {
 # %% ../../neuro_nbs/11_v1t.ipynb #a287ff12
 def _check_options(c: PretrainedConfig) -> None:
     "Raise at the first option that no model can be built from."
+    _check_sizes(c)
     for name, value in (("size", c.size), ("resize", c.resize)):
         if value is not None and len(value) != 2:
             raise DataError(f"{name}={value}", expected="2 whole numbers: height, width")

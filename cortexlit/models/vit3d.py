@@ -11,6 +11,7 @@ __all__ = ['ATTENTION', 'TOKEN_POSITIONS', 'LOSSES', 'patch_voxels', 'PatchEmbed
 
 # %% ../../neuro_nbs/13_vit3d.ipynb #63bf42ac
 import base64
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,11 +23,11 @@ from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..core import DataError
+from ..core import DataError, need_memory
 from .attention import attend, attention_weights
 from .efficient import HiLoAttention, rotary_angles, rotate
 from .v1t import V1T
-from .viv1t import Saved, _refuse_unknown
+from .viv1t import Saved, _check_sizes, _refuse_unknown
 
 # %% ../../neuro_nbs/13_vit3d.ipynb #1a5a2f37
 def patch_voxels(
@@ -236,6 +237,7 @@ class ViT3DConfig(PretrainedConfig):
 # %% ../../neuro_nbs/13_vit3d.ipynb #ee65617d
 def _check_options(c: ViT3DConfig) -> None:
     "Raise at the first option that no model can be built from."
+    _check_sizes(c)
     for name in ("grid", "patch"):
         if len(getattr(c, name)) != 3:
             raise DataError(f"{name}={getattr(c, name)}", expected="3 whole numbers: x, y, z")
@@ -273,6 +275,8 @@ def _check_options(c: ViT3DConfig) -> None:
             f'token_positions="rotary" with heads {c.emb_dim // c.heads} wide',
             expected="emb_dim / heads of 6 or more: a plane for each of x, y, z",
         )
+    box = math.prod(-(-n // p) * p if c.pad else n for n, p in zip(c.grid, c.patch, strict=True))
+    need_memory(24 * box, f"a grid of {c.grid} voxels in patches of {c.patch}")
     brain = c.brain
     if not brain.any():
         raise DataError("the mask is empty", expected="at least one voxel")

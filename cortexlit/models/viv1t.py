@@ -10,6 +10,7 @@ __all__ = ['ViV1TConfig', 'ViViT', 'Layout', 'Saved', 'Heads', 'ViV1TOutput', 'V
 
 # %% ../../neuro_nbs/06_viv1t.ipynb #57fdd199
 import difflib
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -25,7 +26,17 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..core import CortexlitError, DataError, MissingError, reading
+from cortexlit.core import (
+    CortexlitError,
+    DataError,
+    MissingError,
+    check_card,
+    named_errors,
+    need_memory,
+    reading,
+    sha256,
+    write_card,
+)
 from .layers import Transformer
 from .losses import LOSSES, loss_named
 from .readouts import MODULATORS, OUTPUTS, Gaussian2dReadout, Shifter, initial_bias
@@ -57,8 +68,24 @@ def _refuse_unknown(config: PretrainedConfig, given: Iterable[str]) -> None:
             raise DataError(f"there is no option {name!r}", expected=f"one of {', '.join(options)}")
 
 
+_MOST = {"depth": 1000, "layers": 1000}  # by the end of an option's name; of all others:
+_LARGEST = 2**24
+
+
+def _check_sizes(c: PretrainedConfig) -> None:
+    "Raise at a size that no model has, before anything of that size is made."
+    for name, value in vars(c).items():
+        values = (
+            value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else [value]
+        )
+        most = _MOST.get(name.rpartition("_")[2], _LARGEST)
+        if any(isinstance(n, int | np.integer) and n > most for n in values):
+            raise DataError(f"{name}={value!r}", expected=f"at most {most}")
+
+
 def _check_options(c: PretrainedConfig) -> None:
     "Raise at the first option that no model can be built from."
+    _check_sizes(c)
     for name, n in (("size", 2), ("patch", 3), ("stride", 3)):
         if len(getattr(c, name)) != n:
             raise DataError(f"{name}={getattr(c, name)}", expected=f"{n} whole numbers")
@@ -240,6 +267,25 @@ class Layout:
 class Saved:
     "A model that is read back whole, or refused by name; put it before `PreTrainedModel`."
 
+    def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any):
+        _need_memory(type(self), config)
+        super().__init__(config, *args, **kwargs)
+
+    def save_pretrained(
+        self,
+        folder: str | Path,  # gets config.json, model.safetensors and card.json with the hash of each
+        *args: Any,  # as in Hugging Face
+        **kwargs: Any,  # as in Hugging Face
+    ) -> None:
+        "Save the model, and what its files were when they were written."
+        folder = Path(folder)
+        with named_errors(folder):
+            (folder / "card.json").unlink(missing_ok=True)  # of what is about to be replaced
+            super().save_pretrained(folder, *args, **kwargs)
+            files = [folder / "config.json", *folder.glob("*.safetensors*")]
+            if all(path.is_file() for path in files):
+                write_card(folder, "model", {path.name: sha256(path) for path in files})
+
     @classmethod
     def from_pretrained(
         cls,
@@ -249,12 +295,20 @@ class Saved:
     ) -> Saved:
         "Load what `save_pretrained` wrote; nothing may be missing, left over or not finite."
         wanted, here = kwargs.pop("output_loading_info", False), Path(folder).is_dir()
+        if here:
+            check_card(folder, "model", _AGAIN)
         with reading(folder, "a model saved by save_pretrained", _AGAIN) if here else _from_hub(folder):
+            if here:
+                _need_memory(cls, kwargs.get("config") or cls.config_class.from_pretrained(folder))
             model, info = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)
         wrong = {what: info[f"{what}_keys"] for what in ("missing", "unexpected", "mismatched")}
         text = "; ".join(f"{len(k)} {what}: {_shortened(map(str, k))}" for what, k in wrong.items() if k)
         if text:
             raise DataError(f"the saved weights do not fit their config. {text}", path=folder, fix=_AGAIN)
+        if here:
+            with torch.random.fork_rng(devices=[]):
+                own = cls(model.config) if any(_is_place(*part) for part in model.named_buffers()) else model
+            _check_content(_in_files(Path(folder)), own.state_dict(), folder)
         _check_finite(model.state_dict(), folder)
         return (model, info) if wanted else model
 
@@ -272,6 +326,60 @@ def _from_hub(source: Any) -> Iterator[None]:
             raise
         problem = f"{str(source)!r} is no local folder, and could not be had from huggingface.co: {type(error).__name__}"
         raise MissingError(problem, expected="the folder of a saved model, or owner/repository") from error
+
+
+def _in_files(folder: Path) -> dict[str, torch.Tensor]:
+    "The tensors of a folder as they are stored."
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+def _is_place(name: str, value: torch.Tensor) -> bool:
+    "Is it no weight, but a number that the config determines (which voxel, which patch)?"
+    return not value.is_floating_point() and not name.endswith("num_batches_tracked")
+
+
+def _check_content(
+    found: Mapping[str, torch.Tensor],  # as stored
+    own: Mapping[str, torch.Tensor],  # of a model made from the config
+    where: Any,
+) -> None:
+    "Raise `DataError` for a stored tensor of another type, that is not finite, or that its config says otherwise."
+    _check_finite(found, where)
+    for name in found.keys() & own.keys():
+        kinds = [value.is_floating_point() for value in (found[name], own[name])]
+        if kinds[0] != kinds[1] or found[name].is_complex():
+            problem = f"{name} holds numbers of the type {found[name].dtype}"
+            raise DataError(problem, f"{own[name].dtype}", _AGAIN, where)
+        if _is_place(name, own[name]) and not torch.equal(found[name].to(own[name]), own[name]):
+            raise DataError(
+                f"{name} is not what the config says", "places of this grid and mask", _AGAIN, where
+            )
+
+
+def _on_meta() -> bool:
+    "Are tensors made without memory just now?"
+    return torch.empty(0).device.type == "meta"
+
+
+def _need_memory(kind: type, config: PretrainedConfig) -> None:
+    "Count the parameters of a model without making it; `DataError` for more than memory holds."
+    if _on_meta():
+        return
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            model = kind(config)
+        count = sum(math.prod(part.shape) for part in (*model.parameters(), *model.buffers()))
+    except (RuntimeError, TypeError, OverflowError) as error:  # torch has several for sizes beyond 2**63
+        if "overflow" not in str(error).lower():
+            raise
+        count = math.inf
+    # four bytes for a weight, and four for what it is drawn or read from
+    need_memory(
+        8 * count, f"a {kind.__name__} of {count:.3g} parameters", "make the sizes in its config smaller"
+    )
 
 
 def _check_finite(weights: Mapping[str, torch.Tensor], where: Any) -> None:
@@ -787,6 +895,8 @@ def _open_published(
         path = path if path.exists() else _download(str(source))
         where = str(path)
         if (path / "config.json").is_file():
+            if "snapshots" not in path.parts:  # the hub has hashes of its own
+                check_card(path, "model", _AGAIN)
             with reading(path / "config.json", "the options of a saved model", _AGAIN):
                 config, path = layout.config.from_pretrained(path), path / "model.safetensors"
         elif (path / "args.yaml").is_file():
@@ -836,7 +946,7 @@ def _fill(
     weights = {name: value for name, value in weights.items() if kept(name)}
     _account(layout.published(own), weights, model, where)
     weights = {name: weights[names[name]].reshape(value.shape) for name, value in own.items()}
-    _check_finite(weights, where)
+    _check_content(weights, own, where)
     model.load_state_dict(weights, strict=not core_only)
 
 

@@ -10,6 +10,8 @@ __all__ = ['BEFORE', 'SKIP', 'Recipe', 'neuron_types', 'token_centres', 'tiled',
            'simulate', 'held_out_correlation', 'pretrain', 'demo_core']
 
 # %% ../../neuro_nbs/07_pretraining.ipynb #621d49b3
+import hashlib
+import io
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -339,6 +341,25 @@ def held_out_correlation(
     return np.nanmean(np.stack(out), axis=(0, 2))
 
 # %% ../../neuro_nbs/07_pretraining.ipynb #dbca36ce
+def _save_state(path: Path, state: dict[str, Any]) -> None:
+    "The state of a run, with the hash of all of it beside it in one file."
+    held = io.BytesIO()
+    torch.save(state, held)
+    content = torch.frombuffer(bytearray(held.getvalue()), dtype=torch.uint8)
+    torch.save({"sha256": hashlib.sha256(content.numpy()).hexdigest(), "state": content}, path)
+
+
+def _load_state(path: Path) -> dict[str, Any]:
+    found = torch.load(path, weights_only=True)
+    if "sha256" not in found:
+        return found  # by an earlier version
+    content = found["state"].numpy()
+    if hashlib.sha256(content).hexdigest() != found["sha256"]:
+        fix = "delete the file, and the run begins anew"
+        raise DataError("the state of the interrupted run differs from what was written", path=path, fix=fix)
+    return torch.load(io.BytesIO(content.tobytes()), weights_only=True)
+
+
 def pretrain(
     out: str | Path,  # folder of the finished core: config.json, model.safetensors, README.md, curve.csv
     recipe: Recipe | None = None,  # default: the one of the shipped core
@@ -370,11 +391,13 @@ def pretrain(
     step, curve, spent = 0, [], 0.0
     if work.is_file():
         try:
-            state = torch.load(work, weights_only=True)
+            state = _load_state(work)
             for name, part in parts.items():
                 part.load_state_dict(state[name])
             bias.data.copy_(state["bias"])
             step, curve, spent = state["step"], state["curve"], state["spent"]
+        except DataError:
+            raise
         except Exception as error:
             raise DataError(f"the state of the interrupted run cannot be read: {type(error).__name__}", path=work,
                             fix="delete the file, and the run begins anew") from error  # fmt: skip
@@ -411,7 +434,7 @@ def pretrain(
                     "spent": spent + time.time() - started,
                 }
                 with atomic_file(work) as tmp:
-                    torch.save(state, tmp)
+                    _save_state(tmp, state)
     model.eval()
     with atomic_folder(out) as tmp:
         model.save_core(tmp)

@@ -53,10 +53,12 @@ from cortexlit.core import (
     MissingError,
     atomic_file,
     atomic_folder,
+    check_card,
     check_seed,
     claim,
     digest,
     flush,
+    hashes,
     locked,
     named_errors,
     provenance,
@@ -64,7 +66,8 @@ from cortexlit.core import (
     reading,
     rng,
     runs,
-    sha256,
+    same_files,
+    write_card,
     write_json,
 )
 from ..data.audit import audit
@@ -302,26 +305,12 @@ _MARK = "complete"  # written last, with the hash of every file: a checkpoint wi
 _PARTS = ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")  # and rng_state*.pth
 
 
-def _hashes(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
-
-
-def _verify(folder: Path, known: Mapping[str, str], fix: str) -> None:
-    "Raise `DataError` unless all files are there and as they were written."
-    for name, content in known.items():
-        if not (folder / name).is_file() or (content and sha256(folder / name) != content):
-            what = "differs from what was written" if (folder / name).is_file() else "is missing"
-            raise DataError(f"{name} of this {folder.name.split('-')[0]} {what}", path=folder / name,
-                            expected="the file as training has written it", fix=fix)  # fmt: skip
-
-
 def _save_best(folder: Path, step: int, save: Callable[[Path], None]) -> None:
     if (folder / "best/config.json").is_file() and not (folder / "best/card.json").is_file():
         write_json(folder / "best/card.json", {"kind": "model"})  # made by an earlier version
     with atomic_folder(folder / "best", overwrite=True) as tmp:
         save(tmp)
-        write_json(tmp / "card.json", {"kind": "model", "step": step, "files": _hashes(tmp)})
+        write_card(tmp, "model", step=step)
 
 
 class _Keeper(TrainerCallback):
@@ -354,7 +343,7 @@ class _Keeper(TrainerCallback):
             state.best_model_checkpoint = None  # it is in best/
             state.save_to_json(newest / "trainer_state.json")
             flush(newest)
-            write_json(newest / _MARK, _hashes(newest))
+            write_json(newest / _MARK, hashes(newest))
             if state.best_global_step == state.global_step:
                 _save_best(self.folder, state.global_step, self.spec.save)
             _tidy(self.folder)
@@ -393,7 +382,7 @@ def _resumed(folder: Path) -> tuple[Path | None, TrainerState]:
     with named_errors(checkpoint):
         noted = (checkpoint / _MARK).read_bytes()
         known = read_json(checkpoint / _MARK) if noted else dict.fromkeys(_PARTS, "")
-        _verify(checkpoint, known, fix)
+        same_files(checkpoint, known, fix, "checkpoint")
         if not noted:  # by an earlier version, without hashes
             _opened(checkpoint, fix)
         return checkpoint, TrainerState.load_from_json(checkpoint / "trainer_state.json")
@@ -401,16 +390,22 @@ def _resumed(folder: Path) -> tuple[Path | None, TrainerState]:
 
 def _opened(checkpoint: Path, fix: str) -> None:
     "Raise `DataError` if a file of a checkpoint cannot be read."
+    found: dict[str, Any] = {}
     read = {"optimizer.pt": torch.load, "scheduler.pt": torch.load, "model.safetensors": load_file}
     for name in _PARTS:
         try:
             if name in read:
-                read[name](checkpoint / name)
+                found[name] = read[name](checkpoint / name)
             else:
                 TrainerState.load_from_json(checkpoint / name)
         except Exception as error:
             raise DataError(f"{name} of this checkpoint cannot be read: {type(error).__name__}", path=checkpoint / name,
                             expected="the file as training has written it", fix=fix) from error  # fmt: skip
+    weights = found["model.safetensors"]
+    if wrong := [name for name, value in weights.items() if not torch.isfinite(value).all()]:
+        raise DataError(
+            f"weights that are not finite: {wrong[0]}", "numbers only", fix, checkpoint / "model.safetensors"
+        )
     if not list(checkpoint.glob("rng_state*.pth")):
         raise DataError("rng_state.pth of this checkpoint is missing", path=checkpoint, fix=fix)
 
@@ -439,14 +434,8 @@ def best_folder(
             "no finished run", path=folder, expected="the folder of a run, with a best model in best/"
         )
     _check_finished(folder)
-    path = folder / "best" / "card.json"
-    card = read_json(path) if path.is_file() else {}
-    known = card.get("files", {}) if isinstance(card, dict) else None
-    if not isinstance(known, dict) or not all(isinstance(v, str) for v in known.values()):
-        raise DataError("not the card of a model that training has kept", "files and their SHA-256",
-                        "restore it from a copy, or train again", path)  # fmt: skip
     fix = f"delete {folder.name}/best and the checkpoints beside it, and train again"
-    _verify(folder / "best", known, fix)
+    check_card(folder / "best", "best model", fix)
     return folder / "best"
 
 # %% ../../neuro_nbs/06b_trainer.ipynb #9ca20895
