@@ -314,12 +314,12 @@ def spoil(path: Path, whole: bytes, draw: random.Random) -> tuple[str, bool]:
 
 def sign(card: Path, path: Path) -> None:
     "Make the card of a folder say that a changed file belongs there."
-    from cortexlit.core import sha256
+    from cortexlit.core import seal, sha256
 
     content = json.loads(card.read_text())
     if path != card:
         content["files"][path.relative_to(card.parent).as_posix()] = sha256(path)
-    card.write_text(json.dumps(checks.seal(content)))
+    card.write_text(json.dumps(seal(content)))
 
 
 # --- everything that reads
@@ -517,24 +517,30 @@ def readers(root: Path, study: Path, cache: Path) -> dict[str, Reader]:
         "session": Reader(nwb, recording),
         "events": Reader(mouse / f"ophys_experiment_events/{session}_events.npz", lambda: recording(signal="events")),
         "score sheet": Reader(root / "sheet/scores.json", lambda: ScoreSheet.load(root / "sheet").table()),
-        "adapters": Reader(root / "adapters/adapter_model.safetensors", lambda: load_adapters(tiny_model(), root / "adapters")),
-        "adapters, options": Reader(root / "adapters/adapter_config.json", lambda: load_adapters(tiny_model(), root / "adapters")),
-        "adapters, head": Reader(root / "adapters/head.safetensors", lambda: load_adapters(tiny_model(), root / "adapters")),
         "features": Reader(kept / "features.npy", lambda: every(kept.parent, lambda f, _: cached_features(tiny_model(), Toy(3), f, last=LAST, progress=False))),
         "features, card": Reader(kept / "card.json", lambda: every(kept.parent, lambda f, _: cached_features(tiny_model(), Toy(3), f, last=LAST, progress=False))),
-        "run": Reader(root / "run/best/model.safetensors", lambda: ViV1T.from_pretrained(best_folder(root / "run"))),
-        "run, card": Reader(root / "run/best/card.json", lambda: ViV1T.from_pretrained(best_folder(root / "run"))),
+        "run": Reader(root / "run/best/model.safetensors", lambda: ViV1T.from_pretrained(best_folder(root / "run")), card=root / "run/best/card.json"),
+        "run, card": Reader(root / "run/best/card.json", lambda: ViV1T.from_pretrained(best_folder(root / "run")), card=root / "run/best/card.json"),
         "published, options": Reader(run / "args.yaml", lambda: ViV1T.from_published(run)),
         "published, weights": Reader(run / "ckpt/model_state.pt", lambda: ViV1T.from_published(run)),
-        "core": Reader(saved["viv1t"][1] / "model.safetensors", lambda: ViV1T.from_published(saved["viv1t"][1])),
-        "core, options": Reader(saved["viv1t"][1] / "config.json", lambda: ViV1T.from_published(saved["viv1t"][1])),
+        "core": Reader(saved["viv1t"][1] / "model.safetensors", lambda: ViV1T.from_published(saved["viv1t"][1]), card=saved["viv1t"][1] / "card.json"),
+        "core, options": Reader(saved["viv1t"][1] / "config.json", lambda: ViV1T.from_published(saved["viv1t"][1]), card=saved["viv1t"][1] / "card.json"),
     }  # fmt: skip
+    files = {"": "adapter_model.safetensors", ", options": "adapter_config.json", ", head": "head.safetensors",
+             ", base": "base.json", ", card": "card.json"}  # fmt: skip
+    for what, name in files.items():
+        found[f"adapters{what}"] = Reader(
+            root / "adapters" / name,
+            lambda: load_adapters(tiny_model(), root / "adapters"),
+            card=root / "adapters/card.json",
+        )
     for path in sorted(mouse.glob("*.json")):
         if path.name != "cortexlit.json":
             found[f"session, {path.name}"] = Reader(path, lambda: [recording(), allen.list_sessions(mouse)])
     for name in saved:
-        found[f"model {name}"] = Reader(saved[name][1] / "model.safetensors", lambda n=name: model(n))
-        found[f"model {name}, options"] = Reader(saved[name][1] / "config.json", lambda n=name: model(n))
+        for what, file in {"": "model.safetensors", ", options": "config.json"}.items():
+            card = saved[name][1] / "card.json"
+            found[f"model {name}{what}"] = Reader(saved[name][1] / file, lambda n=name: model(n), card=card)
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "model.safetensors"):
         found[f"checkpoint, {name}"] = Reader(newest / name, resumed)
     for name in ("config.json", "provenance.json"):
@@ -546,10 +552,17 @@ def readers(root: Path, study: Path, cache: Path) -> dict[str, Reader]:
                     path, lambda k=kind, c=call: every(made[k], c), card=cards[kind]
                 )
     for path, ident in ((mouse / "cortexlit.json", "sessions"), (mouse / f"truth/{session}.npz", "arrays")):
-        found[f"truth, {ident}"] = Reader(path, lambda: synthetic.load_truth(mouse, session))
+        found[f"truth, {ident}"] = Reader(
+            path,
+            lambda: synthetic.load_truth(mouse, session),
+            card=mouse / "cortexlit.json" if ident == "arrays" else None,
+        )
     shutil.copytree(study / "truth", root / "subjects" / "truth")
+    shutil.copy(study / "things.json", root / "subjects")
     found["truth of a subject"] = Reader(
-        root / "subjects/truth/sub-01.npz", lambda: things.load_truth(root / "subjects", "01")
+        root / "subjects/truth/sub-01.npz",
+        lambda: things.load_truth(root / "subjects", "01"),
+        card=root / "subjects/things.json",
     )
     found["open recording"] = Reader(park(root / "park.mat"), lambda: opendata._read_park(root / "park.mat"))
     for name in ("card.json", "samples.csv", "0/card.json"):

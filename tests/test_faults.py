@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from toys import toy_recording
 
-from cortexlit.core import CortexlitError, DataError, MissingError, SplitLeak, read_json, write_json
+from cortexlit.core import CortexlitError, DataError, MissingError, SplitLeak, read_json, seal, write_json
 from cortexlit.data import allen, checks, opendata, things
 from cortexlit.data.clips import (
     NORMALISATIONS,
@@ -670,7 +670,7 @@ def test_channels_without_a_known_name_are_not_matched(tmp_path):
     root = clips(tmp_path / "ours")
     card = read_json(root / "card.json")
     card["channels"]["behavior"] = ["channel 0", "channel 1"]
-    write_json(root / "card.json", checks.seal(card))
+    write_json(root / "card.json", seal(card))
     assert MouseDataset(root, "train").channels["behavior"] == ["channel 0", "channel 1"]
     for scheme in NORMALISATIONS[1:]:
         with pytest.raises(DataError, match="no such channel as 'channel 0'"):
@@ -1041,7 +1041,7 @@ NAMES = [
     "array", "arrays", "table", "split", "tree", "tree, behaviour", "tree, pupil", "tree, tiers", "tree, neurons",
     "study 1", "2022", "2022, responses", "2022, ids", "laboratory", "ratings", "volume", "mask", "region",
     "areas", "betas", "conditions", "stimuli", "voxels", "responses", "score sheet", "adapters",
-    "adapters, options", "adapters, head", "features", "features, card", "run", "run, card", "published, options",
+    "adapters, options", "adapters, head", "adapters, base", "adapters, card", "features", "features, card", "run", "run, card", "published, options",
     "published, weights", "core", "core, options", "model viv1t", "model viv1t, options", "model v1t",
     "model v1t, options", "model vit3d", "model vit3d, options", "model cnn_vit", "model cnn_vit, options",
     "model classifier", "model classifier, options", "model vae", "model vae, options", "clips, behavior.npy", "clips, card.json",
@@ -1121,8 +1121,124 @@ def test_every_reader_names_a_file_it_cannot_open(bench, name, change):
         aside.rename(path)
 
 
-OPTIONAL = {"tree, neurons", "2022, ids", "run, card", "region", "areas", "run, provenance.json", "session, cell_specimens.json",
+OPTIONAL = {"adapters, card", "tree, neurons", "2022, ids", "run, card", "region", "areas", "run, provenance.json", "session, cell_specimens.json",
             "session, experiment_containers.json", "session, manifest.json", "session, stimulus_mappings.json"}  # fmt: skip
+
+
+# --- kind: arrays that their card vouches for, and that cannot be right
+
+NO_NUMBERS = {"NaN": np.nan, "infinite": np.inf, "beyond float32": 1e300}
+
+
+@pytest.fixture(scope="module")
+def signed(bench):
+    "Change an array of a folder, sign its card anew, look, and put all back."
+
+    @contextlib.contextmanager
+    def change(name: str, how):
+        reader = bench[name]
+        whole, card = reader.path.read_bytes(), reader.card.read_bytes()
+        values = np.load(reader.path)
+        try:
+            np.save(reader.path, how(values.astype(float)))
+            malformed.sign(reader.card, reader.path)
+            yield reader
+        finally:
+            reader.path.write_bytes(whole)
+            reader.card.write_bytes(card)
+
+    return change
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS.values(), ids=NO_NUMBERS)
+@pytest.mark.parametrize(
+    "name", ["clips, videos.npy", "clips, responses.npy", "clips, behavior.npy", "scenes, images.npy",
+             "scenes, responses.npy", "scenes, behavior.npy", "cache, responses.npy"]
+)  # fmt: skip
+def test_a_signed_array_holds_numbers(signed, name, value):
+    def how(array):
+        array.flat[-1] = value  # the last one: of any tier
+        return array
+
+    file = name.split(", ")[1].replace(".", r"\.")
+    with signed(name, how) as reader:
+        if "behavior" in name and np.isnan(value):
+            reader.read()  # not measured
+        else:
+            with pytest.raises(DataError, match=rf"(?s)not finite.*{file}"):
+                reader.read()
+    reader.read()
+
+
+def test_a_folder_that_was_looked_at_is_looked_at_again_when_it_changes(tmp_path, monkeypatch):
+    root, looks = clips(tmp_path / "c"), []
+    monkeypatch.setattr(checks.time, "time", lambda: 2e9 + len(looks))  # all files are old enough
+    monkeypatch.setattr(checks, "finite", lambda name, *rest, **_: looks.append(name))
+    for tier in ("train", "test"):
+        MouseDataset(root, tier)
+    assert sorted(looks) == sorted({"videos", "responses", "behavior"} & set(looks)) and len(looks) == len(
+        set(looks)
+    )
+    before = len(looks)
+    np.save(root / "responses.npy", np.load(root / "responses.npy"))
+    MouseDataset(root, "train")
+    assert looks[before:] == ["responses"]
+
+
+# --- kind: the truth of a simulation that is not what was simulated
+
+
+def truths(bench) -> list:
+    return [bench["truth, arrays"], bench["truth of a subject"]]
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["session", "subject"])
+def test_any_change_of_a_truth_is_named(bench, which):
+    reader = truths(bench)[which]
+    whole, card = reader.path.read_bytes(), reader.card.read_bytes()
+    arrays = dict(np.load(reader.path))
+    needed = set(reader.read())
+    try:
+        for name, array in arrays.items():
+            changes = {"not finite": array * np.nan if array.dtype.kind == "f" else None, "shape": np.concatenate([array, array]),
+                       "dtype": np.full(array.shape, "x") if array.dtype.kind != "U" else np.zeros(array.shape)}  # fmt: skip
+            for why, changed in changes.items():
+                if changed is None:
+                    continue
+                np.savez(reader.path, **arrays | {name: changed})
+                with pytest.raises(DataError, match="differs from what was written"):
+                    reader.read()
+                malformed.sign(reader.card, reader.path)
+                with pytest.raises(DataError, match=rf"(?s){why}.*{reader.path.name}"):
+                    reader.read()
+                reader.card.write_bytes(card)
+        assert needed >= set(arrays)
+    finally:
+        reader.path.write_bytes(whole)
+        reader.card.write_bytes(card)
+    assert set(reader.read()) == needed
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["session", "subject"])
+def test_a_truth_without_a_hash_is_read_and_looked_at(bench, which):
+    reader = truths(bench)[which]
+    whole, card = reader.path.read_bytes(), reader.card.read_bytes()
+    arrays = dict(np.load(reader.path))
+    name = "amplitude" if which == 0 else "nc_singletrial"
+    try:
+        mark = json.loads(card)
+        del mark["files"]
+        reader.card.write_text(json.dumps(mark))  # of an earlier version
+        reader.read()
+        np.savez(reader.path, **arrays | {name: arrays[name] * np.inf})
+        with pytest.raises(DataError, match=f"{name}: .* not finite"):
+            reader.read()
+        reader.card.write_text(json.dumps(mark | {"files": {"truth/other.npz": "0"}}))
+        with pytest.raises(DataError, match="it lists no truth"):
+            reader.read()
+    finally:
+        reader.path.write_bytes(whole)
+        reader.card.write_bytes(card)
 
 
 # --- kind: recordings made of anything
@@ -1198,7 +1314,7 @@ def test_an_edited_card(bench, kind):
             with pytest.raises(DataError, match="its own hash"):
                 read(path.parent)
         for change in ({"files": {"../../../etc/passwd": "0"}}, {"files": []}, {"files": {}}):
-            path.write_text(json.dumps(checks.seal(card | change)))
+            path.write_text(json.dumps(seal(card | change)))
             with pytest.raises(DataError, match="outside the folder|cut off or damaged|lists no"):
                 read(path.parent)
         old = {k: v for k, v in card.items() if k not in ("hash", "kind")}

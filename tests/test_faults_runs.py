@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import sys
+import warnings
 from pathlib import Path
 
 import malformed
@@ -361,7 +362,7 @@ def test_a_damaged_checkpoint_is_named_and_what_to_delete(tmp_path):
     assert same(done.folder, control.folder)
     path = control.folder / "best/model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
-    with pytest.raises(DataError, match="model.safetensors of this best differs"):
+    with pytest.raises(DataError, match="model.safetensors of this best model differs"):
         best_folder(control.folder)
 
 
@@ -570,14 +571,20 @@ def test_adapters_are_whole_and_on_their_own_base(tmp_path):
     for how, tensors in edits.items():
         shutil.copytree(tmp_path / "a", tmp_path / how)
         save_file(tensors, tmp_path / how / name)
+        with pytest.raises(DataError, match=f"{name} of this folder of adapters differs"):
+            load_adapters(tiny_model(), tmp_path / how)
+        (tmp_path / how / "card.json").unlink()  # as of another program
         model = tiny_model()
         with pytest.raises(DataError, match="parts, such as"):
             load_adapters(model, tmp_path / how)
         assert not any("lora" in k for k in model.state_dict())
-    for file, error in ((name, MissingError), ("head.safetensors", MissingError)):
+    for file in (name, "head.safetensors"):
         shutil.copytree(tmp_path / "a", tmp_path / f"no-{file}")
         (tmp_path / f"no-{file}" / file).unlink()
-        with pytest.raises(error, match=file):
+        with pytest.raises(DataError, match=f"{file} of this folder of adapters is missing"):
+            load_adapters(tiny_model(), tmp_path / f"no-{file}")
+        (tmp_path / f"no-{file}" / "card.json").unlink()
+        with pytest.raises(MissingError, match=file):
             load_adapters(tiny_model(), tmp_path / f"no-{file}")
     (tmp_path / "lacks" / name).write_bytes(b"x" * 20)
     with pytest.raises(DataError, match="damaged"):
@@ -620,6 +627,8 @@ def test_a_saved_model_is_read_back_whole(saved, tmp_path, name, how):
     else:
         key = next(k for k in sorted(first) if first[k].is_floating_point() and first[k].ndim)
         save_file(change(first, key), path, metadata={"format": "pt"})
+    for changed in (path, tmp_path / "m/config.json"):
+        malformed.sign(tmp_path / "m/card.json", changed)  # what is wrong is found all the same
     with pytest.raises(DataError, match=rf"(?s)({why}).*{tmp_path}"):
         kind.from_pretrained(tmp_path / "m")
     with pytest.raises(MissingError, match="no local folder"):
@@ -647,6 +656,252 @@ def test_a_database_lies_in_its_folder_whatever_that_is_called(tmp_path, name):
     assert [p.name for p in tmp_path.iterdir()] == [name]
     with pytest.raises(DataError, match="database URL"):
         lora.open_storage(object())
+
+
+# What was written is what is read ---------------------------------------------------------------------------
+
+
+def flipped(path: Path) -> None:
+    "Turn one bit in the middle of a file."
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def refused_if_changed(folder: Path, read) -> None:
+    "Every file that the card lists, and the card: one bit turned is refused by the file's name; whole, all is read."
+    names = [*core.read_json(folder / "card.json")["files"], "card.json"]
+    for name in names:
+        whole = (folder / name).read_bytes()
+        flipped(folder / name)
+        with pytest.raises(DataError, match=name.replace(".", r"\.")):
+            read()
+        (folder / name).write_bytes(whole)
+    read()
+
+
+def said_once(folder: Path, read) -> None:
+    "Without its card a folder is read; that nothing vouches for it is said at the first time only."
+    (folder / "card.json").unlink()
+    with pytest.warns(UserWarning, match="nothing says what these files were"):
+        read()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read()
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_a_bit_of_saved_adapters(tmp_path, head):
+    which = Adapters(2, "fused", head=head)
+    for out in ("a", "b"):
+        save_adapters(add_adapters(tiny_model(), which), which, tmp_path / out)
+    refused_if_changed(tmp_path / "a", lambda: load_adapters(tiny_model(), tmp_path / "a"))
+    said_once(tmp_path / "a", lambda: load_adapters(tiny_model(), tmp_path / "a"))
+    save_adapters(add_adapters(tiny_model(), Adapters(2, "fused")), Adapters(2, "fused"), tmp_path / "b")
+    assert (tmp_path / "b/head.safetensors").exists() is False  # nothing of the former is left
+    load_adapters(tiny_model(), tmp_path / "b")
+
+
+@pytest.mark.parametrize("name", ["viv1t", "v1t", "vit3d", "cnn_vit", "classifier", "vae"])
+def test_a_bit_of_a_saved_model(saved, tmp_path, name):
+    kind, folder = saved[name]
+    shutil.copytree(folder, tmp_path / "m")
+    ways = [kind.from_pretrained, *([kind.from_published] if hasattr(kind, "from_published") else [])]
+    for way in ways:
+        refused_if_changed(tmp_path / "m", lambda way=way: way(tmp_path / "m"))
+    said_once(tmp_path / "m", lambda: ways[-1](tmp_path / "m"))
+
+
+@linux
+def test_a_save_that_is_killed_leaves_no_card_of_other_weights(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "m")
+    other = tiny_model(neurons={"A": 5, "B": 3})
+    killed_at(lambda: other.save_pretrained(tmp_path / "m"), "open", lambda a: ".card.json." in str(a[0]))
+    with pytest.warns(UserWarning, match="nothing says"):
+        found = type(other).from_pretrained(tmp_path / "m")
+    assert list(found.config.neurons) == ["A", "B"]
+
+
+def test_a_bit_of_the_state_of_pretraining(tmp_path):
+    pretraining._save_state(tmp_path / "s.pt", {"step": 3, "core": {"w": torch.ones(50)}})
+    assert pretraining._load_state(tmp_path / "s.pt")["step"] == 3
+    whole = (tmp_path / "s.pt").read_bytes()
+    at = whole.index(np.ones(50, np.float32).tobytes()) + 2
+    (tmp_path / "s.pt").write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    with pytest.raises(DataError, match=r"(?s)differs from what was written.*s\.pt"):
+        pretraining._load_state(tmp_path / "s.pt")
+    torch.save({"step": 4}, tmp_path / "s.pt")  # by an earlier version
+    assert pretraining._load_state(tmp_path / "s.pt") == {"step": 4}
+
+
+def test_a_score_that_was_edited(tmp_path):
+    from cortexlit.evaluation.scores import ScoreSheet
+
+    sheet = ScoreSheet()
+    values = np.random.default_rng(0).random((9, 4))
+    sheet.add("m", "r", values, tier="test", dataset="d", split="s", split_hash="h")
+    path = sheet.save(tmp_path) / "scores.json"
+    assert ScoreSheet.load(tmp_path).table().equals(sheet.table())
+    content = core.read_json(path)
+    for change in ({"rows": [content["rows"][0] | {"value": 0.9}]}, {"opened": {"d": 1}}, {"rows": []}):
+        core.write_json(path, content | change)
+        with pytest.raises(DataError, match=r"(?s)differs from its own hash.*scores\.json"):
+            ScoreSheet.load(tmp_path)
+    core.write_json(path, {k: v for k, v in content.items() if k != "hash"})  # by an earlier version
+    assert ScoreSheet.load(tmp_path).table().equals(sheet.table())
+
+
+# Weights and sizes that no model has ------------------------------------------------------------------------
+
+
+def spoilt(folder: Path, **tensors) -> None:
+    "Change tensors of a saved model, and sign its card anew."
+    path = folder / "model.safetensors"
+    save_file(load_file(path) | tensors, path, metadata={"format": "pt"})
+    malformed.sign(folder / "card.json", path)
+
+
+@pytest.mark.parametrize("name", ["vit3d", "cnn_vit"])
+def test_places_are_those_of_the_config(saved, tmp_path, name):
+    kind, folder = saved[name]
+    stored = load_file(folder / "model.safetensors")
+    places = [k for k, v in stored.items() if not v.is_floating_point() and not k.endswith("tracked")]
+    assert "embedding.places" in places or name == "vit3d"
+    for key in places:
+        value = stored[key]
+        changes = {"not finite": value * float("nan"), "holds numbers of": value + 0.5, "not what the config": ~value if value.dtype == torch.bool else value + 1}  # fmt: skip
+        for why, changed in changes.items():
+            shutil.copytree(folder, tmp_path / "m")
+            spoilt(tmp_path / "m", **{key: changed})
+            with pytest.raises(DataError, match=why) as error:
+                kind.from_pretrained(tmp_path / "m")
+            assert key in str(error.value)
+            shutil.rmtree(tmp_path / "m")
+
+
+def test_weights_that_are_no_numbers_are_named_on_every_way(saved, tmp_path):
+    for name in ("viv1t", "v1t"):
+        kind, folder = saved[name]
+        stored = load_file(folder / "model.safetensors")
+        key = next(k for k in sorted(stored) if k.startswith("core."))
+        for value in (float("nan"), float("inf"), 1j):
+            shutil.copytree(folder, tmp_path / "m")
+            spoilt(tmp_path / "m", **{key: stored[key] * value})
+            for read in (kind.from_pretrained, kind.from_published):
+                with pytest.raises(DataError, match=key.replace(".", r"\.")):
+                    read(tmp_path / "m")
+            shutil.rmtree(tmp_path / "m")
+    run = malformed.published(tmp_path / "run")
+    weights_of = torch.load(run / "ckpt/model_state.pt", weights_only=True)["model"]
+    key = next(k for k, v in weights_of.items() if v.ndim > 1)
+    torch.save({"model": weights_of | {key: weights_of[key] * float("nan")}}, run / "ckpt/model_state.pt")
+    with pytest.raises(DataError, match=f"not finite: .*{key.rsplit('.', 2)[-2]}"):
+        saved["viv1t"][0].from_published(run)
+    which = Adapters(2, "fused")
+    save_adapters(add_adapters(tiny_model(), which), which, tmp_path / "a")
+    parts = load_file(tmp_path / "a/adapter_model.safetensors")
+    first = sorted(parts)[0]
+    torch.save(
+        parts | {first: parts[first] * float("nan")}, tmp_path / "a/adapter_model.bin"
+    )  # as older peft
+    for name in ("adapter_model.safetensors", "card.json"):
+        (tmp_path / "a" / name).unlink()
+    model = tiny_model()
+    with pytest.raises(DataError, match="not finite"), pytest.warns(UserWarning, match="nothing says"):
+        load_adapters(model, tmp_path / "a")
+    assert not any("lora" in k for k in model.state_dict())
+
+
+HUGE = [
+    ("viv1t", {"temporal_depth": 10**9}), ("viv1t", {"spatial_depth": 10**5}), ("viv1t", {"mlp_dim": 2**24, "emb_dim": 2**20}),
+    ("viv1t", {"neurons": {"A": 10**9}}), ("viv1t", {"frames": 10**9, "max_frames": 10**9}), ("v1t", {"depth": 10**9}), ("v1t", {"size": [2**24] * 2}),
+    ("vit3d", {"depth": 10**9}), ("vit3d", {"grid": [2**20] * 3}), ("vit3d", {"patch": [10**5] * 3, "pad": True}),
+    ("vit3d", {"emb_dim": 2**24}), ("cnn_vit", {"channels": [2**24] * 2}), ("cnn_vit", {"grid": [10**9] * 3}),
+    ("classifier", {"kind": "logistic", "shape": [2**24] * 3}), ("vae", {"hidden": [2**24] * 2}), ("vae", {"inputs": 10**9}),
+]  # fmt: skip
+
+
+@linux
+@pytest.mark.parametrize(("name", "sizes"), HUGE, ids=str)
+def test_sizes_that_no_memory_holds(saved, tmp_path, name, sizes):
+    kind, folder = saved[name]
+    shutil.copytree(folder, tmp_path / "m")
+    told = core.read_json(tmp_path / "m/config.json")
+    core.write_json(tmp_path / "m/config.json", told | sizes)
+    malformed.sign(tmp_path / "m/card.json", tmp_path / "m/config.json")
+    resource_limit = resource.getrlimit(resource.RLIMIT_AS)
+    here = (
+        2**30 + sum(int(x) for x in Path("/proc/self/statm").read_text().split()[:1]) * resource.getpagesize()
+    )
+    resource.setrlimit(resource.RLIMIT_AS, (here, resource_limit[1]))  # a gigabyte more than there is now
+    try:
+        ways = [kind.from_pretrained, *([kind.from_published] if hasattr(kind, "from_published") else [])]
+        for way in ways:
+            with pytest.raises(DataError, match="at most"):
+                way(tmp_path / "m")
+        given = {k: v for k, v in (told | sizes).items() if k in sizes or k in ("grid", "patch", "mask")}
+        given |= {"concepts": ["a", "b"]} if name == "classifier" else {}
+        given.pop("mask", None) if "grid" in sizes else None
+        with pytest.raises(DataError, match="at most"):
+            kind(kind.config_class(**given))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, resource_limit)
+
+
+def test_the_options_of_a_published_run_have_sizes(tmp_path):
+    import yaml
+
+    from cortexlit.models.viv1t import ViV1T
+
+    run = malformed.published(tmp_path / "run")
+    given = yaml.safe_load((run / "args.yaml").read_text())
+    for name in ("core_temporal_depth", "core_spatial_depth", "core_emb_dim", "core_mlp_dim", "max_frame"):
+        (run / "args.yaml").write_text(yaml.safe_dump(given | {name: 10**9}))
+        with pytest.raises(DataError, match="at most"):
+            ViV1T.from_published(run)
+
+
+def test_counting_a_model_draws_no_random_number(saved):
+    from cortexlit.models.viv1t import _need_memory
+
+    torch.manual_seed(3)
+    want = torch.random.get_rng_state()
+    for kind, folder in saved.values():
+        _need_memory(kind, kind.config_class.from_pretrained(folder))
+    assert torch.equal(torch.random.get_rng_state(), want)
+
+
+# Places that take nothing -----------------------------------------------------------------------------------
+
+
+@linux
+def test_a_place_is_tried_and_not_asked(tmp_path, monkeypatch):
+    for place in (
+        "/proc/nowhere/x",
+        "/proc/x",
+        "/sys/nowhere",
+        "/dev/null/x",
+    ):  # root may write there, by its bits
+        with pytest.raises(StorageError, match=f"(?s)file: .*{place.split('/')[1]}"):
+            core.check_out(place)
+    core.check_out(tmp_path / "a/b")
+    core.check_out(tmp_path)
+    assert not list(tmp_path.iterdir())
+    killed_at(lambda: core.check_out(tmp_path / "a/b"), "os.rmdir", lambda a: True)
+    assert len(hidden(tmp_path)) == 1
+    core.check_out(tmp_path / "a/b")
+    assert not list(tmp_path.iterdir())
+
+    def simulate(*_, **__):
+        raise AssertionError("work has begun")
+
+    monkeypatch.setattr(pretraining, "simulate", simulate)
+    with pytest.raises(StorageError, match="/proc"):
+        pretraining.pretrain("/proc/nowhere/x")
+    if os.geteuid():
+        (tmp_path / "closed").mkdir(mode=0o555)
+        with pytest.raises(StorageError, match=r"(?s)permit.*closed"):
+            core.check_out(tmp_path / "closed/x")
 
 
 # What is printed --------------------------------------------------------------------------------------------
