@@ -779,10 +779,11 @@ def check_seal(
     card: dict[str, Any],  # read from a file
     path: str | Path,  # the file
     fix: str,  # how to get a good one
+    what: str = "card",  # what it is
 ) -> None:
     "`DataError` if a card says something else than when it was sealed. One without a hash is taken as it is."
     if "hash" in card and card != seal(card):
-        raise DataError("the card differs from its own hash", f"hash {card['hash']}", fix, path)
+        raise DataError(f"the {what} differs from its own hash", f"hash {card['hash']}", fix, path)
 
 
 def hashes(

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from malformed import sign
 from safetensors.torch import load_file, save_file
 from toy_training import tiers, tiny_model
 
@@ -103,6 +104,7 @@ def test_weights_that_are_not_finite(tmp_path, name):
     first = min(found)
     found[first].view(-1)[0] = torch.nan
     save_file(found, tmp_path / "a" / name)
+    sign(tmp_path / "a/card.json", tmp_path / "a" / name)
     with pytest.raises(DataError, match=f"not finite: {first}"):
         load_adapters(base, tmp_path / "a")
 

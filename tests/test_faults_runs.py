@@ -32,6 +32,7 @@ from cortexlit.training import lora, pretraining, trainer, tuning
 from cortexlit.training.features import cached_features
 from cortexlit.training.trainer import best_folder, check_options, check_trained_on, fit
 
+pytestmark = pytest.mark.usefixtures("no_curves")  # dozens of tiny models are trained
 linux = pytest.mark.skipif(sys.platform != "linux", reason="forks and limits as Linux has them")
 
 
@@ -273,6 +274,19 @@ def run(out: Path, **options):
     )
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    "The folder of a run that nothing disturbed, made once for each set of options."
+    made: dict[str, Path] = {}
+
+    def folder(**options) -> Path:
+        if str(options) not in made:
+            made[str(options)] = run(tmp_path_factory.mktemp("whole") / "run", **options).folder
+        return made[str(options)]
+
+    return folder
+
+
 def same(one: Path, other: Path) -> bool:
     a, b = weights(one / "best"), weights(other / "best")
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -281,22 +295,20 @@ def same(one: Path, other: Path) -> bool:
 @pytest.mark.parametrize(
     "options", [{"schedule": "linear"}, {"schedule": "linear", "epochs": (2, 2), "adapt": "lora", "adapters": Adapters(2, "fused")}, {"schedule": "plateau"}]
 )  # fmt: skip
-def test_every_schedule_is_resumed_to_the_same_bits(tmp_path, options):
-    run(tmp_path / "whole", **options)
+def test_every_schedule_is_resumed_to_the_same_bits(tmp_path, undisturbed, options):
     with pytest.raises(Stop):
         run(tmp_path / "cut", on_epoch=stop_after(1), **options)
     run(tmp_path / "cut", **options)
-    assert same(tmp_path / "whole", tmp_path / "cut")
+    assert same(undisturbed(**options), tmp_path / "cut")
 
 
 @linux
 @pytest.mark.parametrize("name", ["config.json", "provenance.json", "best"])
-def test_killed_in_the_first_seconds_and_before_the_best_is_saved(tmp_path, name):
+def test_killed_in_the_first_seconds_and_before_the_best_is_saved(tmp_path, undisturbed, name):
     out = tmp_path / "cut"
     killed_at(lambda: run(out, epochs=1), "os.rename", lambda a: str(a[1]) == str(out / name))
     run(out, epochs=1)
-    run(tmp_path / "whole", epochs=1)
-    assert same(tmp_path / "whole", out) and not hidden(out)
+    assert same(undisturbed(epochs=1), out) and not hidden(out)
     assert best_folder(out) == out / "best" and (out / "provenance.json").is_file()
 
 
@@ -339,7 +351,7 @@ def test_what_gets_its_name_is_on_the_disk_before(tmp_path, monkeypatch):
     assert {str(p) for p in mark.parent.iterdir() if p != mark} <= safe
 
 
-def test_a_damaged_checkpoint_is_named_and_what_to_delete(tmp_path):
+def test_a_damaged_checkpoint_is_named_and_what_to_delete(tmp_path, undisturbed):
     with pytest.raises(Stop):
         run(tmp_path / "cut", on_epoch=stop_after(2))
     checkpoint = trainer._last_checkpoint(tmp_path / "cut").name
@@ -359,7 +371,7 @@ def test_a_damaged_checkpoint_is_named_and_what_to_delete(tmp_path):
     (tmp_path / "cut/checkpoint-x/complete").touch()
     shutil.rmtree(out / checkpoint)  # as the message says
     done, control = run(out), run(tmp_path / "cut")
-    assert same(done.folder, control.folder)
+    assert same(done.folder, control.folder) and same(control.folder, undisturbed())
     path = control.folder / "best/model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
     with pytest.raises(DataError, match="model.safetensors of this best model differs"):
@@ -942,15 +954,13 @@ SLOW = ("sessions", "build", "scenes build")
 
 
 @pytest.fixture(scope="module")
-def lines(tmp_path_factory):
+def lines(tmp_path_factory, tiny_cache):
     "Command lines that are right, and values that are not."
-    from cortexlit.data.synthetic import embedded_session
-
     root = tmp_path_factory.mktemp("lines")
     (root / "settings.ini").write_text("lib_name = cortexlit\n")  # `_data/` and `_runs/` lie here
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        embedded_session("tiny")
+        shutil.copytree(tiny_cache, core.generated("sessions", "tiny-0"))
         found = malformed.commands(root)
     return root, found
 

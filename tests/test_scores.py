@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cortexlit.core import DataError, MissingError
+from cortexlit.core import DataError, MissingError, seal
 from cortexlit.evaluation.intervals import score_interval
 from cortexlit.evaluation.metrics import mean_score
 from cortexlit.evaluation.scores import Score, ScoreSheet
@@ -264,6 +264,6 @@ def test_a_sheet_whose_count_of_openings_is_none(tmp_path, opened):
     ScoreSheet().save(tmp_path)
     path = tmp_path / "scores.json"
     content = json.loads(path.read_text())
-    path.write_text(json.dumps(content | {"opened": opened}))
+    path.write_text(json.dumps(seal(content | {"opened": opened})))
     with pytest.raises(DataError, match="opened"):
         ScoreSheet.load(tmp_path)

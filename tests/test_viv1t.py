@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from malformed import sign
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -789,6 +790,7 @@ def test_saved_models_must_be_complete(tmp_path):
     del weights["readouts.A.bias"]
     weights["readouts.A.extra"] = torch.zeros(1)
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    sign(tmp_path / "card.json", tmp_path / "model.safetensors")
     with pytest.raises(DataError, match=r"1 missing: readouts.A.bias; 1 unexpected: readouts.A.extra"):
         ViV1T.from_pretrained(tmp_path)
 

@@ -309,7 +309,7 @@ class ScoreSheet:
             raise DataError(
                 "not a score sheet of format 1", expected=f"rows with {', '.join(_KINDS)}", path=path
             )
-        check_seal(content, path, "it was edited or is damaged; score again, or restore it from a copy")
+        check_seal(content, path, "score again, or restore it from a copy", "sheet")
         opened = content.get("opened") or {}
         if not isinstance(opened, dict) or not all(type(n) is int for n in opened.values()):
             raise DataError(
