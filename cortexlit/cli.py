@@ -319,7 +319,6 @@ def fit(
       cortexlit fit _data/demo --adapt lora --rank 8 --targets fused
       cortexlit fit _data/a --adapt full --scale paper --core bryanlimy/ViV1T/viv1t_001
     """
-    from cortexlit.data.clips import MouseDataset
     from cortexlit.training.heads import train_head
     from cortexlit.training.lora import FULL, STUDY, at_scale
     from cortexlit.training.trainer import ADAPT, check_options
@@ -335,13 +334,12 @@ def fit(
     if adapt != "head":  # looked at before the head is trained
         rank, targets = rank or 8, targets or "all"
         (chosen,) = at_scale([FULL], scale) if adapt == "full" else _chosen(STUDY, [rank], [targets], scale)
-        tiers = tuple(MouseDataset(dataset, tier) for tier in ("train", "validation"))
         options = options | chosen.options | common
         check_options(seed=seed, **options)
     head_out = out if adapt == "head" else None
     done = train_head(dataset, core_folder, seed=seed, out=head_out, **head_options | common)
     if adapt != "head":
-        done = train(done.model, tiers, out=out, seed=seed, **options)
+        done = train(done.model, dataset, out=out, seed=seed, **options)
     _tell_run(f"adapt={adapt}", done, as_json)
 
 

@@ -83,6 +83,20 @@ def _check_sizes(c: PretrainedConfig) -> None:
             raise DataError(f"{name}={value!r}", expected=f"at most {most}")
 
 
+def _check_fed(c: PretrainedConfig) -> None:
+    "Raise unless what the model says about its input can be true."
+    if not (c.normalisation is None or isinstance(c.normalisation, str)):
+        raise DataError(f"normalisation={c.normalisation!r}", expected="the name of a scheme, or None")
+    named = c.channels is None or all(isinstance(name, str) for name in c.channels)
+    if not named or (c.channels is not None and len(c.channels) != c.behavior_channels):
+        raise DataError(
+            f"channels={c.channels!r}", expected=f"names of {c.behavior_channels} behaviour channels, or None"
+        )
+    number = isinstance(c.rate, int | float) and not isinstance(c.rate, bool)
+    if c.rate is not None and not (number and 0 < c.rate < math.inf):
+        raise DataError(f"rate={c.rate!r}", expected="frames per second above 0, or None")
+
+
 def _check_options(c: PretrainedConfig) -> None:
     "Raise at the first option that no model can be built from."
     _check_sizes(c)
@@ -104,6 +118,7 @@ def _check_options(c: PretrainedConfig) -> None:
     for name in ("patch_dropout", "attention_dropout", "ff_dropout", "drop_path", "readout_dropout"):
         if not 0 <= getattr(c, name) < 1:
             raise DataError(f"{name}={getattr(c, name)!r}", expected="a probability, 0 <= p < 1")
+    _check_fed(c)
     names = {"output": OUTPUTS, "loss": LOSSES, "positions": ("predicted", "free")}
     for name, allowed in (names | {"modulator": (None, *MODULATORS)}).items():
         if getattr(c, name) not in allowed:
@@ -162,6 +177,9 @@ class ViV1TConfig(PretrainedConfig):
         output: str = "exp",  # "elu1", "softplus" (models.readouts)
         loss: str = "mse",  # a name in models.losses.LOSSES
         loss_frames: int | None = 66,  # last response frames that count; None: all
+        normalisation: str | None = "range",  # what it is fed: a scheme of `data.clips`; None: nobody knows
+        channels: Iterable[str] | None = None,  # names of the behaviour channels, in order; None: not told
+        rate: float | None = None,  # frames per second of what it is fed, Hz; None: not told
         **kwargs,  # options every Hugging Face config has
     ):
         self.neurons = {"A": 227} if neurons is None else dict(neurons)
@@ -176,6 +194,8 @@ class ViV1TConfig(PretrainedConfig):
         self.shifter, self.shifter_hidden, self.shifter_layers = shifter, shifter_hidden, shifter_layers
         self.positions, self.state_encoder, self.readout_dropout = positions, state_encoder, readout_dropout
         self.modulator, self.output, self.loss, self.loss_frames = modulator, output, loss, loss_frames
+        self.normalisation, self.rate = normalisation, rate
+        self.channels = None if channels is None else list(channels)
         _check_options(self)
         _refuse_unknown(self, kwargs)
         super().__init__(**kwargs)
@@ -780,6 +800,16 @@ def _named_options(
     return options
 
 
+def _fed(args: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    "What a published run was fed: Sensorium trials at 30 Hz, pupil size before running, scaled as its options say."
+    schemes = {
+        k: {1: "viv1t-standardised", 2: "viv1t"}.get(args[k]) for k in ("transform_mode",) if k in args
+    }
+    schemes |= {k: {1: "closed-loop"}.get(args[k]) for k in ("transform_input",) if k in args}
+    channels = ["pupil_area", "running"] if options.get("behavior_channels", 2) == 2 else None
+    return {"normalisation": next(iter(schemes.values()), None), "channels": channels, "rate": 30.0}
+
+
 def published_config(
     args: Mapping[str, Any],  # content of a published run's args.yaml
 ) -> ViV1TConfig:
@@ -796,7 +826,7 @@ def published_config(
         _, options["frames"], *options["size"] = args["input_shapes"]["video"]
     if "output_shapes" in args:
         options["neurons"] = {mouse: shape[0] for mouse, shape in args["output_shapes"].items()}
-    return ViV1TConfig(**options)
+    return ViV1TConfig(**options | _fed(args, options))
 
 # %% ../../neuro_nbs/06_viv1t.ipynb #0199948b
 def _visible_config(weights: Mapping[str, torch.Tensor]) -> ViV1TConfig:
@@ -813,7 +843,7 @@ def _visible_config(weights: Mapping[str, torch.Tensor]) -> ViV1TConfig:
     options |= {"output": "elu1"} if "output_activation.one" in weights else {}
     keep = [float(value) for name, value in weights.items() if name.endswith(".keep_prob")]
     options |= {"drop_path": round(1 - keep[0], 6)} if keep else {}
-    return ViV1TConfig(**options)
+    return ViV1TConfig(**options, normalisation=None)  # weights alone do not tell what they were fed
 
 
 def _read_weights(path: Path) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from cortexlit.core import (
     sha256,
     write_json,
 )
+from ..data.inputs import check_inputs
 from ..models.adapters import tensors_digest
 
 # %% auto #0
@@ -301,6 +302,7 @@ def cached_features(
     stage: str = "features",  # the core's output; or "tokens": its tokenizer's, which adapters leave as it is
 ) -> CachedFeatures:
     "The dataset with the core's output, or its tokens, in place of its videos; computed once, then read."
+    check_inputs(model, dataset)
     if dtype not in _STORED:
         raise DataError(f"dtype {dtype!r}", expected=f"one of {', '.join(_STORED)}")
     if stage not in STAGES:

@@ -22,6 +22,7 @@ from ..core import DataError, claim, digest, made_once, runs
 from ..data.audit import models_named, note_opening
 from ..data.clips import MouseDataset
 from ..data.folds import fold_folders, pool
+from ..data.inputs import comparable, open_for
 from ..models.adapters import check_targets
 from .features import CachedFeatures, cached_features, core_inputs, source, weights_digest
 from .heads import CONTROLS, RECIPE, fresh_head, train_head
@@ -53,7 +54,7 @@ class SharedCore:
         last: int = 66,  # frames at the end of each clip
         folder: str | Path | None = None,  # as `cached_features`
     ):
-        clips = ConcatDataset([MouseDataset(fold, "test") for fold in fold_folders(root)])
+        clips = ConcatDataset([open_for(model, fold, "test") for fold in fold_folders(root)])
         self.last, self.folder, self.core = last, folder, weights_digest(model.core)
         self.cache = cached_features(model, clips, folder, last, batch_size=8, progress=False)
         self.place = {name: k for k, name in enumerate(core_inputs(model, clips))}
@@ -86,11 +87,11 @@ def predict_fold(
         folder, core, control, seed, last, keep=shared, **{"progress": False} | dict(head or {})
     )
     if adapt is not None:
-        tiers = tuple(MouseDataset(folder, tier) for tier in ("train", "validation"))
+        tiers = tuple(open_for(done.model, folder, tier) for tier in ("train", "validation"))
         done = fit(done.model, tiers, **{"last": last, "seed": seed, "progress": False} | dict(adapt))
-    test = MouseDataset(folder, "test")
+    test = open_for(done.model, folder, "test")
     if adapt is None and shared is not None:
-        return predict(done.model, shared(done.model, test), last, batch_size=8)
+        return comparable(test, predict(done.model, shared(done.model, test), last, batch_size=8))
     features = done.folder / "features"  # of this model alone: not kept
     found = predict(
         done.model,
@@ -99,7 +100,7 @@ def predict_fold(
         batch_size=8,
     )
     shutil.rmtree(features, ignore_errors=True)
-    return found
+    return comparable(test, found)
 
 # %% ../../neuro_nbs/08a_all_folds.ipynb #08a00017
 HEAD = "ViV1T, head only"

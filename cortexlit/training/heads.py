@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from ..core import DataError, rng
 from ..data.clips import MouseDataset
+from ..data.inputs import comparable, open_for
 from ..models.viv1t import ViV1T, ViV1TConfig
 from .features import cached_features
 from .pretraining import demo_core
@@ -34,7 +35,8 @@ def fresh_head(
     **options: Any,  # further `ViV1TConfig` options of the head, e.g. output="elu1"
 ) -> ViV1T:
     "A model of one new mouse: the given core, and a head nobody trained."
-    train, core = MouseDataset(root, "train"), core or demo_core()
+    given = ViV1T.from_published(core or demo_core(), core_only=True, mice={})
+    train = open_for(given, root, "train")
     item, name = train[0], train.card["name"]
     coordinates = train.neurons[["x_um", "y_um"]].to_numpy(float)
     own = {
@@ -42,10 +44,11 @@ def fresh_head(
         "pupil_channels": len(item.get("pupil_center", ())),
         "shifter": "pupil_center" in item,
         "state_encoder": "behavior" in item or "pupil_center" in item,
+        "channels": train.channels.get("behavior"),
+        "rate": given.config.rate or train.card.get("rate"),
     }
     placed = bool(np.isfinite(coordinates).all())
     own |= {} if placed else {"positions": "free"}
-    given = ViV1T.from_published(core, core_only=True, mice={})
     config = ViV1TConfig.from_dict(given.config.to_dict() | own | options | {"neurons": {}})
     if config.core_state and (own["behavior_channels"], own["pupil_channels"]) != (
         given.config.behavior_channels,
@@ -202,7 +205,7 @@ def train_head(
         raise DataError(f"control={control!r}", expected=f"None or one of {CONTROLS}")
     check_options(**{"adapt": "head", "seed": seed, "last": last, **RECIPE, **options})
     model = fresh_head(root, core, seed=seed, random_core=control == "random core")
-    train, validation = (MouseDataset(root, tier) for tier in ("train", "validation"))
+    train, validation = (open_for(model, root, tier) for tier in ("train", "validation"))
     train = ShuffledLabels(train, seed) if control == "shuffled labels" else train
     if keep is not None:
         train, validation = keep(model, train), keep(model, validation)
@@ -223,9 +226,10 @@ def head_predictions(
     "Responses to the test tier from trained heads, and from both controls."
     seeds = list(seeds)
     names = {None: "ViV1T, head only"} | {control: f"control: {control}" for control in CONTROLS}
-    test, found = MouseDataset(root, "test"), {}
+    found = {}
     for control, seed in [(None, s) for s in seeds] + [(control, seeds[0]) for control in CONTROLS]:
         done = train_head(root, core, control, seed, last, **options)
+        test = open_for(done.model, root, "test")
         kept = cached_features(done.model, test, last=last, batch_size=8, progress=False)
-        found[names[control], seed] = predict(done.model, kept, last=last, batch_size=8)
+        found[names[control], seed] = comparable(test, predict(done.model, kept, last=last, batch_size=8))
     return found

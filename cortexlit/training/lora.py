@@ -34,6 +34,7 @@ from torch.utils.data import ConcatDataset, Subset
 from ..core import DataError, claim, digest, made_once, rng, runs, scale, sha256
 from ..data.audit import note_opening
 from ..data.clips import MouseDataset
+from ..data.inputs import comparable, open_for
 from ..models.adapters import Adapters, check_targets
 from .features import cached_features, fingerprint, source
 from .heads import RECIPE, fresh_head, reverse_correlate, train_head
@@ -231,8 +232,9 @@ class Grid:
             raise DataError("a grid without configurations or seeds", expected="one or more of each")
         model = fresh_head(root, core)
         self._check(model)
+        self._config = model.config
         self._plan = {
-            "data": source(MouseDataset(root, "train"))["content"], "model": model_content(model), "last": last,
+            "data": source(open_for(model, root, "train"))["content"], "model": model_content(model), "last": last,
             "head": self.head, "options": options,
         }  # fmt: skip
         configurations = [asdict(c) for c in self.configurations.values()]
@@ -281,7 +283,7 @@ class Grid:
         progress: bool = True,  # a line when a run is finished
     ) -> Grid:  # the grid itself
         "Run what is missing; other processes and machines may do the same at the same time."
-        train, validation = (MouseDataset(self.root, tier) for tier in ("train", "validation"))
+        train, validation = (open_for(self._config, self.root, tier) for tier in ("train", "validation"))
 
         def suggest(trial: Trial) -> Cell:
             name = trial.suggest_categorical("configuration", list(self.configurations))
@@ -340,7 +342,7 @@ class Grid:
         self,
     ) -> dict[tuple[str, int], np.ndarray]:  # (configuration, seed) -> (samples, neurons, last)
         "Responses to the test tier, once for each run: kept in its folder, and read from there afterwards."
-        test, found = MouseDataset(self.root, "test"), {}
+        test, found = open_for(self._config, self.root, "test"), {}
         content = fingerprint(test)
         for name, seed in self.table()[["configuration", "seed"]].itertuples(index=False):
             path = self.folder / f"{name}-seed{seed}" / "test.npy"
@@ -352,7 +354,7 @@ class Grid:
                 load_model(model, best)
                 features = path.parent / "features"
                 data = cached_features(model, test, features, self.last, batch_size=8, progress=False)
-                return predict(model.eval(), data, self.last, batch_size=8)
+                return comparable(test, predict(model.eval(), data, self.last, batch_size=8))
 
             made_from = {"data": content, "model": sha256(best), "last": self.last}
             found[name, int(seed)] = made_once(path, made_from, make)
@@ -364,9 +366,13 @@ def clip_folds(
     root: str | Path,  # dataset folder; its test tier is left alone
     folds: int = 5,
     seed: int = 0,  # of the order of clips
+    model: Any = None,  # whose input it is to be; None: the default normalisation
 ) -> list[tuple[Subset, Subset]]:  # (train, validation) of each fold, as `fit` takes them
     "Training and validation tiers dealt anew: every clip is in the validation part of one fold, with all its repeats."
-    tiers = [MouseDataset(root, tier) for tier in ("train", "validation")]
+    tiers = [
+        MouseDataset(root, tier) if model is None else open_for(model, root, tier)
+        for tier in ("train", "validation")
+    ]
     together = ConcatDataset(tiers)
     clip = np.concatenate([tier.samples["clip"].to_numpy() for tier in tiers])
     clips = rng(seed, "folds").permutation(np.unique(clip))
@@ -399,10 +405,11 @@ def cross_validate(
     )
     check_options(**head_options)
     check_options(**{"last": last, "seed": seed, **configuration.options, **options})
+    first = fresh_head(root, core)
     if configuration.adapters is not None:
-        check_targets(fresh_head(root, core), configuration.adapters)
+        check_targets(first, configuration.adapters)
     rows = []
-    for k, fold in enumerate(clip_folds(root, folds, seed)):
+    for k, fold in enumerate(clip_folds(root, folds, seed, first)):
         model = fresh_head(root, core, seed=seed)
         reverse_correlate(model, *fold, last)
         common = {"last": last, "seed": seed, "progress": False}

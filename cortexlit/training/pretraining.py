@@ -103,6 +103,7 @@ class Recipe:
             neurons={}, frames=140, max_frames=140, patch=(13, 20, 20), stride=(1, 4, 4), core_state=False,
             emb_dim=self.types, heads=4, head_dim=self.types // 4, mlp_dim=2 * self.types, spatial_depth=1,
             temporal_depth=2, patch_dropout=0.0, attention_dropout=0.0, ff_dropout=0.0, drop_path=0.0,
+            rate=30.0,
         )  # fmt: skip
 
 # %% ../../neuro_nbs/07_pretraining.ipynb #994a1fd1

@@ -73,6 +73,7 @@ from cortexlit.core import (
 from ..data.audit import audit
 from ..data.checks import finite
 from ..data.clips import MouseDataset
+from ..data.inputs import check_inputs, open_for
 from ..models.adapters import Adapters, add_adapters, check_targets, merged, save_adapters
 from ..models.losses import LOSSES
 from cortexlit.training.features import (
@@ -602,12 +603,14 @@ def _mice(model: PreTrainedModel, dataset: Any) -> tuple[dict[str, Any], dict[st
                 f"the model has no mouse {mouse!r}", expected=f"one of {names}", fix="model.add_mouse(...)"
             )
         if isinstance(given, str | Path):
-            given = [MouseDataset(given, tier) for tier in ("train", "validation")]
+            given = [open_for(model, given, tier) for tier in ("train", "validation")]
         if len(given) != 2:
             raise DataError(
                 f"mouse {mouse}: {type(given).__name__}", expected="a dataset folder, or (train, validation)"
             )
         train[mouse], validation[mouse] = given
+        for part in given:
+            check_inputs(model, part)
         if not len(train[mouse]):
             raise DataError("no training samples", "one or more", path=mouse and f"mouse {mouse}")
         if mouse is None:
@@ -970,6 +973,7 @@ def predict(
     batch_size: int = 1,  # samples in one pass
 ) -> np.ndarray:  # (samples, neurons, last), or (samples, outputs); float32, in the unit of the labels
     "Responses to every sample of a dataset, without dropout or sampling."
+    check_inputs(model, dataset)
     was, device, out = model.training, next(model.parameters()).device, []
     mouse = {"mouse_id": mouse_id} if hasattr(model.config, "neurons") else {}
     model.eval()
