@@ -475,8 +475,9 @@ def test_published_options_get_their_names(published):
     config = published_config(
         {"input_shapes": {"video": [1, 140, 36, 64]}, "output_shapes": {"A": [227, 140]}}
     )
+    fed = {"normalisation": None, "channels": ["pupil_area", "running"], "rate": 30.0}  # it does not say how
     assert {k: v for k, v in config.to_dict().items() if k != "transformers_version"} == {
-        k: v for k, v in ViV1TConfig().to_dict().items() if k != "transformers_version"
+        k: v for k, v in (ViV1TConfig().to_dict() | fed).items() if k != "transformers_version"
     }
     other = published_config(
         {"modulator_mode": 4, "output_mode": 0, "shifter_mode": 0, "readout_grid_mode": 0}

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['RECIPE', 'CONTROLS', 'fresh_head', 'reverse_correlate', 'ShuffledLabels', 'train_head', 'head_predictions']
+__all__ = ['RECIPE', 'CONTROLS', 'fresh_head', 'reverse_correlate', 'ShuffledLabels', 'train_head', 'head_predictions', 'at_rate']
 
 # %% ../../neuro_nbs/08_head_training.ipynb #114a97cc
 import hashlib
@@ -233,3 +233,13 @@ def head_predictions(
         kept = cached_features(done.model, test, last=last, batch_size=8, progress=False)
         found[names[control], seed] = comparable(test, predict(done.model, kept, last=last, batch_size=8))
     return found
+
+
+def at_rate(
+    core: str | Path,  # core folder, or published run
+    rate: float,  # Hz, of what it is to be fed
+    folder: str | Path,  # gets the copy
+) -> Path:  # `folder`, to be given as core
+    "A copy of a core that takes another frame rate: a choice, for its filters get another length in seconds."
+    ViV1T.from_published(core, core_only=True, rate=float(rate)).save_core(folder)
+    return Path(folder)
