@@ -356,11 +356,13 @@ def models(root: Path) -> dict[str, tuple[type, Path]]:
     import toy_training
 
     from cortexlit.models.autoencoders import VAE, VAEConfig
+    from cortexlit.models.gan import GAN, GANConfig
 
     made = {
         "viv1t": toy_training.tiny_model(), "v1t": test_v1t.tiny_model(), "vit3d": test_vit3d.model(),
         "cnn_vit": test_cnn_vit.model(), "classifier": test_classifiers.small(),
         "vae": VAE(VAEConfig(inputs=5, labels=2, hidden=(4,))),
+        "gan": GAN(GANConfig(inputs=5, labels=2, latents=3, hidden=(4,), judge=(4,))),
     }  # fmt: skip
     for name, model in made.items():
         model.save_pretrained(root / name)

@@ -1044,7 +1044,7 @@ NAMES = [
     "adapters, options", "adapters, head", "features", "features, card", "run", "run, card", "published, options",
     "published, weights", "core", "core, options", "model viv1t", "model viv1t, options", "model v1t",
     "model v1t, options", "model vit3d", "model vit3d, options", "model cnn_vit", "model cnn_vit, options",
-    "model classifier", "model classifier, options", "model vae", "model vae, options", "clips, behavior.npy", "clips, card.json",
+    "model classifier", "model classifier, options", "model vae", "model vae, options", "model gan", "model gan, options", "clips, behavior.npy", "clips, card.json",
     "clips, neurons.csv", "clips, responses.npy", "clips, samples.csv", "clips, statistics.json",
     "clips, videos.npy", "folds, card.json", "folds, samples.csv", "folds, 0/card.json", "scenes, behavior.npy", "scenes, card.json", "scenes, images.npy", "scenes, neurons.csv",
     "scenes, responses.npy", "scenes, samples.csv", "scenes, statistics.json", "cache, card.json",
