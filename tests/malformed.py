@@ -356,6 +356,7 @@ def models(root: Path) -> dict[str, tuple[type, Path]]:
     import toy_training
 
     from cortexlit.models.autoencoders import VAE, VAEConfig
+    from cortexlit.models.diffusion import Diffusion, DiffusionConfig
     from cortexlit.models.gan import GAN, GANConfig
 
     made = {
@@ -363,6 +364,7 @@ def models(root: Path) -> dict[str, tuple[type, Path]]:
         "cnn_vit": test_cnn_vit.model(), "classifier": test_classifiers.small(),
         "vae": VAE(VAEConfig(inputs=5, labels=2, hidden=(4,))),
         "gan": GAN(GANConfig(inputs=5, labels=2, latents=3, hidden=(4,), judge=(4,))),
+        "diffusion": Diffusion(DiffusionConfig(inputs=5, labels=2, hidden=(4,), rank=2)),
     }  # fmt: skip
     for name, model in made.items():
         model.save_pretrained(root / name)
