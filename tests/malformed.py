@@ -357,12 +357,16 @@ def models(root: Path) -> dict[str, tuple[type, Path]]:
 
     from cortexlit.models.autoencoders import VAE, VAEConfig
     from cortexlit.models.flows import FlowMatching, FlowMatchingConfig
+    from cortexlit.models.diffusion import Diffusion, DiffusionConfig
+    from cortexlit.models.gan import GAN, GANConfig
 
     made = {
         "viv1t": toy_training.tiny_model(), "v1t": test_v1t.tiny_model(), "vit3d": test_vit3d.model(),
         "cnn_vit": test_cnn_vit.model(), "classifier": test_classifiers.small(),
         "vae": VAE(VAEConfig(inputs=5, labels=2, hidden=(4,))),
         "flow": FlowMatching(FlowMatchingConfig(inputs=5, labels=2, hidden=(4,))),
+        "gan": GAN(GANConfig(inputs=5, labels=2, latents=3, hidden=(4,), judge=(4,))),
+        "diffusion": Diffusion(DiffusionConfig(inputs=5, labels=2, hidden=(4,), rank=2)),
     }  # fmt: skip
     for name, model in made.items():
         model.save_pretrained(root / name)

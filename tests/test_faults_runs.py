@@ -624,7 +624,9 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-@pytest.mark.parametrize("name", ["viv1t", "v1t", "vit3d", "cnn_vit", "classifier", "vae", "flow"])
+@pytest.mark.parametrize(
+    "name", ["viv1t", "v1t", "vit3d", "cnn_vit", "classifier", "vae", "gan", "diffusion", "flow"]
+)
 def test_a_saved_model_is_read_back_whole(saved, tmp_path, name, how):
     kind, folder = saved[name]
     want = kind.from_pretrained(folder).state_dict()  # the control
