@@ -283,11 +283,11 @@ def _metrics(
     p, z = (predictions, y) if fold is None else (_within(a[..., -last:], fold) for a in (predictions, y))
     return {
         "single-trial correlation": (single_trial_correlation(predictions, y, last, reduce=None), clip),
-        "flattened correlation": (flattened_correlation(p, z, last, reduce="table"), clip),
+        "flattened correlation": (flattened_correlation(p, z, last, reduce="table", clip=clip), each),
         "correlation to average": (correlation_to_average(p, z, clip, last, reduce="table"), each)
         if repeated
         else None,
-        "FEVE": (feve(predictions, y, clip, last, reduce="table"), clip) if repeated else None,
+        "FEVE": (feve(predictions, y, clip, last, reduce="table"), each) if repeated else None,
     }
 
 # %% ../../neuro_nbs/05_baseline.ipynb #4d4ff7ba
