@@ -6,7 +6,8 @@ Simulated tables of scores with effects of clips, neurons and entries (coverage 
 responses with known signals (coverage for each metric); six models that do not differ (family-wise error of
 `compare`). Beside each coverage: that of an interval over neurons alone.
 
-With `--only metric family` the other cases stay as the file has them, with the provenance of their own run.
+With `--only metric family`, or `--only family --world "seed x model, three seeds"`, all other cases stay as the
+file has them, with the provenance of their own run.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ def of_families(experiments: int, clips: int, neurons: int, world: str, models: 
     }  # fmt: skip
 
 
-def _cases(part: str, n: int, families: int) -> list[dict[str, object]]:
+def _cases(part: str, n: int, families: int, worlds: list[str]) -> list[dict[str, object]]:
     "All cases of one part; a line for each size that is done."
     cases: list[dict[str, object]] = []
     if part == "mean":
@@ -147,7 +148,7 @@ def _cases(part: str, n: int, families: int) -> list[dict[str, object]]:
             cases += of_metrics(n // 2, clips, repeats, 64)
             print(f"metrics on {clips} clips: done", flush=True)
         return cases
-    for world in MODELS:
+    for world in worlds:
         many = 5 * families if "seed x model" in world else families  # where 200 left a doubt
         cases += [of_families(many, c, 64, world) for c in (6, 20)]
         print(f"six models, {world}: done", flush=True)
@@ -162,14 +163,21 @@ def main() -> None:
     parser.add_argument("--experiments", type=int, default=1000, help="for each mean; metrics: half")
     parser.add_argument("--families", type=int, default=200, help="experiments for each family of models")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to make anew")
+    parser.add_argument("--world", choices=MODELS, help="of the families: this one alone")
     args = parser.parse_args()
-    old = read_json(args.out) if set(args.only) < set(PARTS) else {"cases": [], "provenance": {}}
+    if args.world and args.only != ["family"]:
+        parser.error("--world goes with --only family")
+    whole = set(args.only) == set(PARTS) and not args.world
+    old = {"cases": [], "provenance": {}} if whole else read_json(args.out)
     n, made, source = args.experiments, [], dict(old["provenance"])
     for part in args.only:
         start = time.process_time()
-        made += _cases(part, n, args.families)
-        source[part] = provenance(seconds=time.process_time() - start, seed=0)
-    kept = [case for case in old["cases"] if case["part"] not in args.only]
+        made += _cases(part, n, args.families, [args.world] if args.world else list(MODELS))
+        source[f"{part}, {args.world}" if args.world else part] = provenance(
+            seconds=time.process_time() - start, seed=0
+        )
+    anew = {(case["part"], case.get("world")) for case in made}
+    kept = [case for case in old["cases"] if (case["part"], case.get("world")) not in anew]
     cases = sorted(kept + made, key=lambda case: PARTS.index(case["part"]))
     write_json(args.out, {"cases": cases, "provenance": source})
     for case in cases:
