@@ -185,6 +185,21 @@ def _flattened(*moments: np.ndarray) -> np.ndarray:
     return _pearson(squares, products, _constant(total[None], centre[:, None], squares[:, None])[:, 0])
 
 
+def _grouped(clip: Sequence | np.ndarray, samples: int, fewest: int = 1) -> list[np.ndarray]:
+    "Sample indices of each clip; every clip must have `fewest` or more."
+    clip = np.asarray(clip)
+    if clip.shape != (samples,):
+        raise DataError(f"clip has shape {clip.shape}", expected=f"one clip id per sample: ({samples},)")
+    names, place, count = np.unique(clip, return_inverse=True, return_counts=True)
+    if (count < fewest).any():
+        raise DataError(
+            f"{(count < fewest).sum()} of {len(names)} clips have one repeat, e.g. clip {names[count < fewest][0]}",
+            expected="two or more repeats of each clip",
+            fix="leave out those samples, or use a metric that needs no repeats",
+        )
+    return np.split(np.argsort(place, kind="stable"), np.cumsum(count)[:-1])
+
+
 def _by_clip(groups: list[np.ndarray], *moments: np.ndarray) -> list[np.ndarray]:
     "The four sums of each clip, from those of its samples."
     parts = [_merged(*(m[..., members, :] for m in moments)) for members in groups]
@@ -222,21 +237,6 @@ def flattened_correlation(
     return _reduced(_flattened(*moments), reduce, shares)
 
 # %% ../../neuro_nbs/04_metrics.ipynb #c403ef4c
-def _grouped(clip: Sequence | np.ndarray, samples: int, fewest: int = 1) -> list[np.ndarray]:
-    "Sample indices of each clip; every clip must have `fewest` or more."
-    clip = np.asarray(clip)
-    if clip.shape != (samples,):
-        raise DataError(f"clip has shape {clip.shape}", expected=f"one clip id per sample: ({samples},)")
-    names, place, count = np.unique(clip, return_inverse=True, return_counts=True)
-    if (count < fewest).any():
-        raise DataError(
-            f"{(count < fewest).sum()} of {len(names)} clips have one repeat, e.g. clip {names[count < fewest][0]}",
-            expected="two or more repeats of each clip",
-            fix="leave out those samples, or use a metric that needs no repeats",
-        )
-    return np.split(np.argsort(place, kind="stable"), np.cumsum(count)[:-1])
-
-
 def _repeats(clip: Sequence | np.ndarray, samples: int) -> list[np.ndarray]:
     "Sample indices of each clip; every clip must have two or more."
     return _grouped(clip, samples, fewest=2)
