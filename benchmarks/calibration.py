@@ -83,12 +83,18 @@ def _responses(draw: np.random.Generator, clips: int, repeats: int, neurons: int
     return guess[clip], signal[clip] + noise, clip
 
 
+def _same_neurons(p: np.ndarray, y: np.ndarray, clip: np.ndarray) -> np.ndarray:
+    "r2_ER where FEVE is defined, as score sheets show it: without a signal to speak of its values are wild."
+    return np.where(np.isnan(feve(p, y, clip, reduce="table")), np.nan, r2_er(p, y, clip, reduce="table"))
+
+
 METRICS: dict[str, Callable] = {
     "single-trial correlation": lambda p, y, c: (single_trial_correlation(p, y, reduce=None), c),
     "flattened correlation": lambda p, y, c: (flattened_correlation(p, y, reduce="table", clip=c), None),
     "correlation to average": lambda p, y, c: (correlation_to_average(p, y, c, reduce="table"), None),
     "CC_norm": lambda p, y, c: (cc_norm(p, y, c, reduce="table"), None),
     "r2_ER": lambda p, y, c: (r2_er(p, y, c, reduce="table"), None),
+    "r2_ER, neurons of FEVE": lambda p, y, c: (_same_neurons(p, y, c), None),
     "FEVE": lambda p, y, c: (feve(p, y, c, reduce="table"), None),
 }
 
