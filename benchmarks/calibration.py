@@ -4,7 +4,10 @@
 
 Simulated tables of scores with effects of clips, neurons and entries (coverage of one mean); simulated
 responses with known signals (coverage for each metric); six models that do not differ (family-wise error of
-`compare`); and a model that abstains. Beside each: the interval over neurons alone.
+`compare`). Beside each coverage: that of an interval over neurons alone.
+
+With `--only metric family`, or `--only family --world "seed x model, three seeds"`, all other cases stay as the
+file has them, with the provenance of their own run.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from scipy.signal import lfilter
 
-from cortexlit.core import provenance, rng, write_json
+from cortexlit.core import provenance, read_json, rng, write_json
 from cortexlit.evaluation.comparison import compare
 from cortexlit.evaluation.intervals import score_interval
 from cortexlit.evaluation.metrics import (
@@ -26,6 +29,7 @@ from cortexlit.evaluation.metrics import (
     feve,
     flattened_correlation,
     mean_score,
+    r2_er,
     single_trial_correlation,
 )
 
@@ -44,6 +48,8 @@ MODELS = {  # standard deviations of each model's own effects of clips, neurons 
     "clip x model, three seeds": (0.5, 0.0, 0.0, 3, False),
     "seed x model, three seeds": (0.0, 0.0, 0.2, 3, False),
 }
+
+PARTS = ("mean", "metric", "family")
 
 
 def of_means(experiments: int, clips: int, neurons: int, world: str) -> dict[str, object]:
@@ -77,12 +83,19 @@ def _responses(draw: np.random.Generator, clips: int, repeats: int, neurons: int
     return guess[clip], signal[clip] + noise, clip
 
 
+def _same_neurons(p: np.ndarray, y: np.ndarray, clip: np.ndarray) -> np.ndarray:
+    "r2_ER where FEVE is defined, as score sheets show it: without a signal to speak of its values are wild."
+    return np.where(np.isnan(feve(p, y, clip, reduce="table")), np.nan, r2_er(p, y, clip, reduce="table"))
+
+
 METRICS: dict[str, Callable] = {
     "single-trial correlation": lambda p, y, c: (single_trial_correlation(p, y, reduce=None), c),
-    "flattened correlation": lambda p, y, c: (flattened_correlation(p, y, reduce="table"), c),
+    "flattened correlation": lambda p, y, c: (flattened_correlation(p, y, reduce="table", clip=c), None),
     "correlation to average": lambda p, y, c: (correlation_to_average(p, y, c, reduce="table"), None),
     "CC_norm": lambda p, y, c: (cc_norm(p, y, c, reduce="table"), None),
-    "FEVE": lambda p, y, c: (feve(p, y, c, reduce="table"), c),
+    "r2_ER": lambda p, y, c: (r2_er(p, y, c, reduce="table"), None),
+    "r2_ER, neurons of FEVE": lambda p, y, c: (_same_neurons(p, y, c), None),
+    "FEVE": lambda p, y, c: (feve(p, y, c, reduce="table"), None),
 }
 
 
@@ -103,7 +116,8 @@ def of_metrics(experiments: int, clips: int, repeats: int, neurons: int) -> list
         truth = value.mean()
         rows.append({
             "part": "metric", "metric": name, "clips": clips, "repeats": repeats, "neurons": neurons,
-            "experiments": experiments, "truth": truth, "coverage": np.mean((low < truth) & (truth < high)),
+            "experiments": experiments, "truth": truth, "spread": value.std(ddof=1),
+            "median_half_width": np.median(high - low) / 2, "coverage": np.mean((low < truth) & (truth < high)),
             "coverage_neurons_alone": np.mean(abs(value - truth) < alone),
         })  # fmt: skip
     return rows
@@ -130,6 +144,23 @@ def of_families(experiments: int, clips: int, neurons: int, world: str, models: 
     }  # fmt: skip
 
 
+def _cases(part: str, n: int, families: int, worlds: list[str]) -> list[dict[str, object]]:
+    "All cases of one part; a line for each size that is done."
+    cases: list[dict[str, object]] = []
+    if part == "mean":
+        return [of_means(n, c, m, world) for world in WORLDS for c in (5, 6, 12, 30) for m in (64, 300)]
+    if part == "metric":
+        for clips, repeats in ((6, 10), (12, 4), (31, 2)):
+            cases += of_metrics(n // 2, clips, repeats, 64)
+            print(f"metrics on {clips} clips: done", flush=True)
+        return cases
+    for world in worlds:
+        many = 5 * families if "seed x model" in world else families  # where 200 left a doubt
+        cases += [of_families(many, c, 64, world) for c in (6, 20)]
+        print(f"six models, {world}: done", flush=True)
+    return cases
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -137,19 +168,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--experiments", type=int, default=1000, help="for each mean; metrics: half")
     parser.add_argument("--families", type=int, default=200, help="experiments for each family of models")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to make anew")
+    parser.add_argument("--world", choices=MODELS, help="of the families: this one alone")
     args = parser.parse_args()
-    start, n = time.process_time(), args.experiments
-    cases = [of_means(n, c, m, world) for world in WORLDS for c in (5, 6, 12, 30) for m in (64, 300)]
-    print(f"means done, {time.process_time() - start:.0f} s of one core", flush=True)
-    for clips, repeats in ((6, 10), (12, 4), (31, 2)):
-        cases += of_metrics(n // 2, clips, repeats, 64)
-        print(f"metrics on {clips} clips done, {time.process_time() - start:.0f} s", flush=True)
-    for world in MODELS:
-        cases += [of_families(args.families, c, 64, world) for c in (6, 20)]
-        print(f"six models, {world}: done, {time.process_time() - start:.0f} s", flush=True)
-    write_json(
-        args.out, {"cases": cases, "provenance": provenance(seconds=time.process_time() - start, seed=0)}
-    )
+    if args.world and args.only != ["family"]:
+        parser.error("--world goes with --only family")
+    whole = set(args.only) == set(PARTS) and not args.world
+    old = {"cases": [], "provenance": {}} if whole else read_json(args.out)
+    n, made, source = args.experiments, [], dict(old["provenance"])
+    for part in args.only:
+        start = time.process_time()
+        made += _cases(part, n, args.families, [args.world] if args.world else list(MODELS))
+        source[f"{part}, {args.world}" if args.world else part] = provenance(
+            seconds=time.process_time() - start, seed=0
+        )
+    anew = {(case["part"], case.get("world")) for case in made}
+    kept = [case for case in old["cases"] if (case["part"], case.get("world")) not in anew]
+    cases = sorted(kept + made, key=lambda case: PARTS.index(case["part"]))
+    write_json(args.out, {"cases": cases, "provenance": source})
     for case in cases:
         print({k: round(v, 3) if isinstance(v, float) else v for k, v in case.items()})
 

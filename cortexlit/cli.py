@@ -812,6 +812,7 @@ def things_score(
       cortexlit things score _data/things-02 --ratings ~/THINGSplus --run _runs/parcels-02 --out _runs/things-02
       cortexlit things score _data/things-02 --ratings ~/THINGSplus --bands early
     """
+    from cortexlit.data.audit import models_named, note_opening
     from cortexlit.data.things import split_by_concept
     from cortexlit.evaluation.decoding import score_subject
 
@@ -822,12 +823,15 @@ def things_score(
     split = split_by_concept(data.trials, folds, seed)
     split.audit()
     responses = data.responses.astype(float)
+    name = f"{cache.name}, subject {data.card['subject']}, {rois}"
+    runs = {folder.name: _predictions(folder, data, split) for folder in run or ()}
     sheet = score_subject(
-        responses, data.labels.astype(float), data.trials["concept"].to_numpy(), split, data.properties,
-        {folder.name: _predictions(folder, data, split) for folder in run or ()},
+        responses, data.labels.astype(float), data.trials["concept"].to_numpy(), split, data.properties, runs,
         bands=None if bands is None else _bands(responses, data, bands), permutations=permutations,
-        dataset=f"{cache.name}, subject {data.card['subject']}, {rois}", seed=seed,
+        dataset=name, seed=seed,
     )  # fmt: skip
+    if count := note_opening(cache, models_named(runs), "things score", split.hash):
+        sheet.opened[name] = count
     _tell_sheet(sheet, out, as_json, _show_decoding)
 
 

@@ -356,8 +356,8 @@ def models(root: Path) -> dict[str, tuple[type, Path]]:
     import toy_training
 
     from cortexlit.models.autoencoders import VAE, VAEConfig
-    from cortexlit.models.flows import FlowMatching, FlowMatchingConfig
     from cortexlit.models.diffusion import Diffusion, DiffusionConfig
+    from cortexlit.models.flows import FlowMatching, FlowMatchingConfig
     from cortexlit.models.gan import GAN, GANConfig
 
     made = {

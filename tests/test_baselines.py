@@ -1,5 +1,7 @@
 """The score sheet of a dataset folder takes predictions of further models."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from toys import toy_recording
@@ -70,7 +72,20 @@ def test_the_truth_is_the_ceiling_where_it_is_known(folder):
     sheet = score_dataset(folder, last=9, truth=known)
     for metric in ("single-trial correlation", "flattened correlation"):
         np.testing.assert_allclose(one(sheet, metric, "ceiling"), one(sheet, metric)[TRUTH])
-    assert (one(sheet, "FEVE", "ceiling") == 1).all()
+    assert (one(sheet, "FEVE", "ceiling") == 1).all() and (one(sheet, "r2_ER", "ceiling") == 1).all()
+
+
+def test_r2_er_and_feve_speak_of_the_same_neurons():
+    g = np.random.default_rng(0)
+    signal, clip = g.normal(size=(6, 5, 20)), np.repeat(np.arange(6), 3)
+    y = signal[clip] + np.array([0.3, 0.5, 4, 8, 0.4])[:, None] * g.normal(size=(18, 5, 20))
+    data = SimpleNamespace(labels=y, clip=clip)
+    tables = {m: v[0] for m, v in baselines._metrics(signal[clip], data, 20).items()}
+    assert np.array_equal(np.isnan(tables["FEVE"]), np.isnan(tables["r2_ER"]))
+    assert 0 < np.isnan(tables["FEVE"][0]).sum() < 5
+    assert np.nanmean(tables["r2_ER"]) == pytest.approx(1, abs=0.1)
+    once = baselines._metrics(signal, SimpleNamespace(labels=signal, clip=np.arange(6)), 20)
+    assert [m for m, v in once.items() if v is None] == ["correlation to average", "FEVE", "r2_ER"]
 
 
 def test_baselines_at_hand_are_not_fitted_again(folder, monkeypatch):

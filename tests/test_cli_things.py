@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from cortexlit import cli
 from cortexlit.core import DataError
+from cortexlit.data.audit import openings
 from cortexlit.data.things import (
     ThingsDataset,
     build_things,
@@ -18,6 +20,7 @@ from cortexlit.data.things import (
     write_things,
 )
 from cortexlit.evaluation.decoding import score_subject
+from cortexlit.evaluation.scores import ScoreSheet
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 
@@ -113,6 +116,17 @@ def test_banded_ridge_is_early_visual_cortex_against_the_rest(study, cache, tmp_
     expected = [r.value for r in sheet.rows if r.model == "banded ridge" and not math.isnan(r.value)]
     found = [r["value"] for r in rows if r["model"] == "banded ridge" and r["value"] is not None]
     assert code == 0 and len(found) == 30 and np.allclose(found, expected)
+
+
+def test_opening_the_test_of_a_subject_is_counted_by_split(study, cache, tmp_path, capsys, monkeypatch):
+    folder = shutil.copytree(cache, tmp_path / "02")
+    words = ["score", folder, "--ratings", study / "ratings", "--permutations", "0", "--folds", "3"]
+    for seed in (0, 0, 1):
+        out = tmp_path / f"scores-{seed}"
+        assert run(capsys, monkeypatch, *words, "--seed", str(seed), "--out", out)[0] == 0
+    assert list(ScoreSheet.load(tmp_path / "scores-0").opened.values()) == [2]
+    assert list(ScoreSheet.load(tmp_path / "scores-1").opened.values()) == [1]
+    assert openings(folder)[["by", "function"]].to_numpy().tolist() == [["baselines", "things score"]] * 3
 
 
 def test_ratings_of_ones_choice(study, cache, tmp_path, capsys, monkeypatch):

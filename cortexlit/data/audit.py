@@ -472,12 +472,13 @@ def note_opening(
     root: str | Path,  # a dataset folder
     by: str,  # model or run
     function: str,  # that scored it
+    split: str | None = None,  # hash of the split; None: the one that the folder's card names
 ) -> (
     int | None
 ):  # times that the test tier of this split was opened, this one included; None: nothing can be written there
     "Note that a test tier is opened; safe for several processes at once. A folder that cannot be written says so in a line."
     path = Path(root) / _LIST
-    split = str(read_json(Path(root) / "card.json").get("split_hash"))
+    split = str(read_json(Path(root) / "card.json").get("split_hash")) if split is None else split
     try:
         with locked(path):
             table = openings(root)

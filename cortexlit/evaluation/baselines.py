@@ -24,6 +24,7 @@ from cortexlit.evaluation.metrics import (
     feve,
     flattened_correlation,
     mean_score,
+    r2_er,
     single_trial_correlation,
 )
 from .scores import ScoreSheet
@@ -274,21 +275,26 @@ def _within(x: np.ndarray, fold: np.ndarray) -> np.ndarray:
     return out
 
 
+_REPEATED = ("correlation to average", "FEVE", "r2_ER")  # metrics that need repeats
+
+
 def _metrics(
     predictions: np.ndarray, data: TierArrays, last: int, fold: np.ndarray | None = None
 ) -> dict[str, tuple[np.ndarray, np.ndarray] | None]:
     "metric -> (rows, neurons) table and the clip of each row; None where the tier has no repeats."
     y, clip = data.labels[..., -predictions.shape[-1] :], data.clip
-    repeated, each = np.unique(clip, return_counts=True)[1].min() > 1, np.unique(clip)
+    each, shown = np.unique(clip, return_counts=True)
     p, z = (predictions, y) if fold is None else (_within(a[..., -last:], fold) for a in (predictions, y))
-    return {
+    found: dict[str, tuple[np.ndarray, np.ndarray] | None] = {
         "single-trial correlation": (single_trial_correlation(predictions, y, last, reduce=None), clip),
-        "flattened correlation": (flattened_correlation(p, z, last, reduce="table"), clip),
-        "correlation to average": (correlation_to_average(p, z, clip, last, reduce="table"), each)
-        if repeated
-        else None,
-        "FEVE": (feve(predictions, y, clip, last, reduce="table"), clip) if repeated else None,
+        "flattened correlation": (flattened_correlation(p, z, last, reduce="table", clip=clip), each),
     }
+    if shown.min() < 2:
+        return found | dict.fromkeys(_REPEATED)
+    explained = feve(predictions, y, clip, last, reduce="table")
+    squared = np.where(np.isnan(explained), np.nan, r2_er(p, z, clip, last, reduce="table"))  # same neurons
+    average = correlation_to_average(p, z, clip, last, reduce="table")
+    return found | {m: (v, each) for m, v in zip(_REPEATED, (average, explained, squared), strict=True)}
 
 # %% ../../neuro_nbs/05_baseline.ipynb #4d4ff7ba
 def clip_baselines(
@@ -402,7 +408,7 @@ def _sheet(
     )
     halves = _halves(parts, last, fold)
     estimated = {metric: mean_score(values) for metric, values in halves.items()}
-    ceilings = known | (means[TRUTH] if TRUTH in means else estimated) | {"FEVE": 1.0}
+    ceilings = known | (means[TRUTH] if TRUTH in means else estimated) | {"FEVE": 1.0, "r2_ER": 1.0}
     for metric, ceiling in ceilings.items():
         limits = {"baseline": means[reference].get(metric, np.nan), "ceiling": ceiling}
         for label, table in tables.items():
@@ -414,7 +420,7 @@ def _sheet(
                 if values is None
                 else ""
             )
-            if label == ORACLE and metric in ("correlation to average", "FEVE"):
+            if label == ORACLE and metric in _REPEATED:
                 values, note = None, "other repeats contain the test trials they would be compared with"
             values, rows = (None, None) if values is None else values
             model, seed = label if isinstance(label, tuple) else (label, None)

@@ -28,9 +28,9 @@ from ..core import DataError
 from ..data.checks import load_table
 from ..data.clips import TierArrays, check_folder, load_tier
 from ..data.folds import fold_folders
-from .baselines import _metrics, behaviour_ridge, blind_mean, motion_energy_ridge
+from .baselines import _within, behaviour_ridge, blind_mean, motion_energy_ridge
 from .intervals import MIN_CLIPS
-from .metrics import mean_score
+from .metrics import flattened_correlation, mean_score, single_trial_correlation
 
 # %% ../../neuro_nbs/04e_design.ipynb #04e00009
 def _sums_of_pairs(x: np.ndarray, place: np.ndarray) -> dict[str, float]:
@@ -292,6 +292,17 @@ def _of_row(row: pd.Series) -> Components:
     return Components(*(float(row[name]) ** 2 for name in Components._fields))
 
 # %% ../../neuro_nbs/04e_design.ipynb #04e00025
+def _by_sample(
+    predictions: np.ndarray, train: TierArrays, last: int, block: np.ndarray
+) -> dict[str, np.ndarray]:
+    "Score -> (samples, neurons): what each sample adds, because repeats of a clip differ, too."
+    p, y = (_within(a[..., -last:], block) for a in (predictions, train.labels))
+    return {
+        SCORES[0]: single_trial_correlation(predictions, train.labels, last, reduce=None),
+        SCORES[1]: flattened_correlation(p, y, reduce="table"),
+    }
+
+
 def _reachable(train: TierArrays, last: int, block: np.ndarray) -> dict[str, float]:
     "What the mean of all other repeats scores, by each score; NaN where a clip was shown once."
     if np.unique(train.clip, return_counts=True)[1].min() < 2:
@@ -300,8 +311,7 @@ def _reachable(train: TierArrays, last: int, block: np.ndarray) -> dict[str, flo
     for clip in np.unique(train.clip):
         traces = train.labels[train.clip == clip].astype(float)
         others[train.clip == clip] = (traces.sum(0) - traces) / (len(traces) - 1)
-    found = _metrics(others, train, last, block)
-    return {score: mean_score(found[score][0]) for score in SCORES}
+    return {score: mean_score(table) for score, table in _by_sample(others, train, last, block).items()}
 
 
 def _row(
@@ -355,19 +365,19 @@ def design(
     }
     rate, gap = card["rate"] or 30.0, int(card["options"].get("gap", 0))
     predictions, block = _out_of_block(train, validation, rate, blocks, gap)
-    tables = {name: _metrics(p, train, last, block) for name, p in predictions.items()}
+    tables = {name: _by_sample(p, train, last, block) for name, p in predictions.items()}
     scale, repeats = _reachable(train, last, block), len(train.clip) / shown
     rows = []
     for score in SCORES:
         own = effect * scale[score] / scale[SCORES[0]] if all(v > 0 for v in scale.values()) else effect
         for first, second in combinations(reversed(tables), 2):
-            difference = tables[first][score][0] - tables[second][score][0]
+            difference = tables[first][score] - tables[second][score]
             sizes = {"clips": clips, "neurons": difference.shape[1], "repeats": repeats}
             rows.append({"score": score, "pair": f"{first} - {second}"}
                         | _row(difference, train.clip, own, power, level, scale[score], **sizes))  # fmt: skip
     table = pd.DataFrame(rows)
     worst = table.groupby("score", sort=False)["share"].max()
-    undefined = np.isnan(next(iter(tables.values()))[SCORES[0]][0]).mean()
+    undefined = np.isnan(next(iter(tables.values()))[SCORES[0]]).mean()
     score = SCORES[1] if undefined > 0.5 or worst[SCORES[1]] < worst[SCORES[0]] else SCORES[0]
     hard = table[table["score"] == score].min(numeric_only=True)
     protocol = next((p for p in clips if hard[f"power, {p}"] >= power), "neither")

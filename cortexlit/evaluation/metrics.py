@@ -185,45 +185,61 @@ def _flattened(*moments: np.ndarray) -> np.ndarray:
     return _pearson(squares, products, _constant(total[None], centre[:, None], squares[:, None])[:, 0])
 
 
-def _shares(*moments: np.ndarray) -> np.ndarray:
-    "What each row adds to each neuron's correlation over all rows: (rows, neurons), the column's mean is the value."
-    count, means, squares, products = moments
-    r, (_, centre, total, _) = _flattened(*moments), _merged(*moments)
-    away = means - centre[:, None]
-    own, both = squares + count * away**2, products + count * away[0] * away[1]
-    safe = np.where(total > 0, total, 1)
-    change = both / np.sqrt(safe[0] * safe[1]) - r / 2 * (own / safe[:, None]).sum(0)
-    return r + np.where(r == 0, 0, len(count) * change)
+def _grouped(clip: Sequence | np.ndarray, samples: int, fewest: int = 1) -> list[np.ndarray]:
+    "Sample indices of each clip; every clip must have `fewest` or more."
+    clip = np.asarray(clip)
+    if clip.shape != (samples,):
+        raise DataError(f"clip has shape {clip.shape}", expected=f"one clip id per sample: ({samples},)")
+    names, place, count = np.unique(clip, return_inverse=True, return_counts=True)
+    if (count < fewest).any():
+        raise DataError(
+            f"{(count < fewest).sum()} of {len(names)} clips have one repeat, e.g. clip {names[count < fewest][0]}",
+            expected="two or more repeats of each clip",
+            fix="leave out those samples, or use a metric that needs no repeats",
+        )
+    return np.split(np.argsort(place, kind="stable"), np.cumsum(count)[:-1])
+
+
+def _by_clip(groups: list[np.ndarray], *moments: np.ndarray) -> list[np.ndarray]:
+    "The four sums of each clip, from those of its samples."
+    parts = [_merged(*(m[..., members, :] for m in moments)) for members in groups]
+    return [np.stack(part, -2) for part in zip(*parts, strict=True)]
+
+
+def _shares(score: Callable[[np.ndarray], np.ndarray], clips: int) -> np.ndarray:
+    "What each clip adds to each neuron's `score` of the clips given by number, (clips, neurons): its mean is the score."
+    every = np.arange(clips)
+    whole = score(every)
+    left = np.stack([score(np.delete(every, c)) for c in every]) if clips > 1 else whole[None]
+    change = (clips - 1) * np.where(np.isnan(left), 0, whole - left)  # undefined without a clip: no change
+    return whole + change - change.mean(0)
 
 # %% ../../neuro_nbs/04_metrics.ipynb #f6f21896
 def flattened_correlation(
     predictions: np.ndarray,  # (samples, neurons, frames)
     labels: np.ndarray,  # same shape
     last: int | None = None,  # score the last so many frames (Sensorium skips the first 50); None: all
-    reduce: Literal["mean", "table"] | None = "mean",  # None: (neurons,); "table": (samples, neurons) shares
+    reduce: Literal["mean", "table"] | None = "mean",  # None: (neurons,); "table": (clips, neurons) shares
     missing: Literal["raise", "skip"] = "raise",  # "skip": leave out frames where either is NaN
+    clip: Sequence | np.ndarray | None = None,  # (samples,) clip ids, for the table; None: each sample is one
 ) -> float | np.ndarray:  # NaN where the label is constant, 0 where only the prediction is
     "Pearson correlation per neuron over samples and frames together (Turishcheva et al. 2023)."
     if missing not in ("raise", "skip"):
         raise DataError(f"missing={missing!r}", expected="'raise' or 'skip'")
     predictions, labels = _window(last, predictions=predictions, labels=labels)
+    groups = _grouped(np.arange(len(labels)) if clip is None else clip, len(labels))
     moments = _moments(predictions, labels, missing == "skip")
-    return _reduced(_flattened(*moments), reduce, lambda: _shares(*moments))
+
+    def shares() -> np.ndarray:
+        each = moments if len(groups) == len(labels) else _by_clip(groups, *moments)
+        return _shares(lambda clips: _flattened(*(m[..., clips, :] for m in each)), len(groups))
+
+    return _reduced(_flattened(*moments), reduce, shares)
 
 # %% ../../neuro_nbs/04_metrics.ipynb #c403ef4c
 def _repeats(clip: Sequence | np.ndarray, samples: int) -> list[np.ndarray]:
     "Sample indices of each clip; every clip must have two or more."
-    clip = np.asarray(clip)
-    if clip.shape != (samples,):
-        raise DataError(f"clip has shape {clip.shape}", expected=f"one clip id per sample: ({samples},)")
-    names, place, count = np.unique(clip, return_inverse=True, return_counts=True)
-    if (count < 2).any():
-        raise DataError(
-            f"{(count < 2).sum()} of {len(names)} clips have one repeat, e.g. clip {names[count < 2][0]}",
-            expected="two or more repeats of each clip",
-            fix="leave out those samples, or use a metric that needs no repeats",
-        )
-    return np.split(np.argsort(place, kind="stable"), np.cumsum(count)[:-1])
+    return _grouped(clip, samples, fewest=2)
 
 # %% ../../neuro_nbs/04_metrics.ipynb #45873cc7
 def _average_moments(
@@ -246,15 +262,27 @@ def correlation_to_average(
     _require_finite(predictions=predictions, labels=labels)
     groups = _repeats(clip, len(labels))
     moments = _average_moments(predictions, labels, groups)
-    return _reduced(_flattened(*moments), reduce, lambda: _shares(*moments))
+
+    def score(clips: np.ndarray) -> np.ndarray:
+        return _flattened(*(m[..., clips, :] for m in moments))
+
+    return _reduced(_flattened(*moments), reduce, lambda: _shares(score, len(groups)))
 
 # %% ../../neuro_nbs/04_metrics.ipynb #9ceb3bbf
-def _variances(labels: np.ndarray, groups: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _label_parts(labels: np.ndarray, groups: list[np.ndarray]) -> tuple[np.ndarray, ...]:
+    "By clip: number of samples (clips, 1), variance between repeats (clips, neurons), and the four sums of the labels."
+    sizes = np.array([len(g) for g in groups])[:, None]
+    noise = np.stack([labels[g].var(0, ddof=1, dtype=float).mean(-1) for g in groups])
+    return sizes, noise, *_by_clip(groups, *_moments(labels, labels))
+
+
+def _variances(
+    sizes: np.ndarray, noise: np.ndarray, *moments: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Total variance per neuron, its part that differs between repeats, and whether the label varies at all."
-    count, centre, squares, _ = _merged(*_moments(labels, labels))
-    noise = sum(len(g) * labels[g].var(0, ddof=1, dtype=float).mean(-1) for g in groups)
+    count, centre, squares, _ = _merged(*moments)
     varies = ~_constant(count[None], centre[:1, None], squares[:1, None])[0, 0]
-    return squares[0] / (count - 1), noise / len(labels), varies
+    return squares[0] / (count - 1), (sizes * noise).sum(0) / sizes.sum(), varies
 
 # %% ../../neuro_nbs/04_metrics.ipynb #1567605a
 def explainable_variance(
@@ -265,27 +293,18 @@ def explainable_variance(
     "Fraction of each neuron's variance that repeats of the same clip share."
     (labels,) = _window(last, labels=labels)
     _require_finite(labels=labels)
-    total, noise, varies = _variances(labels, _repeats(clip, len(labels)))
+    total, noise, varies = _variances(*_label_parts(labels, _repeats(clip, len(labels))))
     return np.where(varies, (total - noise) / np.where(varies, total, 1), np.nan)
 
 # %% ../../neuro_nbs/04_metrics.ipynb #ccfedfb2
-def _feve_shares(
-    explained: np.ndarray,
-    errors: np.ndarray,
-    total: np.ndarray,
-    noise: np.ndarray,
-    labels: np.ndarray,
-    groups: list[np.ndarray],
+def _explained(
+    threshold: float, errors: np.ndarray, sizes: np.ndarray, noise: np.ndarray, *moments: np.ndarray
 ) -> np.ndarray:
-    "What each sample adds to each neuron's FEVE: (samples, neurons), the column's mean is the value."
-    spread = np.stack([np.square(y - labels.mean((0, 2), dtype=float)[:, None]).mean(-1) for y in labels])
-    own = np.empty(errors.shape)
-    for g in groups:
-        own[g] = labels[g].var(0, ddof=1, dtype=float).mean(-1)
-    explainable = np.where(np.isnan(explained), np.nan, total - noise)
-    spread *= total / np.maximum(spread.mean(0), 1e-300)
-    change = (1 - explained) * (spread - own) - (errors - own)
-    return explained + (change - change.mean(0)) / explainable
+    "FEVE of each neuron from the mean squared errors (clips, neurons) and `_label_parts` of some clips."
+    total, between, varies = _variances(sizes, noise, *moments)
+    usable = varies & (total - between > threshold * total)
+    error = (sizes * errors).sum(0) / sizes.sum()
+    return np.where(usable, 1 - (error - between) / np.where(usable, total - between, 1), np.nan)
 
 
 def feve(
@@ -294,7 +313,7 @@ def feve(
     clip: Sequence | np.ndarray,  # (samples,) clip id; equal ids are repeats
     last: int | None = None,  # score the last so many frames; None: all
     threshold: float = 0.15,  # neurons with this explainable fraction or less are NaN
-    reduce: Literal["mean", "table"] | None = "mean",  # None: (neurons,); "table": (samples, neurons) shares
+    reduce: Literal["mean", "table"] | None = "mean",  # None: (neurons,); "table": (clips, neurons) shares
 ) -> float | np.ndarray:  # 1 for a perfect model, 0 for the mean, negative below
     "Fraction of explainable variance explained, noise variance from the repeats (Cadena et al. 2019)."
     if not 0 <= threshold < 1:
@@ -302,56 +321,45 @@ def feve(
     predictions, labels = _window(last, predictions=predictions, labels=labels)
     _require_finite(predictions=predictions, labels=labels)
     groups = _repeats(clip, len(labels))
-    total, noise, varies = _variances(labels, groups)
     pairs = zip(predictions, labels, strict=True)
     errors = np.stack([np.square(np.subtract(p, y, dtype=float)).mean(-1) for p, y in pairs])
-    usable = varies & (total - noise > threshold * total)
-    explained = 1 - (errors.mean(0) - noise) / np.where(usable, total - noise, 1)
-    explained = np.where(usable, explained, np.nan)
-    return _reduced(explained, reduce, lambda: _feve_shares(explained, errors, total, noise, labels, groups))
+    parts = (np.stack([errors[g].mean(0) for g in groups]), *_label_parts(labels, groups))
+
+    def score(clips: np.ndarray) -> np.ndarray:
+        return _explained(threshold, *(part[..., clips, :] for part in parts))
+
+    return _reduced(score(np.arange(len(groups))), reduce, lambda: _shares(score, len(groups)))
 
 # %% ../../neuro_nbs/04_metrics.ipynb #bec93eba
-def _signal_power(
-    labels: np.ndarray, groups: list[np.ndarray], moments: list[np.ndarray], centre: np.ndarray
-) -> np.ndarray:
-    "What each clip adds to the variance of the noise-free response, (clips, neurons); their mean is that variance."
-    count, means, squares, _ = moments
-    seen = (squares[1] + count * (means[1] - centre) ** 2) * len(count) / count.sum(0)
-    noise = []
+def _noise_power(labels: np.ndarray, groups: list[np.ndarray]) -> np.ndarray:
+    "By clip, what noise adds to the variance of the mean response, and to its mean over frames: (2, clips, neurons)."
+    found = []
     for g in groups:
         traces = labels[g].astype(float)
-        noise.append((traces.var(0, ddof=1).mean(-1) - traces.mean(-1).var(0, ddof=1) / len(groups)) / len(g))
-    return seen - np.stack(noise)
+        found.append((traces.var(0, ddof=1).mean(-1) / len(g), traces.mean(-1).var(0, ddof=1) / len(g)))
+    return np.moveaxis(np.array(found), 1, 0)
 
 
-def _beside_signal(
-    predictions: np.ndarray, labels: np.ndarray, clip: Sequence | np.ndarray, last: int | None
-) -> tuple:
-    "Checked arrays, repeats, moments of averages, signal power by clip; which neurons have one, which predictions none."
-    predictions, labels = _window(last, predictions=predictions, labels=labels)
-    _require_finite(predictions=predictions, labels=labels)
-    groups = _repeats(clip, len(labels))
-    moments = _average_moments(predictions, labels, groups)
-    count, centre, squares, _ = _merged(*moments)
-    powers = _signal_power(labels, groups, moments, centre[1])
+def _power(noise: np.ndarray, count: np.ndarray, squares: np.ndarray) -> np.ndarray:
+    "Variance of the noise-free response, from `_noise_power`, frames and centred sums of squares; unbiased, may be negative."
+    return squares[1] / count - (noise[0] - noise[1] / noise.shape[1]).mean(0)
+
+
+def _signal(noise: np.ndarray, *moments: np.ndarray) -> tuple[np.ndarray, ...]:
+    "`_power` (NaN if not positive), frames, centred sums; whether the prediction is constant."
+    count, centre, squares, products = _merged(*moments)
     constant = _constant(count[None], centre[:, None], squares[:, None])[:, 0]
-    return predictions, labels, groups, moments, powers, (powers.mean(0) > 0) & ~constant[1], constant[0]
-
-
-def _normalised_shares(
-    value: np.ndarray, scale: np.ndarray, powers: np.ndarray, *moments: np.ndarray
-) -> np.ndarray:
-    "What each clip adds to each neuron's CC_norm: (clips, neurons), the column's mean is the value."
-    count, means, squares, products = moments
-    _, centre, total, _ = _merged(*moments)
-    away = means - centre[:, None]
-    each = len(count) / count.sum(0)
-    both = (products + count * away[0] * away[1]) * each / scale
-    own = (squares[0] + count * away[0] ** 2) * len(count) / np.where(total[0] > 0, total[0], 1)
-    power = powers / np.where(np.isnan(value), 1, powers.mean(0))
-    return np.where(value == 0, 0, both + value * (1 - (own - 1) / 2 - (power - 1) / 2) - value)
+    power = _power(noise, count, squares)
+    power = np.where((power > 0) & ~constant[1], power, np.nan)
+    return power, count, np.where(constant[0], 1, squares[0]), np.where(constant[0], 0, products), constant[0]
 
 # %% ../../neuro_nbs/04_metrics.ipynb #79c58f01
+def _normalised(noise: np.ndarray, *moments: np.ndarray) -> np.ndarray:
+    "CC_norm of each neuron, from `_noise_power` and moments of the averages of some clips."
+    power, count, squares, products, _ = _signal(noise, *moments)
+    return products / count / np.sqrt(squares / count * power)
+
+
 def cc_norm(
     predictions: np.ndarray,  # (samples, neurons, frames)
     labels: np.ndarray,  # same shape
@@ -360,12 +368,15 @@ def cc_norm(
     reduce: Literal["mean", "table"] | None = "mean",  # None: (neurons,); "table": (clips, neurons) shares
 ) -> float | np.ndarray:  # NaN where the signal power is not positive, 0 for a constant prediction
     "Correlation to average over its ceiling (Schoppe et al. 2016); may exceed 1 by estimation noise."
-    *_, moments, powers, usable, silent = _beside_signal(predictions, labels, clip, last)
-    count, _, squares, products = _merged(*moments)
-    scale = np.sqrt(np.where(usable & ~silent, squares[0] / count * powers.mean(0), 1))
-    explained = np.where(silent, 0.0, products / count / scale)
-    value = np.where(usable, explained, np.nan)
-    return _reduced(value, reduce, lambda: _normalised_shares(value, scale, powers, *moments))
+    predictions, labels = _window(last, predictions=predictions, labels=labels)
+    _require_finite(predictions=predictions, labels=labels)
+    groups = _repeats(clip, len(labels))
+    parts = (_noise_power(labels, groups), *_average_moments(predictions, labels, groups))
+
+    def score(clips: np.ndarray) -> np.ndarray:
+        return _normalised(*(part[..., clips, :] for part in parts))
+
+    return _reduced(score(np.arange(len(groups))), reduce, lambda: _shares(score, len(groups)))
 
 # %% ../../neuro_nbs/04_metrics.ipynb #04er0002
 def _projection_noise(
@@ -378,21 +389,13 @@ def _projection_noise(
         found.append(np.einsum("nt,rnt->rn", weight, labels[g].astype(float)).var(0, ddof=1) / len(g))
     return np.stack(found)
 
-# %% ../../neuro_nbs/04_metrics.ipynb #04er0004
-def _squared_shares(
-    value: np.ndarray, scale: np.ndarray, powers: np.ndarray, noise: np.ndarray, *moments: np.ndarray
-) -> np.ndarray:
-    "What each clip adds to each neuron's r2_ER: (clips, neurons), the column's mean is the value."
-    count, means, squares, products = moments
-    _, centre, total, both = _merged(*moments)
-    away, clips = means - centre[:, None], len(count)
-    part = clips * (products + count * away[0] * away[1])  # its mean is `both`
-    own = (squares[0] + count * away[0] ** 2) * clips / np.where(total[0] > 0, total[0], 1)
-    power = powers / np.where(np.isnan(value), 1, powers.mean(0))
-    top = (2 * both * (part - both) - (clips * noise - noise.sum(0))) / scale
-    return np.where(value == 0, 0, value * (3 - own - power) + top)
-
 # %% ../../neuro_nbs/04_metrics.ipynb #04er0003
+def _squared(variance: np.ndarray, noise: np.ndarray, *moments: np.ndarray) -> np.ndarray:
+    "r2_ER of each neuron, from `_projection_noise`, `_noise_power` and moments of the averages of some clips."
+    power, count, squares, products, constant = _signal(noise, *moments)
+    return np.where(constant, 0, products**2 - variance.sum(0)) / (squares * count * power)
+
+
 def r2_er(
     predictions: np.ndarray,  # (samples, neurons, frames)
     labels: np.ndarray,  # same shape
@@ -401,10 +404,14 @@ def r2_er(
     reduce: Literal["mean", "table"] | None = "mean",  # None: (neurons,); "table": (clips, neurons) shares
 ) -> float | np.ndarray:  # NaN where the signal power is not positive, 0 for a constant prediction
     "Squared correlation with the noise-free response, corrected for noise (after Pospisil and Bair 2021); may be negative."
-    p, y, groups, moments, powers, usable, silent = _beside_signal(predictions, labels, clip, last)
-    count, centre, squares, products = _merged(*moments)
-    scale = np.where(usable & ~silent, squares[0] * count * powers.mean(0), 1)
-    noise = _projection_noise(p, y, groups, centre[0])
-    explained = np.where(silent, 0.0, (products**2 - noise.sum(0)) / scale)
-    value = np.where(usable, explained, np.nan)
-    return _reduced(value, reduce, lambda: _squared_shares(value, scale, powers, noise, *moments))
+    predictions, labels = _window(last, predictions=predictions, labels=labels)
+    _require_finite(predictions=predictions, labels=labels)
+    groups = _repeats(clip, len(labels))
+    moments = _average_moments(predictions, labels, groups)
+    variance = _projection_noise(predictions, labels, groups, _merged(*moments)[1][0])
+    parts = (variance, _noise_power(labels, groups), *moments)
+
+    def score(clips: np.ndarray) -> np.ndarray:
+        return _squared(*(part[..., clips, :] for part in parts))
+
+    return _reduced(score(np.arange(len(groups))), reduce, lambda: _shares(score, len(groups)))
