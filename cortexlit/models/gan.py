@@ -216,12 +216,12 @@ class GAN(Saved, PreTrainedModel):
         for _ in range(steps):
             rows = torch.randint(len(responses), (batch,), generator=generator, device=responses.device)
             told = None if labels is None else labels[rows]
-            for player, loss in zip(players, (
+            for player, free, loss in zip(players, (judge, maker), (
                 lambda: self.judge_loss(responses[rows], told, generator),  # noqa: B023
                 lambda: self.generator_loss(told, None if told is not None else batch, generator),  # noqa: B023
             ), strict=True):  # fmt: skip
-                self.zero_grad()
-                loss().mean().backward()
+                player.zero_grad()
+                loss().mean().backward(inputs=free)
                 player.step()
             with torch.no_grad():
                 for kept, now in zip(mean, maker, strict=True):
