@@ -119,7 +119,7 @@ def test_banded_ridge_is_early_visual_cortex_against_the_rest(study, cache, tmp_
 
 
 def test_opening_the_test_of_a_subject_is_counted_by_split(study, cache, tmp_path, capsys, monkeypatch):
-    folder = shutil.copytree(cache, tmp_path / "02")
+    folder = shutil.copytree(cache, tmp_path / "02", ignore=shutil.ignore_patterns(".test-openings.json"))
     words = ["score", folder, "--ratings", study / "ratings", "--permutations", "0", "--folds", "3"]
     for seed in (0, 0, 1):
         out = tmp_path / f"scores-{seed}"
