@@ -195,3 +195,12 @@ def test_predictions_come_back_in_one_unit(inputs):
         np.testing.assert_allclose(comparable(data, labels[..., -LAST:]), plain[..., -LAST:], rtol=1e-4)
         if scheme == "viv1t-standardised":
             assert not np.allclose(labels, plain, rtol=1e-2)
+
+
+def test_nothing_that_trains_opens_a_folder_past_the_model():
+    "`MouseDataset(...)` in the library's training would take the default normalisation, whatever the core was taught."
+    known = {"folds.py": 1, "lora.py": 1}  # the hash of a folder; clips dealt to folds without a model
+    root = Path(__file__).resolve().parents[1] / "cortexlit"
+    files = [*(root / "training").glob("*.py"), root / "cli.py"]
+    found = {path.name: path.read_text(encoding="utf-8").count("MouseDataset(") for path in files}
+    assert {name: n for name, n in found.items() if n} == known
