@@ -913,7 +913,7 @@ def _scored(
     name: str,
     last: int,
     seeds: tuple[int, ...],
-    core: Any = None,
+    core_folder: Any = None,
     **options: Any,
 ) -> Any:
     "Score sheet of a recording: baselines, other repeats, heads and their controls."
@@ -922,7 +922,7 @@ def _scored(
     from cortexlit.training.heads import head_predictions
 
     build_dataset(recording, folder, overwrite=True, **options)
-    models = head_predictions(folder, core, last=last, seeds=seeds, progress=False)
+    models = head_predictions(folder, core_folder, last=last, seeds=seeds, progress=False)
     return score_dataset(folder, last=last, models=models, name=name)
 
 

@@ -832,6 +832,8 @@ HUGE = [
     ("vit3d", {"depth": 10**9}), ("vit3d", {"grid": [2**20] * 3}), ("vit3d", {"patch": [10**5] * 3, "pad": True}),
     ("vit3d", {"emb_dim": 2**24}), ("cnn_vit", {"channels": [2**24] * 2}), ("cnn_vit", {"grid": [10**9] * 3}),
     ("classifier", {"kind": "logistic", "shape": [2**24] * 3}), ("vae", {"hidden": [2**24] * 2}), ("vae", {"inputs": 10**9}),
+    ("gan", {"latents": 10**9}), ("gan", {"judge": [2**24] * 2}), ("diffusion", {"times": 10**9}), ("diffusion", {"rank": 10**9}),
+    ("flow", {"steps": 10**9}), ("flow", {"hidden": [2**24] * 2}),
 ]  # fmt: skip
 
 

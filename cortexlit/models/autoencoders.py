@@ -18,7 +18,7 @@ from ..core import DataError
 from .viv1t import Saved, _check_sizes, _refuse_unknown
 
 # %% auto #0
-__all__ = ['VAEConfig', 'VAEOutput', 'VAE']
+__all__ = ['VAEConfig', 'VAEOutput', 'Patterns', 'VAE']
 
 # %% ../../nbs/14_autoencoders.ipynb #7d2cd71c
 #| code-fold: true
@@ -45,11 +45,7 @@ class VAEConfig(PretrainedConfig):
     ):
         self.inputs, self.labels, self.latents, self.hidden = inputs, labels, latents, list(hidden)
         self.noise, self.beta = noise, beta
-        for name, least in (("inputs", 1), ("labels", 0), ("latents", 1)):
-            _whole(name, getattr(self, name), least)
-        for value in self.hidden:
-            _whole("a hidden layer", value, 1)
-        _check_sizes(self)
+        _check_widths(self, self.hidden, inputs=1, labels=0, latents=1)
         if noise is not None and not 0 < noise < np.inf:
             raise DataError(f"noise={noise!r}", expected="a variance above 0, or None")
         if not 0 <= beta < np.inf:
@@ -62,6 +58,15 @@ def _whole(name: str, value: object, least: int) -> None:
     "Raise unless the value is a whole number, `least` or more."
     if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
         raise DataError(f"{name}={value!r}", expected=f"a whole number, {least} or more")
+
+
+def _check_widths(c: PretrainedConfig, layers: Sequence[int], **least: int) -> None:
+    "Raise unless these options and the hidden layers are whole numbers, large enough and no larger than a model can be."
+    for name, low in least.items():
+        _whole(name, getattr(c, name), low)
+    for value in layers:
+        _whole("a hidden layer", value, 1)
+    _check_sizes(c)
 
 
 @dataclass
@@ -84,7 +89,55 @@ class VAEOutput(ModelOutput):
     log_variance: torch.Tensor | None = None
 
 
-class VAE(Saved, PreTrainedModel):
+class Patterns(Saved, PreTrainedModel):
+    "What models of response patterns have in common: trials (batch, inputs), and a label vector beside each if the config says so."
+
+    main_input_name = "responses"
+
+    def _init_weights(self, module: nn.Module) -> None:
+        "Nothing: every part initialises itself when it is made."
+
+    @staticmethod
+    def _fits(name: str, values: torch.Tensor | None, width: int, rows: int | None = None) -> None:
+        "`DataError` unless the values are (rows, width) and finite."
+        if values is None:
+            raise DataError(f"no {name}", expected=f"({'batch' if rows is None else rows}, {width})")
+        shape = (len(values) if rows is None else rows, width)
+        if values.shape != shape:
+            raise DataError(f"{name} of shape {tuple(values.shape)}", expected=f"{shape}")
+        if not torch.isfinite(values).all():
+            raise DataError(f"{name} that are not finite", fix="leave these trials or cells out")
+
+    def _joined(
+        self, name: str, values: torch.Tensor, width: int, labels: torch.Tensor | None
+    ) -> torch.Tensor:
+        "Values with the labels beside them; `DataError` if either does not fit."
+        if labels is not None and not self.config.labels:
+            kind = type(self.config).__name__
+            raise DataError("labels for a model without", expected="none", fix=f"{kind}(labels=...)")
+        self._fits(name, values, width)
+        if not self.config.labels:
+            return values
+        self._fits("labels", labels, self.config.labels, len(values))
+        return torch.cat([values, labels], 1)
+
+    def _draw(self, like: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+        "Standard normal numbers of the same shape."
+        return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+
+    def _noise(self, count: int, width: int, generator: torch.Generator | None) -> torch.Tensor:
+        "Standard normal numbers (count, width) where the model is."
+        return self._draw(torch.empty(count, width, device=self.device, dtype=self.dtype), generator)
+
+
+def _count(count: int | None, given: torch.Tensor | None) -> int:
+    "How many responses are asked for: a number, or one for each row of what is given."
+    count = len(given) if count is None and given is not None else count
+    _whole("count", count, 1)
+    return count
+
+
+class VAE(Patterns):
     """Response pattern -> distribution of a code -> response pattern, told a label vector if there is one.
 
     Kingma and Welling (2014), arXiv:1312.6114; conditional: Sohn, Lee and Yan (2015). Responses are float (batch, inputs),
@@ -99,7 +152,6 @@ class VAE(Saved, PreTrainedModel):
     """
 
     config_class = VAEConfig
-    main_input_name = "responses"
 
     def __init__(
         self,
@@ -112,33 +164,12 @@ class VAE(Saved, PreTrainedModel):
         self.log_noise = nn.Parameter(torch.zeros(())) if c.noise is None else None
         self.post_init()
 
-    def _init_weights(self, module: nn.Module) -> None:
-        "Nothing: every part initialises itself when it is made."
-
     @property
     def noise_variance(self) -> torch.Tensor:  # scalar
         "Variance c of a response around its expectation, in the squared unit of the responses."
         if self.log_noise is not None:
             return self.log_noise.exp()
         return torch.tensor(float(self.config.noise), device=self.device, dtype=self.dtype)
-
-    def _joined(
-        self, name: str, values: torch.Tensor, width: int, labels: torch.Tensor | None
-    ) -> torch.Tensor:
-        "Values with the labels beside them; `DataError` if either does not fit."
-        parts = [(name, values, width)] + (
-            [("labels", labels, self.config.labels)] if self.config.labels else []
-        )
-        if labels is not None and not self.config.labels:
-            raise DataError("labels for a model without", expected="none", fix="VAEConfig(labels=...)")
-        for what, part, size in parts:
-            if part is None:
-                raise DataError(f"no {what}", expected=f"(batch, {size})")
-            if part.ndim != 2 or part.shape[1] != size or len(part) != len(values):
-                raise DataError(f"{what} of shape {tuple(part.shape)}", expected=f"({len(values)}, {size})")
-            if not torch.isfinite(part).all():
-                raise DataError(f"{what} that are not finite", fix="leave these trials or cells out")
-        return torch.cat([part for _, part, _ in parts], 1)
 
     def encode(
         self,
@@ -163,10 +194,6 @@ class VAE(Saved, PreTrainedModel):
     ) -> torch.Tensor:  # the same shape, nats, 0 or more
         "Divergence of each code number from the standard normal prior, in closed form."
         return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
-
-    def _draw(self, like: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-        "Standard normal numbers of the same shape."
-        return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
 
     def _cost(
         self,
@@ -217,18 +244,14 @@ class VAE(Saved, PreTrainedModel):
         generator: torch.Generator | None = None,  # of the draws; None: torch's global one
     ) -> torch.Tensor:  # (count, inputs), in the unit of the responses
         "New responses: codes from the prior, decoded."
-        count = len(labels) if count is None and labels is not None else count
-        _whole("count", count, 1)
-        z = self._draw(
-            torch.empty(count, self.config.latents, device=self.device, dtype=self.dtype), generator
-        )
+        z = self._noise(_count(count, labels), self.config.latents, generator)
         made = self.decode(z, labels)
         return made + self.noise_variance.sqrt() * self._draw(made, generator) if noise else made
 
 
-def _layers(*widths: int) -> nn.Sequential:
-    "Linear layers of these widths with ELU between them."
+def _layers(*widths: int, between: type[nn.Module] = nn.ELU) -> nn.Sequential:
+    "Linear layers of these widths with a nonlinearity between them."
     layers: list[nn.Module] = []
     for a, b in zip(widths, widths[1:], strict=False):
-        layers += [nn.Linear(a, b), nn.ELU()]
+        layers += [nn.Linear(a, b), between()]
     return nn.Sequential(*layers[:-1])

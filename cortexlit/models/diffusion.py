@@ -5,20 +5,19 @@
 # %% ../../nbs/16_diffusion.ipynb #16a00003
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 from transformers.utils import ModelOutput
 
 from ..core import DataError
-from .autoencoders import _layers, _whole
-from .gan import _beside
-from .viv1t import Saved, _refuse_unknown
+from .autoencoders import Patterns, _check_widths, _count, _layers, _whole
+from .gan import _Average, _check_fit
+from .viv1t import _refuse_unknown
 
 # %% auto #0
 __all__ = ['DiffusionConfig', 'DiffusionOutput', 'Diffusion']
@@ -43,10 +42,7 @@ class DiffusionConfig(PretrainedConfig):
     ):
         self.inputs, self.labels, self.hidden, self.rank = inputs, labels, list(hidden), rank
         self.times, self.betas, self.drop = times, list(betas), drop
-        for name, least in (("inputs", 1), ("labels", 0), ("rank", 1), ("times", 2)):
-            _whole(name, getattr(self, name), least)
-        for value in self.hidden:
-            _whole("a hidden layer", value, 1)
+        _check_widths(self, self.hidden, inputs=1, labels=0, rank=1, times=2)
         if len(self.betas) != 2 or not 0 < self.betas[0] <= self.betas[1] < 1:
             raise DataError(f"betas={betas!r}", expected="two variances, 0 < first <= last < 1")
         if not 0 <= drop < 1:
@@ -68,7 +64,7 @@ class DiffusionOutput(ModelOutput):
     loss: torch.Tensor | None = None
 
 
-class Diffusion(Saved, PreTrainedModel):
+class Diffusion(Patterns):
     """Noise -> response pattern, for a label vector if there is one, by a network that predicts the noise.
 
     Ho, Jain and Abbeel (2020), arXiv:2006.11239; steps of Song, Meng and Ermon (2021), arXiv:2010.02502; guidance of Ho and
@@ -82,7 +78,6 @@ class Diffusion(Saved, PreTrainedModel):
     """
 
     config_class = DiffusionConfig
-    main_input_name = "responses"
 
     def __init__(
         self,
@@ -98,9 +93,6 @@ class Diffusion(Saved, PreTrainedModel):
             nn.Linear(c.rank, c.inputs),
         )
         self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        "Nothing: every part initialises itself when it is made."
 
     def kept(
         self,
@@ -121,7 +113,7 @@ class Diffusion(Saved, PreTrainedModel):
     ) -> torch.Tensor:  # (B, inputs)
         "The noise in noisy responses."
         c = self.config
-        _beside("responses", noisy, c.inputs, labels, c.labels)
+        self._joined("responses", noisy, c.inputs, labels)
         if times.shape != noisy.shape[:1] or times.is_floating_point():
             raise DataError(f"times of shape {tuple(times.shape)}", expected=f"({len(noisy)},) whole numbers")
         if len(times) and not 1 <= int(times.min()) <= int(times.max()) <= c.times:
@@ -143,7 +135,7 @@ class Diffusion(Saved, PreTrainedModel):
         | None = None,  # of times, noise and hidden labels; None: torch's global one
     ) -> torch.Tensor:  # (B,)
         "Squared error of the predicted noise at one random time for each trial, mean over inputs."
-        _beside("responses", responses, self.config.inputs, labels, self.config.labels)
+        self._joined("responses", responses, self.config.inputs, labels)
         where = {"generator": generator, "device": self.device}
         times = torch.randint(1, self.config.times + 1, (len(responses),), **where)
         known = torch.rand(len(responses), **where) >= self.config.drop
@@ -175,9 +167,8 @@ class Diffusion(Saved, PreTrainedModel):
     ) -> torch.Tensor:  # (count, inputs), in the unit of the responses
         "New responses: from noise, or from responses that are made noisy up to a time, back to a response."
         c = self.config
-        given = labels if labels is not None else start
-        count = len(given) if count is None and given is not None else count
-        _whole("count", count, 1), _whole("steps", steps, 1)
+        count = _count(count, labels if labels is not None else start)
+        _whole("steps", steps, 1)
         last = c.times if since is None else since
         _whole("since", last, 1)
         if last > c.times or not 0 <= fresh <= 1 or not np.isfinite(guidance) or (guidance and not c.labels):
@@ -186,14 +177,9 @@ class Diffusion(Saved, PreTrainedModel):
                 expected=f"a time up to {c.times}, 0 to 1, and 0 for a model without labels",
             )
 
-        def draw() -> torch.Tensor:
-            return torch.randn(count, c.inputs, generator=generator, device=self.device, dtype=self.dtype)
-
-        x = draw()
+        x = self._noise(count, c.inputs, generator)
         if start is not None:
-            if len(start) != count:
-                raise DataError(f"start of shape {tuple(start.shape)}", expected=f"({count}, {c.inputs})")
-            _beside("start", start, c.inputs, labels, c.labels)
+            self._fits("start", start, c.inputs, count)
             left = self.kept(torch.tensor(last))
             x = left.sqrt() * start + (1 - left).sqrt() * x
         way = torch.linspace(last, 0, min(steps, last) + 1).round().long().tolist()
@@ -207,7 +193,7 @@ class Diffusion(Saved, PreTrainedModel):
             clean = (x - (1 - a).sqrt() * noise) / a.sqrt()
             spread = fresh * ((1 - b) / (1 - a) * (1 - a / b)).sqrt()
             x = b.sqrt() * clean + (1 - b - spread**2).clamp(min=0).sqrt() * noise
-            x = x + spread * draw() if fresh and then else x
+            x = x + spread * self._draw(x, generator) if fresh and then else x
         return x
 
     def fit(
@@ -221,28 +207,19 @@ class Diffusion(Saved, PreTrainedModel):
         generator: torch.Generator | None = None,  # of batches and draws; None: torch's global one
     ) -> Diffusion:
         "Train; afterwards the weights are their moving average. Returns itself, in evaluation."
-        _beside("responses", responses, self.config.inputs, labels, self.config.labels)
-        _whole("steps", steps, 1), _whole("batch", batch, 1)
-        if not (0 < rate < np.inf and 0 <= average < 1 and len(responses)):
-            raise DataError(
-                f"rate={rate!r}, average={average!r}, {len(responses)} trials",
-                expected="a rate above 0, an average from 0 to below 1, one trial or more",
-            )
+        self._joined("responses", responses, self.config.inputs, labels)
+        _check_fit(len(responses), steps, batch, rate, average)
         self.train()
         optimizer = torch.optim.Adam(self.parameters(), rate, fused=True)
         slower = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        mean = copy.deepcopy([p.detach() for p in self.parameters()])
+        mean = _Average(self.parameters(), average)
         for _ in range(steps):
             rows = torch.randint(len(responses), (batch,), generator=generator, device=responses.device)
             loss = self.loss(responses[rows], None if labels is None else labels[rows], generator).mean()
             optimizer.zero_grad(), loss.backward(), optimizer.step(), slower.step()
-            with torch.no_grad():
-                for kept, now in zip(mean, self.parameters(), strict=True):
-                    kept.lerp_(now, 1 - average)
-        if not all(torch.isfinite(p).all() for p in mean):
+            mean.step()
+        if not all(torch.isfinite(p).all() for p in mean.mean):
             raise DataError("training diverged: weights that are not finite", fix="a smaller rate")
-        with torch.no_grad():
-            for kept, now in zip(mean, self.parameters(), strict=True):
-                now.copy_(kept)
+        mean.put()
         self.zero_grad()
         return self.eval()

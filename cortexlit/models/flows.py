@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 from transformers.utils import ModelOutput
 
 from ..core import DataError
-from .autoencoders import _whole
-from .viv1t import Saved, _refuse_unknown
+from .autoencoders import Patterns, _check_widths, _count, _layers, _whole
+from .viv1t import _refuse_unknown
 
 # %% auto #0
 __all__ = ['FlowMatchingConfig', 'FlowMatchingOutput', 'FlowMatching']
@@ -37,10 +37,7 @@ class FlowMatchingConfig(PretrainedConfig):
         **kwargs,  # options every Hugging Face config has
     ):
         self.inputs, self.labels, self.hidden, self.steps = inputs, labels, list(hidden), steps
-        for name, least in (("inputs", 1), ("labels", 0), ("steps", 1)):
-            _whole(name, getattr(self, name), least)
-        for value in self.hidden:
-            _whole("a hidden layer", value, 1)
+        _check_widths(self, self.hidden, inputs=1, labels=0, steps=1)
         _refuse_unknown(self, kwargs)
         super().__init__(**kwargs)
 
@@ -61,7 +58,7 @@ class FlowMatchingOutput(ModelOutput):
     prediction: torch.Tensor | None = None
 
 
-class FlowMatching(Saved, PreTrainedModel):
+class FlowMatching(Patterns):
     """Noise -> response pattern, along a learned field of velocities, told a label vector if there is one.
 
     Lipman et al. (2023), arXiv:2210.02747; straight roads: Liu, Gong and Liu (2023), arXiv:2209.03003. Responses are
@@ -76,7 +73,6 @@ class FlowMatching(Saved, PreTrainedModel):
     """
 
     config_class = FlowMatchingConfig
-    main_input_name = "responses"
 
     def __init__(
         self,
@@ -84,37 +80,8 @@ class FlowMatching(Saved, PreTrainedModel):
     ):
         super().__init__(config)
         widths = (config.inputs + 1 + config.labels, *config.hidden, config.inputs)
-        layers: list[nn.Module] = []
-        for a, b in zip(widths, widths[1:], strict=False):
-            layers += [nn.Linear(a, b), nn.GELU()]
-        self.net = nn.Sequential(*layers[:-1])
+        self.net = _layers(*widths, between=nn.GELU)
         self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        "Nothing: every part initialises itself when it is made."
-
-    def _checked(self, name: str, values: torch.Tensor, width: int, rows: int) -> None:
-        "`DataError` unless the values are (rows, width) and finite."
-        if values is None:
-            raise DataError(f"no {name}", expected=f"({rows}, {width})")
-        if values.ndim != 2 or values.shape != (rows, width):
-            raise DataError(f"{name} of shape {tuple(values.shape)}", expected=f"({rows}, {width})")
-        if not torch.isfinite(values).all():
-            raise DataError(f"{name} that are not finite", fix="leave these trials or cells out")
-
-    def _both(self, name: str, values: torch.Tensor, labels: torch.Tensor | None) -> None:
-        "Check values of the model's width, and the labels beside them."
-        self._checked(name, values, self.config.inputs, len(values))
-        if self.config.labels:
-            self._checked("labels", labels, self.config.labels, len(values))
-        elif labels is not None:
-            raise DataError(
-                "labels for a model without", expected="none", fix="FlowMatchingConfig(labels=...)"
-            )
-
-    def _draw(self, like: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-        "Standard normal numbers of the same shape."
-        return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
 
     def velocity(
         self,
@@ -123,7 +90,7 @@ class FlowMatching(Saved, PreTrainedModel):
         labels: torch.Tensor | None = None,  # (B, labels), if the model is conditional
     ) -> torch.Tensor:  # (B, inputs), units of the responses per unit of time
         "The velocity at these points and times."
-        self._both("points", points, labels)
+        self._joined("points", points, self.config.inputs, labels)
         times = torch.as_tensor(times, device=points.device, dtype=points.dtype)
         if times.ndim > 1 or (times.ndim == 1 and len(times) != len(points)):
             raise DataError(
@@ -157,9 +124,9 @@ class FlowMatching(Saved, PreTrainedModel):
     ) -> torch.Tensor:  # (B,) squared unit of the responses
         "Conditional flow matching: squared error of the velocity on straight roads, mean over cells or voxels."
         _whole("samples", samples, 1)
-        self._both("responses", responses, labels)
+        self._joined("responses", responses, self.config.inputs, labels)
         if start is not None:
-            self._checked("start", start, self.config.inputs, len(responses))
+            self._fits("start", start, self.config.inputs, len(responses))
         return torch.stack([self._road(responses, labels, start, generator)[0] for _ in range(samples)]).mean(
             0
         )
@@ -170,7 +137,7 @@ class FlowMatching(Saved, PreTrainedModel):
         labels: torch.Tensor | None = None,  # (B, labels), if the model is conditional
     ) -> FlowMatchingOutput:
         "The loss on one road for each trial; in evaluation the roads are the same in every call."
-        self._both("responses", responses, labels)
+        self._joined("responses", responses, self.config.inputs, labels)
         generator = None if self.training else torch.Generator(responses.device).manual_seed(0)
         lost, prediction = self._road(responses, labels, None, generator)
         return FlowMatchingOutput(lost.mean(), prediction)
@@ -199,7 +166,4 @@ class FlowMatching(Saved, PreTrainedModel):
         generator: torch.Generator | None = None,  # of the noise; None: torch's global one
     ) -> torch.Tensor:  # (count, inputs), in the unit of the responses
         "New responses: noise, carried."
-        count = len(labels) if count is None and labels is not None else count
-        _whole("count", count, 1)
-        like = torch.empty(count, self.config.inputs, device=self.device, dtype=self.dtype)
-        return self.carry(self._draw(like, generator), labels, steps)
+        return self.carry(self._noise(_count(count, labels), self.config.inputs, generator), labels, steps)

@@ -6,19 +6,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 from transformers.utils import ModelOutput
 
 from ..core import DataError
-from .autoencoders import _layers, _whole
-from .viv1t import Saved, _refuse_unknown
+from .autoencoders import Patterns, _check_widths, _count, _layers, _whole
+from .viv1t import _refuse_unknown
 
 # %% auto #0
 __all__ = ['GANConfig', 'GANOutput', 'GAN']
@@ -42,10 +42,7 @@ class GANConfig(PretrainedConfig):
     ):
         self.inputs, self.labels, self.latents = inputs, labels, latents
         self.hidden, self.judge, self.penalty = list(hidden), list(judge), penalty
-        for name, least in (("inputs", 1), ("labels", 0), ("latents", 1)):
-            _whole(name, getattr(self, name), least)
-        for value in (*self.hidden, *self.judge):
-            _whole("a hidden layer", value, 1)
+        _check_widths(self, (*self.hidden, *self.judge), inputs=1, labels=0, latents=1)
         if not self.judge:
             raise DataError("judge=()", expected="one hidden layer or more")
         if not 0 <= penalty < np.inf:
@@ -67,23 +64,34 @@ class GANOutput(ModelOutput):
     logits: torch.Tensor | None = None
 
 
-def _beside(
-    name: str, values: torch.Tensor, width: int, labels: torch.Tensor | None, label_width: int
-) -> None:
-    "Raise unless values (batch, width) and labels (batch, label_width) fit each other and are finite."
-    if labels is not None and not label_width:
-        raise DataError("labels for a model without", expected="none", fix="set labels= in its config")
-    parts = [(name, values, width)] + ([("labels", labels, label_width)] if label_width else [])
-    for what, part, size in parts:
-        if part is None:
-            raise DataError(f"no {what}", expected=f"(batch, {size})")
-        if part.ndim != 2 or part.shape[1] != size or len(part) != len(values):
-            raise DataError(f"{what} of shape {tuple(part.shape)}", expected=f"({len(values)}, {size})")
-        if not torch.isfinite(part).all():
-            raise DataError(f"{what} that are not finite", fix="leave these trials or cells out")
+def _check_fit(trials: int, steps: int, batch: int, rate: float, average: float) -> None:
+    "Raise unless a model of responses can be trained with these options of `fit`."
+    _whole("steps", steps, 1)
+    _whole("batch", batch, 1)
+    if not (0 < rate < np.inf and 0 <= average < 1 and trials):
+        raise DataError(f"rate={rate!r}, average={average!r}, {trials} trials",
+                        expected="a rate above 0, an average from 0 to below 1, one trial or more")  # fmt: skip
 
 
-class GAN(Saved, PreTrainedModel):
+class _Average:
+    "Moving average of weights, of which each step keeps a share; at the end they are put in their place."
+
+    def __init__(self, parameters: Iterable[nn.Parameter], keep: float):
+        self.parameters, self.keep = list(parameters), keep
+        self.mean = [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for kept, now in zip(self.mean, self.parameters, strict=True):
+            kept.lerp_(now, 1 - self.keep)
+
+    @torch.no_grad()
+    def put(self) -> None:
+        for kept, now in zip(self.mean, self.parameters, strict=True):
+            now.copy_(kept)
+
+
+class GAN(Patterns):
     """Random numbers -> response pattern, for a label vector if there is one; learned from a judge.
 
     Goodfellow et al. (2014), arXiv:1406.2661; conditional: Mirza and Osindero (2014), Miyato and Koyama (2018). Responses
@@ -97,7 +105,6 @@ class GAN(Saved, PreTrainedModel):
     """
 
     config_class = GANConfig
-    main_input_name = "responses"
 
     def __init__(
         self,
@@ -113,16 +120,13 @@ class GAN(Saved, PreTrainedModel):
         self.match = nn.Linear(c.labels, c.judge[-1], bias=False) if c.labels else None
         self.post_init()
 
-    def _init_weights(self, module: nn.Module) -> None:
-        "Nothing: every part initialises itself when it is made."
-
     def forward(
         self,
         responses: torch.Tensor,  # (B, inputs)
         labels: torch.Tensor | None = None,  # (B, labels), if the model is conditional
     ) -> GANOutput:
         "The judge's view of responses."
-        _beside("responses", responses, self.config.inputs, labels, self.config.labels)
+        self._joined("responses", responses, self.config.inputs, labels)
         seen = F.elu(self.judge(responses))
         logits = self.verdict(seen)[:, 0]
         return GANOutput(logits if self.match is None else logits + (seen * self.match(labels)).sum(1))
@@ -133,18 +137,14 @@ class GAN(Saved, PreTrainedModel):
         labels: torch.Tensor | None = None,  # (B, labels), if the model is conditional
     ) -> torch.Tensor:  # (B, inputs)
         "Expected responses of random numbers."
-        _beside("latents", latents, self.config.latents, labels, self.config.labels)
-        joined = latents if labels is None else torch.cat([latents, labels], 1)
+        joined = self._joined("latents", latents, self.config.latents, labels)
         return self.decoder(joined) + self.straight(joined)
 
     def _make(
         self, count: int, labels: torch.Tensor | None, generator: torch.Generator | None, noise: bool = True
     ) -> torch.Tensor:
-        def draw(width: int) -> torch.Tensor:
-            return torch.randn(count, width, generator=generator, device=self.device, dtype=self.dtype)
-
-        made = self.decode(draw(self.config.latents), labels)
-        return made + self.log_deviation.exp() * draw(self.config.inputs) if noise else made
+        made = self.decode(self._noise(count, self.config.latents, generator), labels)
+        return made + self.log_deviation.exp() * self._draw(made, generator) if noise else made
 
     def judge_loss(
         self,
@@ -170,9 +170,7 @@ class GAN(Saved, PreTrainedModel):
         generator: torch.Generator | None = None,  # of the draws; None: torch's global one
     ) -> torch.Tensor:  # (B,) nats
         "Minus the log of the chance that the judge gives to made responses (non-saturating)."
-        count = len(labels) if count is None and labels is not None else count
-        _whole("count", count, 1)
-        return F.softplus(-self(self._make(count, labels, generator), labels).logits)
+        return F.softplus(-self(self._make(_count(count, labels), labels, generator), labels).logits)
 
     @torch.no_grad()
     def sample(
@@ -184,9 +182,7 @@ class GAN(Saved, PreTrainedModel):
         generator: torch.Generator | None = None,  # of the draws; None: torch's global one
     ) -> torch.Tensor:  # (count, inputs), in the unit of the responses
         "New responses."
-        count = len(labels) if count is None and labels is not None else count
-        _whole("count", count, 1)
-        return self._make(count, labels, generator, noise)
+        return self._make(_count(count, labels), labels, generator, noise)
 
     def fit(
         self,
@@ -199,11 +195,8 @@ class GAN(Saved, PreTrainedModel):
         generator: torch.Generator | None = None,  # of batches and draws; None: torch's global one
     ) -> GAN:
         "Play the game; afterwards the generator's weights are their moving average. Returns itself, in evaluation."
-        _beside("responses", responses, self.config.inputs, labels, self.config.labels)
-        _whole("steps", steps, 1), _whole("batch", batch, 1)
-        if not (0 < rate < np.inf and 0 <= average < 1 and len(responses)):
-            raise DataError(f"rate={rate!r}, average={average!r}, {len(responses)} trials",
-                            expected="a rate above 0, an average from 0 to below 1, one trial or more")  # fmt: skip
+        self._joined("responses", responses, self.config.inputs, labels)
+        _check_fit(len(responses), steps, batch, rate, average)
         judge = [
             p
             for part in (self.judge, self.verdict, self.match)
@@ -212,7 +205,8 @@ class GAN(Saved, PreTrainedModel):
         ]
         maker = [*self.decoder.parameters(), *self.straight.parameters(), self.log_deviation]
         players = [torch.optim.Adam(part, rate, (0.0, 0.99), fused=True) for part in (judge, maker)]
-        mean, self_ = copy.deepcopy([p.detach() for p in maker]), self.train()
+        mean = _Average(maker, average)
+        self.train()
         for _ in range(steps):
             rows = torch.randint(len(responses), (batch,), generator=generator, device=responses.device)
             told = None if labels is None else labels[rows]
@@ -223,15 +217,11 @@ class GAN(Saved, PreTrainedModel):
                 player.zero_grad()
                 loss().mean().backward(inputs=free)
                 player.step()
-            with torch.no_grad():
-                for kept, now in zip(mean, maker, strict=True):
-                    kept.lerp_(now, 1 - average)
-        if not all(torch.isfinite(p).all() for p in [*judge, *mean]):
+            mean.step()
+        if not all(torch.isfinite(p).all() for p in [*judge, *mean.mean]):
             raise DataError(
                 "the game diverged: weights that are not finite", fix="a smaller rate, or a larger penalty"
             )
-        with torch.no_grad():
-            for kept, now in zip(mean, maker, strict=True):
-                now.copy_(kept)
+        mean.put()
         self.zero_grad()
-        return self_.eval()
+        return self.eval()

@@ -800,14 +800,11 @@ def _named_options(
     return options
 
 
-def _fed(args: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+def _fed(args: Mapping[str, Any]) -> dict[str, Any]:
     "What a published run was fed: Sensorium trials at 30 Hz, pupil size before running, scaled as its options say."
-    schemes = {
-        k: {1: "viv1t-standardised", 2: "viv1t"}.get(args[k]) for k in ("transform_mode",) if k in args
-    }
-    schemes |= {k: {1: "closed-loop"}.get(args[k]) for k in ("transform_input",) if k in args}
-    channels = ["pupil_area", "running"] if options.get("behavior_channels", 2) == 2 else None
-    return {"normalisation": next(iter(schemes.values()), None), "channels": channels, "rate": 30.0}
+    named = {"transform_mode": {1: "viv1t-standardised", 2: "viv1t"}, "transform_input": {1: "closed-loop"}}
+    told = [schemes.get(args[option]) for option, schemes in named.items() if option in args]
+    return {"normalisation": told[0] if told else None, "channels": ["pupil_area", "running"], "rate": 30.0}
 
 
 def published_config(
@@ -826,7 +823,7 @@ def published_config(
         _, options["frames"], *options["size"] = args["input_shapes"]["video"]
     if "output_shapes" in args:
         options["neurons"] = {mouse: shape[0] for mouse, shape in args["output_shapes"].items()}
-    return ViV1TConfig(**options | _fed(args, options))
+    return ViV1TConfig(**options | _fed(args))
 
 # %% ../../neuro_nbs/06_viv1t.ipynb #0199948b
 def _visible_config(weights: Mapping[str, torch.Tensor]) -> ViV1TConfig:
