@@ -125,6 +125,20 @@ def test_labels_reach_encoder_decoder_and_samples():
     assert first.shape == (4, 7) and not torch.allclose(first, second)
 
 
+def test_fit_finds_what_a_label_does_and_repeats():
+    y = torch.randn(1000, 1, generator=seeded())
+    x = torch.cat([2 * y, -y], 1) + 0.5 * torch.randn(1000, 2, generator=seeded(1))
+    models = [
+        small(inputs=2, latents=2, labels=1).fit(x, y, steps=300, generator=seeded(2)) for _ in range(2)
+    ]
+    low, high = (models[0].sample(torch.full((2000, 1), v), generator=seeded()).mean(0) for v in (-1.0, 1.0))
+    assert (high - low)[0] > 2 and (high - low)[
+        1
+    ] < -1  # 4 and -2 in the data; a code that is told, too, keeps some
+    assert all(torch.equal(a, b) for a, b in zip(*(m.state_dict().values() for m in models), strict=True))
+    assert not models[0].training and all(p.grad is None for p in models[0].parameters())
+
+
 @pytest.mark.parametrize("options", [{}, {"labels": 2, "noise": 0.5, "beta": 2.0, "hidden": ()}])
 def test_saved_and_read_again(options, tmp_path):
     model, x = small(**options), torch.randn(3, 7)
@@ -178,6 +192,11 @@ def test_options_that_no_model_can_be_built_from(wrong, said):
         (lambda m, x, y: m.sample(y, count=2), "labels of shape"),
         (lambda m, x, y: small()(x, y), "labels for a model without"),
         (lambda m, x, y: m.sample(count=0), "count=0"),
+        (lambda m, x, y: m.fit(x, y[:2]), r"labels of shape \(2, 2\)"),
+        (lambda m, x, y: m.fit(x[:0], y[:0]), "0 trials"),
+        (lambda m, x, y: m.fit(x, y, batch=0), "batch=0"),
+        (lambda m, x, y: m.fit(x, y, rate=-1.0), "rate=-1.0"),
+        (lambda m, x, y: m.fit(x, y, steps=20, rate=1e30), "not finite"),
     ],
 )
 def test_inputs_that_do_not_fit(call, said):

@@ -80,12 +80,7 @@ def test_an_exact_field_makes_the_right_distribution():
 def test_training_finds_a_distribution():
     model = small(inputs=2, hidden=(32, 32))
     x = 2 + 0.5 * torch.randn(2000, 2, generator=seeded())
-    optimizer, draw = torch.optim.Adam(model.parameters(), 5e-3), seeded(1)
-    for _ in range(300):
-        rows = torch.randint(2000, (128,), generator=draw)
-        optimizer.zero_grad()
-        model.loss(x[rows], generator=draw).mean().backward()
-        optimizer.step()
+    model.fit(x, steps=400, rate=5e-3, generator=seeded(1))
     made = model.sample(count=4000, steps=30, generator=seeded(2))
     torch.testing.assert_close(made.mean(0), x.mean(0), atol=0.15, rtol=0)
     torch.testing.assert_close(made.std(0), x.std(0), atol=0.15, rtol=0)

@@ -5,7 +5,7 @@
 # %% ../../nbs/14_autoencoders.ipynb #a6806167
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,6 +89,33 @@ class VAEOutput(ModelOutput):
     log_variance: torch.Tensor | None = None
 
 
+def _check_fit(trials: int, steps: int, batch: int, rate: float, average: float) -> None:
+    "Raise unless a model of responses can be trained with these options of `fit`."
+    _whole("steps", steps, 1)
+    _whole("batch", batch, 1)
+    if not (0 < rate < np.inf and 0 <= average < 1 and trials):
+        raise DataError(f"rate={rate!r}, average={average!r}, {trials} trials",
+                        expected="a rate above 0, an average from 0 to below 1, one trial or more")  # fmt: skip
+
+
+class _Average:
+    "Moving average of weights, of which each step keeps a share; at the end they are put in their place."
+
+    def __init__(self, parameters: Iterable[nn.Parameter], keep: float):
+        self.parameters, self.keep = list(parameters), keep
+        self.mean = [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for kept, now in zip(self.mean, self.parameters, strict=True):
+            kept.lerp_(now, 1 - self.keep)
+
+    @torch.no_grad()
+    def put(self) -> None:
+        for kept, now in zip(self.mean, self.parameters, strict=True):
+            now.copy_(kept)
+
+
 class Patterns(Saved, PreTrainedModel):
     "What models of response patterns have in common: trials (batch, inputs), and a label vector beside each if the config says so."
 
@@ -128,6 +155,36 @@ class Patterns(Saved, PreTrainedModel):
     def _noise(self, count: int, width: int, generator: torch.Generator | None) -> torch.Tensor:
         "Standard normal numbers (count, width) where the model is."
         return self._draw(torch.empty(count, width, device=self.device, dtype=self.dtype), generator)
+
+    def fit(
+        self,
+        responses: torch.Tensor,  # (trials, inputs)
+        labels: torch.Tensor | None = None,  # (trials, labels), if the model is conditional
+        steps: int = 800,  # of Adam
+        batch: int = 128,  # trials in a step
+        rate: float = 3e-3,  # of Adam, falling to 0
+        average: float = 0.99,  # share of the weights' moving average that each step keeps
+        generator: torch.Generator | None = None,  # of batches and draws; None: torch's global one
+    ) -> Patterns:
+        "Train by `loss`; afterwards the weights are their moving average. Returns itself, in evaluation."
+        self._joined("responses", responses, self.config.inputs, labels)
+        _check_fit(len(responses), steps, batch, rate, average)
+        self.train()
+        optimizer = torch.optim.Adam(self.parameters(), rate, fused=True)
+        slower = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        mean = _Average(self.parameters(), average)
+        for _ in range(steps):
+            rows = torch.randint(len(responses), (batch,), generator=generator, device=responses.device)
+            loss = self.loss(
+                responses[rows], None if labels is None else labels[rows], generator=generator
+            ).mean()
+            optimizer.zero_grad(), loss.backward(), optimizer.step(), slower.step()
+            mean.step()
+        if not all(torch.isfinite(p).all() for p in mean.mean):
+            raise DataError("training diverged: weights that are not finite", fix="a smaller rate")
+        mean.put()
+        self.zero_grad()
+        return self.eval()
 
 
 def _count(count: int | None, given: torch.Tensor | None) -> int:

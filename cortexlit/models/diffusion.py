@@ -16,7 +16,6 @@ from transformers.utils import ModelOutput
 
 from ..core import DataError
 from .autoencoders import Patterns, _check_widths, _count, _layers, _whole
-from .gan import _Average, _check_fit
 from .viv1t import _refuse_unknown
 
 # %% auto #0
@@ -195,31 +194,3 @@ class Diffusion(Patterns):
             x = b.sqrt() * clean + (1 - b - spread**2).clamp(min=0).sqrt() * noise
             x = x + spread * self._draw(x, generator) if fresh and then else x
         return x
-
-    def fit(
-        self,
-        responses: torch.Tensor,  # (trials, inputs)
-        labels: torch.Tensor | None = None,  # (trials, labels), if the model is conditional
-        steps: int = 800,  # of Adam
-        batch: int = 128,  # trials in a step
-        rate: float = 3e-3,  # of Adam, falling to 0
-        average: float = 0.99,  # share of the weights' moving average that each step keeps
-        generator: torch.Generator | None = None,  # of batches and draws; None: torch's global one
-    ) -> Diffusion:
-        "Train; afterwards the weights are their moving average. Returns itself, in evaluation."
-        self._joined("responses", responses, self.config.inputs, labels)
-        _check_fit(len(responses), steps, batch, rate, average)
-        self.train()
-        optimizer = torch.optim.Adam(self.parameters(), rate, fused=True)
-        slower = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        mean = _Average(self.parameters(), average)
-        for _ in range(steps):
-            rows = torch.randint(len(responses), (batch,), generator=generator, device=responses.device)
-            loss = self.loss(responses[rows], None if labels is None else labels[rows], generator).mean()
-            optimizer.zero_grad(), loss.backward(), optimizer.step(), slower.step()
-            mean.step()
-        if not all(torch.isfinite(p).all() for p in mean.mean):
-            raise DataError("training diverged: weights that are not finite", fix="a smaller rate")
-        mean.put()
-        self.zero_grad()
-        return self.eval()

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,14 @@ from transformers import PretrainedConfig
 from transformers.utils import ModelOutput
 
 from ..core import DataError
-from .autoencoders import Patterns, _check_widths, _count, _layers, _whole
+from cortexlit.models.autoencoders import (
+    Patterns,
+    _Average,
+    _check_fit,
+    _check_widths,
+    _count,
+    _layers,
+)
 from .viv1t import _refuse_unknown
 
 # %% auto #0
@@ -62,33 +69,6 @@ class GANOutput(ModelOutput):
     """
 
     logits: torch.Tensor | None = None
-
-
-def _check_fit(trials: int, steps: int, batch: int, rate: float, average: float) -> None:
-    "Raise unless a model of responses can be trained with these options of `fit`."
-    _whole("steps", steps, 1)
-    _whole("batch", batch, 1)
-    if not (0 < rate < np.inf and 0 <= average < 1 and trials):
-        raise DataError(f"rate={rate!r}, average={average!r}, {trials} trials",
-                        expected="a rate above 0, an average from 0 to below 1, one trial or more")  # fmt: skip
-
-
-class _Average:
-    "Moving average of weights, of which each step keeps a share; at the end they are put in their place."
-
-    def __init__(self, parameters: Iterable[nn.Parameter], keep: float):
-        self.parameters, self.keep = list(parameters), keep
-        self.mean = [p.detach().clone() for p in self.parameters]
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for kept, now in zip(self.mean, self.parameters, strict=True):
-            kept.lerp_(now, 1 - self.keep)
-
-    @torch.no_grad()
-    def put(self) -> None:
-        for kept, now in zip(self.mean, self.parameters, strict=True):
-            now.copy_(kept)
 
 
 class GAN(Patterns):
