@@ -28,6 +28,11 @@ OPTIONS = [
     {"attention": "hilo", "window": 3, "kv_heads": 2, "token_positions": "rotary"},
     {"attention": "local", "radius": 1, "token_positions": "rotary"},
     {"attention": "linear", "kv_heads": 2},
+    {"scales": "two"},
+    {"scales": "two", "coarse": [4, 3, 5], "attention": "linear"},
+    {"scales": "fused"},
+    {"scales": "fused", "coarse": [3, 4, 2], "attention": "local", "radius": 1, "token_positions": "rotary"},
+    {"scales": "fused", "attention": "hilo", "kv_heads": 2},
 ]
 V1T_OPTIONS = [
     {"token_positions": "rotary"},
@@ -145,7 +150,10 @@ def test_windows_of_a_brain_hold_each_token_once_and_its_neighbours():
 
 
 def test_without_options_nothing_has_changed():
-    plain, named = vit3d(), vit3d(kv_heads=4, token_positions="learned", attention="softmax", window=3)
+    plain, named = (
+        vit3d(),
+        vit3d(kv_heads=4, token_positions="learned", attention="softmax", window=3, scales="one"),
+    )
     names = {"cls": (1, 1, 24), "positions": (1, 1 + plain.tokens, 24), "blocks.0.qkv.weight": (72, 24)}
     state = plain.state_dict()
     assert {name: tuple(state[name].shape) for name in names} == names
@@ -221,7 +229,7 @@ def test_a_config_without_the_options_is_the_old_model(tmp_path):
     made.save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     saved = json.loads(file.read_text())
-    for name in ("window", "kv_heads", "token_positions"):
+    for name in ("window", "kv_heads", "token_positions", "scales", "coarse"):
         saved.pop(name, None)
     file.write_text(json.dumps(saved))
     (tmp_path / "card.json").unlink()  # earlier versions wrote none
@@ -259,11 +267,70 @@ PARCELS = np.ones(int(np.prod(GRID)), int)
         ({"attention": "hilo", "heads": 1}, 'attention="hilo" with heads=1'),
         ({"window": 0}, "window=0"),
         ({"attention": "global"}, "softmax, local, linear, hilo"),
+        ({"scales": "three"}, "one of one, two, fused"),
+        ({"coarse": (4, 4, 4)}, r'coarse=\[4, 4, 4\] with scales="one"'),
+        ({"scales": "two", "coarse": (4, 4)}, r"coarse=\[4, 4\]"),
+        ({"scales": "two", "coarse": (4, 4, 0)}, r"coarse\[2\]=0"),
+        ({"scales": "fused", "coarse": (4, 1, 4)}, "a larger patch"),
+        ({"scales": "two", "attention": "local"}, "places of two sizes"),
+        ({"scales": "two", "token_positions": "rotary"}, "places of two sizes"),
+        ({"scales": "fused", "parcels": PARCELS}, 'scales="fused" with parcels'),
     ],
 )
 def test_wrong_options_of_vit3d_are_named(options, text):
     with pytest.raises(DataError, match=text):
         ViT3DConfig(**SMALL | options)
+
+
+# ---- two sizes of patches
+
+
+def test_larger_patches_are_interpolated_as_torch_does():
+    made = vit3d(grid=(8, 12, 8), scales="fused")
+    coarse = torch.randn(2, 24, 2, 3, 2)
+    theirs = torch.nn.functional.interpolate(coarse, (4, 6, 4), mode="trilinear").flatten(2).mT
+    torch.testing.assert_close(made.embedding.between @ coarse.flatten(2).mT, theirs)
+
+
+def test_patches_without_brain_do_not_enter_the_mean():
+    made = vit3d(scales="fused", mask=MASK, coarse=(3, 4, 2))
+    torch.testing.assert_close(made.embedding.between.sum(1), torch.ones(made.tokens))
+    assert (made.embedding.between >= 0).all()
+    level = torch.ones(1, made.embedding.between.shape[1], 24)
+    torch.testing.assert_close(made.embedding.between @ level, torch.ones(1, made.tokens, 24))
+
+
+def test_two_scales_are_the_tokens_of_both_and_the_fine_ones_are_those_of_one():
+    one, two = vit3d(mask=MASK), vit3d(mask=MASK, scales="two")
+    big = vit3d(mask=MASK, patch=(4, 4, 4))
+    assert two.tokens == one.tokens + big.tokens
+    two.embedding.fine.load_state_dict(one.embedding.state_dict())
+    two.embedding.coarse.load_state_dict(big.embedding.state_dict())
+    voxels = torch.randn(3, int(MASK.sum()))
+    joined = torch.cat([one.embedding(voxels), big.embedding(voxels)], 1)
+    assert torch.equal(two.embedding(voxels), joined)
+    assert np.array_equal(two.config.token_of, one.config.token_of)
+
+
+def test_where_scales_agree_over_a_neighbourhood_the_weight_is_larger():
+    made = vit3d(grid=(8, 12, 8), scales="fused").embedding
+    fine = torch.randn(1, 96, 24)
+    alike, against = (made.weight(fine, sign * fine)[0, :, 0] for sign in (1, -1))
+    torch.testing.assert_close(alike, torch.ones(96).sigmoid())  # cosine 1 everywhere, slope 1, offset 0
+    torch.testing.assert_close(against, (-torch.ones(96)).sigmoid())
+    half = fine.clone()
+    half[0, 0] *= -1  # one corner patch disagrees: of its 8 neighbours, itself among them, one does
+    torch.testing.assert_close(made.weight(fine, half)[0, 0, 0], torch.tensor(6 / 8).sigmoid())
+    torch.testing.assert_close(made.weight(fine, half)[0, -1, 0], torch.tensor(1.0).sigmoid())
+    with torch.no_grad():
+        made.offset.fill_(50.0)  # all weight on the smaller patches
+        voxels = torch.randn(2, 768)
+        torch.testing.assert_close(made(voxels), made.fine(voxels))
+
+
+def test_the_convolutional_model_has_one_scale():
+    with pytest.raises(DataError, match='scales="two" in a convolutional model'):
+        CNNViTConfig(grid=(12, 12, 12), patch=(4, 4, 4), channels=(4, 4), scales="two")
 
 
 # ---- options of V1T

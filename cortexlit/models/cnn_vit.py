@@ -50,7 +50,7 @@ class ConvBlock(nn.Module):
 
 # %% ../../neuro_nbs/15_cnn_vit.ipynb #e67ac223
 class CNNViTConfig(ViT3DConfig):
-    "The options of a `CNNViT`: those of `ViT3DConfig` but parcels, and the convolutional blocks."
+    "The options of a `CNNViT`: those of `ViT3DConfig` but parcels and scales, and the convolutional blocks."
 
     model_type = "cnn_vit"
 
@@ -69,6 +69,8 @@ class CNNViTConfig(ViT3DConfig):
         super().__init__(patch=patch, **options)
         if self.parcels is not None:
             raise DataError("parcels in a convolutional model", fix="ViT3D knows parcels; here use mask=")
+        if self.scales != "one":
+            raise DataError(f'scales="{self.scales}" in a convolutional model', fix="ViT3D knows two scales")
         if any(p % self.halvings for p in self.patch):
             raise DataError(
                 f"patch={self.patch} behind {len(self.channels)} blocks",

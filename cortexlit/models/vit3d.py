@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['ATTENTION', 'TOKEN_POSITIONS', 'LOSSES', 'patch_voxels', 'PatchEmbedding', 'ParcelEmbedding', 'SoftmaxAttention',
-           'LinearAttention', 'ViT3DConfig', 'EncoderBlock', 'ViT3DOutput', 'ViT3D']
+__all__ = ['ATTENTION', 'TOKEN_POSITIONS', 'SCALES', 'LOSSES', 'patch_voxels', 'PatchEmbedding', 'ParcelEmbedding', 'TwoScales',
+           'SoftmaxAttention', 'LinearAttention', 'ViT3DConfig', 'EncoderBlock', 'ViT3DOutput', 'ViT3D']
 
 # %% ../../neuro_nbs/13_vit3d.ipynb #63bf42ac
 import base64
+import itertools
 import math
 import zlib
 from collections.abc import Sequence
@@ -92,6 +93,70 @@ class ParcelEmbedding(nn.Module):
         parts = zip(voxels[:, self.order].split(self.sizes, 1), self.weight.split(self.sizes), strict=True)
         return torch.stack([x @ weight for x, weight in parts], 1) + self.bias
 
+# %% ../../neuro_nbs/13_vit3d.ipynb #13c00002
+def _between(
+    places: np.ndarray, patch: Sequence[int], known: np.ndarray, coarse: Sequence[int]
+) -> np.ndarray:
+    "Trilinear weights (tokens, larger tokens) from centres of larger patches to centres of patches; rows sum to 1."
+    number = {tuple(place): i for i, place in enumerate(known.tolist())}
+    at = (places + 0.5) * np.asarray(patch) / np.asarray(coarse) - 0.5
+    at = at.clip(0, known.max(0))  # beyond the last centre its value goes on
+    low, out = np.floor(at).astype(int), np.zeros((len(places), len(known)))
+    for corner in itertools.product((0, 1), repeat=3):
+        share = np.abs(1 - np.array(corner) - (at - low)).prod(1)
+        for row, (place, part) in enumerate(zip((low + corner).tolist(), share, strict=True)):
+            if part > 0 and tuple(place) in number:  # patches without brain are left out
+                out[row, number[tuple(place)]] += part
+    total = out.sum(1, keepdims=True)
+    nearest = ((at[:, None] - known) ** 2).sum(-1).argmin(1)
+    return np.where(total > 0, out / np.where(total > 0, total, 1), np.eye(len(known))[nearest])
+
+
+class TwoScales(nn.Module):
+    "Patches of two sizes: the tokens of both, or one token for each smaller patch."
+
+    def __init__(
+        self,
+        fine: PatchEmbedding,  # of the smaller patches
+        places: np.ndarray,  # (tokens, 3) of theirs
+        config: ViT3DConfig,  # scales "two" or "fused"
+    ):
+        super().__init__()
+        c, self.fine = config, fine
+        members, known = patch_voxels(c.brain, c.coarse_patch, c.pad)
+        if not len(members):
+            raise DataError(f"no patch {c.coarse_patch} on the grid {c.grid} is whole, without padding",
+                            fix="pad=True, or a smaller coarse patch")  # fmt: skip
+        self.coarse, self.fused = PatchEmbedding(members, c.emb_dim), c.scales == "fused"
+        self.tokens = len(places) + (0 if self.fused else len(members))
+        if self.fused:
+            self.register_buffer(
+                "between", torch.tensor(_between(places, c.patch, known, c.coarse_patch)).float()
+            )
+            near = np.abs(places[:, None] - places).max(-1) <= 1
+            self.register_buffer("around", torch.tensor(near / near.sum(1, keepdims=True)).float())
+            self.slope, self.offset = nn.Parameter(torch.ones(())), nn.Parameter(torch.zeros(()))
+
+    def weight(
+        self,
+        fine: torch.Tensor,  # (B, tokens, dim)
+        coarse: torch.Tensor,  # the same shape, interpolated
+    ) -> torch.Tensor:  # (B, tokens, 1): share of the smaller patch, 0 to 1
+        "Sigmoid of the cosine similarity of the scales, averaged over a patch and its neighbours."
+        alike = self.around @ F.cosine_similarity(fine, coarse, dim=-1)[..., None]
+        return (self.slope * alike + self.offset).sigmoid()
+
+    def forward(
+        self,
+        voxels: torch.Tensor,  # (B, voxels)
+    ) -> torch.Tensor:  # (B, tokens, dim)
+        fine, coarse = self.fine(voxels), self.coarse(voxels)
+        if not self.fused:
+            return torch.cat([fine, coarse], 1)
+        coarse = self.between @ coarse
+        share = self.weight(fine, coarse)
+        return share * fine + (1 - share) * coarse
+
 # %% ../../neuro_nbs/13_vit3d.ipynb #a4d408ab
 class SoftmaxAttention(nn.Module):
     "Mean of the values, weighted by the agreement of query and key."
@@ -155,6 +220,7 @@ def _unpacked(text: str) -> np.ndarray:
 # %% ../../neuro_nbs/13_vit3d.ipynb #8e3a11dd
 ATTENTION = ("softmax", "local", "linear", "hilo")
 TOKEN_POSITIONS = ("learned", "rotary")
+SCALES = ("one", "two", "fused")
 LOSSES = {"mse": F.mse_loss, "huber": F.huber_loss}  # Huber's turns from squared to linear at 1
 
 
@@ -185,6 +251,8 @@ class ViT3DConfig(PretrainedConfig):
         kv_heads: int
         | None = None,  # heads of keys and values, each shared by heads / kv_heads queries; None: heads
         token_positions: str = "learned",  # a vector for each token; "rotary": queries and keys turned by their place
+        scales: str = "one",  # of patches, a name in `SCALES`; "two": tokens of both sizes, "fused": one token for both
+        coarse: Sequence[int] | None = None,  # voxels of a larger patch along x, y, z; None: twice the patch
         outputs: int = 10,  # properties
         loss: str = "mse",  # a name in `LOSSES`
         **kwargs,  # options every Hugging Face config has
@@ -199,6 +267,7 @@ class ViT3DConfig(PretrainedConfig):
         self.noise, self.mixing = noise, mixing
         self.dropout, self.attention, self.radius = dropout, attention, radius
         self.window, self.kv_heads, self.token_positions = window, kv_heads, token_positions
+        self.scales, self.coarse = scales, None if coarse is None else list(coarse)
         self.outputs, self.loss = outputs, loss
         _check_options(self)
         _refuse_unknown(self, kwargs)
@@ -216,6 +285,11 @@ class ViT3DConfig(PretrainedConfig):
         return cls(patch=patch, depth=layers, outputs=outputs, **{"pad": False} | changes)
 
     @property
+    def coarse_patch(self) -> list[int]:  # x, y, z
+        "Voxels of a larger patch along each axis."
+        return [2 * p for p in self.patch] if self.coarse is None else self.coarse
+
+    @property
     def brain(self) -> np.ndarray:  # (x, y, z) bool
         "The voxels that are used: the mask, or the whole box."
         if self.mask is None:
@@ -224,7 +298,7 @@ class ViT3DConfig(PretrainedConfig):
 
     @property
     def token_of(self) -> np.ndarray:  # (voxels,) int, in the mask's order
-        "The token of each voxel, from 0; -1: in none."
+        "The token of each voxel, from 0; -1: in none. With two scales, the token of the smaller patch."
         if self.parcels is not None:
             return _unpacked(self.parcels) - 1
         brain = self.brain
@@ -238,7 +312,8 @@ class ViT3DConfig(PretrainedConfig):
 def _check_options(c: ViT3DConfig) -> None:
     "Raise at the first option that no model can be built from."
     _check_sizes(c)
-    for name in ("grid", "patch"):
+    placed = ("grid", "patch") if c.coarse is None else ("grid", "patch", "coarse")
+    for name in placed:
         if len(getattr(c, name)) != 3:
             raise DataError(f"{name}={getattr(c, name)}", expected="3 whole numbers: x, y, z")
     whole = [
@@ -246,7 +321,7 @@ def _check_options(c: ViT3DConfig) -> None:
         for name in ("emb_dim", "depth", "heads", "mlp_dim", "radius", "window", "outputs")
     ]
     whole += [("kv_heads", c.kv_heads)] if c.kv_heads is not None else []
-    whole += [(f"{name}[{i}]", n) for name in ("grid", "patch") for i, n in enumerate(getattr(c, name))]
+    whole += [(f"{name}[{i}]", n) for name in placed for i, n in enumerate(getattr(c, name))]
     for name, value in whole:
         if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
             raise DataError(f"{name}={value!r}", expected="a whole number, 1 or more")
@@ -259,10 +334,28 @@ def _check_options(c: ViT3DConfig) -> None:
             f"dropout={c.dropout}, noise={c.noise}, mixing={c.mixing}",
             expected="0 <= dropout < 1, 0 <= noise, 0 <= mixing",
         )
-    names = {"attention": ATTENTION, "token_positions": TOKEN_POSITIONS, "loss": tuple(LOSSES)}
+    names = {
+        "attention": ATTENTION,
+        "token_positions": TOKEN_POSITIONS,
+        "scales": SCALES,
+        "loss": tuple(LOSSES),
+    }
     for name, allowed in names.items():
         if getattr(c, name) not in allowed:
             raise DataError(f"{name}={getattr(c, name)!r}", expected=f"one of {', '.join(allowed)}")
+    if c.scales == "one" and c.coarse is not None:
+        raise DataError(
+            f'coarse={c.coarse} with scales="one"', expected='scales="two" or "fused", or no coarse patch'
+        )
+    if c.scales != "one" and not all(
+        big >= small for big, small in zip(c.coarse_patch, c.patch, strict=True)
+    ):
+        raise DataError(f"coarse={c.coarse} with patch={c.patch}", expected="a larger patch")
+    if c.scales == "two" and (c.attention in ("local", "hilo") or c.token_positions == "rotary"):
+        raise DataError(
+            f'scales="two" with attention="{c.attention}", token_positions="{c.token_positions}"',
+            expected='softmax or linear attention and learned positions, or scales="fused": places of two sizes do not compare',
+        )
     if c.attention == "hilo" and c.heads < 2:
         raise DataError('attention="hilo" with heads=1', expected="2 heads or more: near and far")
     if c.token_positions == "rotary" and c.attention == "linear":
@@ -290,6 +383,7 @@ def _check_options(c: ViT3DConfig) -> None:
             raise DataError("a parcel has no voxel", expected="parcels 1, 2, ..., each with voxels")
         placed = {f'attention="{c.attention}"': c.attention in ("local", "hilo")}
         placed['token_positions="rotary"'] = c.token_positions == "rotary"
+        placed[f'scales="{c.scales}"'] = c.scales != "one"
         for option in (name for name, needs in placed.items() if needs):
             raise DataError(f"{option} with parcels", expected="patches: parcels have no places on a grid")
     elif (c.token_of < 0).all():
@@ -385,6 +479,9 @@ class ViT3D(Saved, PreTrainedModel):
         if c.parcels is None:
             members, places = patch_voxels(brain, c.patch, c.pad)
             self.embedding, self.tokens = PatchEmbedding(members, c.emb_dim), len(members)
+            if c.scales != "one":
+                self.embedding = TwoScales(self.embedding, places, c)
+                self.tokens = self.embedding.tokens
             self.register_buffer("places", torch.tensor(places))
         else:
             self.embedding = ParcelEmbedding(_unpacked(c.parcels), c.emb_dim)
