@@ -741,6 +741,13 @@ def things_fit(
             help="Trains on mixtures of two trials, with shares from Beta(mixing, mixing); 0: none; not in the study's."
         ),
     ] = 0.0,
+    augment: Annotated[
+        str,
+        typer.Option(
+            help="Adds made trials to the training trials of each fold: none, noise, mixing, normal, vae, gan, diffusion or flow; not to the study's."
+        ),
+    ] = "none",
+    ratio: Annotated[float, typer.Option(help="Of --augment: made trials for each recorded one.")] = 1.0,
     rois: Rois = "visual",
     properties: Properties = None,
     folds: Folds = 5,
@@ -761,12 +768,19 @@ def things_fit(
       cortexlit things fit _data/things-02 --ratings ~/THINGSplus --out _runs/parcels-02
       cortexlit things fit _data/things-02 --ratings ~/THINGSplus --model study --rois all --patch 12 13 15 --lr 1e-4 --out _runs/study-02
       cortexlit things fit _data/things-02 --ratings ~/THINGSplus --properties lives --properties size --out _runs/two-02
+      cortexlit things fit _data/things-02 --ratings ~/THINGSplus --augment normal --ratio 1 --out _runs/normal-02
     """
     from cortexlit.data.things import split_by_concept
+    from cortexlit.training.augmentation import check_augmentation
     from cortexlit.training.decoders import fit_folds
     from cortexlit.training.trainer import check_options
 
     core.check_out(out)
+    check_augmentation(augment, ratio, seed)
+    if augment != "none" and model == "study":
+        raise core.DataError(
+            "--augment with --model study", expected="--model parcels or patches, or no --augment"
+        )
     check_options(adapt="full", seed=seed, lr=lr, epochs=epochs, patience=patience, batch_size=batch_size)
     data = _subject(cache, ratings, rois, properties, "volume" if model == "study" else "voxels")
     split = split_by_concept(data.trials, folds, seed)
@@ -777,6 +791,7 @@ def things_fit(
         "epochs": epochs,
         "patience": patience,
     }
+    recipe |= {} if augment == "none" else {"augment": augment, "ratio": ratio}
     maker = _maker(model, data, patch, noise, mixing, layers)
     done = fit_folds(
         maker, data, split, out, seed=seed, progress=not as_json, batch_size=batch_size, **recipe

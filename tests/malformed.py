@@ -659,6 +659,7 @@ def commands(root: Path) -> dict[str, tuple[list[str], dict[str, list[str]]]]:
         "things build": ([str(study), "--out", out], {"0": not_(), "--subject": [*NAME, "04"], "--layout": NAME, "--zscore": NAME, "--out": outs}),
         "things fit": ([cache, "--ratings", ratings, "--out", out], things_options | {
             "--model": NAME, "--patch": ["0 0 0", "-1 2 2", "999 999 999"], "--layers": [*WHOLE, "0"], "--noise": REAL, "--mixing": REAL,
+            "--augment": NAME, "--ratio": [*REAL, "101"],
             "--epochs": ["-1", "0", "x"], "--patience": ["-1", "0", "x"], "--lr": [*REAL, "0"], "--batch-size": [*WHOLE, "0"], "--out": outs}),
         "things score": ([cache, "--ratings", ratings], things_options | {
             "--bands": NAME, "--permutations": WHOLE, "--run": not_(), "--out": outs[:4]}),

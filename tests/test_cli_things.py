@@ -176,6 +176,40 @@ def test_layers_and_patience(study, cache, tmp_path, capsys, monkeypatch, model,
     assert found["error"] == "enough seen" and (seen["depth"], seen["patience"]) == (depth, patience)
 
 
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--augment", "vea"], "augmentation 'vea', perhaps vae"),
+        (["--augment", "vae", "--ratio", "-1"], "ratio=-1.0"),
+        (["--augment", "vae", "--model", "study"], "--augment with --model study"),
+    ],
+)
+def test_made_trials_that_cannot_be_are_refused(study, cache, tmp_path, capsys, monkeypatch, words, error):
+    common = [cache, "--ratings", study / "ratings", "--out", tmp_path / "net"]
+    code, found = run(capsys, monkeypatch, "fit", *common, *words)
+    assert code == 1 and found["error"].startswith(error) and not (tmp_path / "net").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "asked"),
+    [
+        ([], None),
+        (["--augment", "normal"], ("normal", 1.0)),
+        (["--augment", "gan", "--ratio", "0.5"], ("gan", 0.5)),
+    ],
+)
+def test_made_trials_are_asked_for_by_name(study, cache, tmp_path, capsys, monkeypatch, words, asked):
+    seen = {}
+
+    def fit_folds(build, data, split, out, **options):
+        seen.update(options)
+        raise DataError("enough seen")
+
+    monkeypatch.setattr("cortexlit.training.decoders.fit_folds", fit_folds)
+    run(capsys, monkeypatch, "fit", cache, "--ratings", study / "ratings", "--out", tmp_path / "net", *words)
+    assert ((seen["augment"], seen["ratio"]) if "augment" in seen else None) == asked
+
+
 def test_the_demonstration_trains_as_fit_does_by_default(study, tmp_path, capsys, monkeypatch):
     seen = []
 

@@ -1,5 +1,6 @@
 """Decoders trained fold by fold: what they may see, what is kept, and what must raise."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -196,3 +197,53 @@ def test_what_cannot_be_trained_is_refused(fits, tmp_path):
     flat.labels[:, 1] = 3
     with pytest.raises(DataError, match="constant"):
         fit_folds(build, flat, split, tmp_path / "flat", folds=[0], **OPTIONS)
+
+
+# ---- made trials
+
+
+def test_made_trials_are_added_to_training_alone_and_resume_to_the_same_bits(fits, tmp_path, monkeypatch):
+    data, split, found = fits
+    made = fit_folds(build, data, split, tmp_path / "a", augment="noise", ratio=2, **OPTIONS)
+    assert made.table[["train", "validation", "test"]].equals(found.table[["train", "validation", "test"]])
+    assert not np.array_equal(made.predictions, found.predictions)
+    with monkeypatch.context() as m:
+        m.setattr("cortexlit.training.decoders.predict", lambda *a, **k: 1 / 0)  # after training
+        with pytest.raises(ZeroDivisionError):
+            fit_folds(build, data, split, tmp_path / "b", augment="noise", ratio=2, **OPTIONS)
+    again = fit_folds(build, data, split, tmp_path / "b", augment="noise", ratio=2, **OPTIONS)
+    assert np.array_equal(again.predictions, made.predictions)
+    with pytest.raises(DataError, match="other ratio"):
+        fit_folds(build, data, split, tmp_path / "a", augment="noise", **OPTIONS)
+    with pytest.raises(DataError, match="other augment"):
+        fit_folds(build, data, split, tmp_path / "a", **OPTIONS)
+
+
+def test_made_trials_do_not_know_the_concepts_that_are_held_out(fits, tmp_path):
+    "Patterns and ratings of the test concepts are spoiled; the weights that fold 1 learns stay the same."
+    data, split, _ = fits
+    spoiled = Trials()
+    test = split.fold == 1
+    spoiled.labels[test] += 5
+    weights = []
+    for name, trials in (("a", data), ("b", spoiled)):
+        fit_folds(build, trials, split, tmp_path / name, folds=[1], augment="normal", **OPTIONS)
+        weights.append((tmp_path / name / "fold1" / "best" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+def test_without_made_trials_plans_are_as_before(fits):
+    assert not {"augment", "ratio"} & json.loads((fits[2].folder / "folds.json").read_text())["plan"].keys()
+
+
+def test_made_trials_that_cannot_be_are_refused(fits, tmp_path):
+    data, split, _ = fits
+    with pytest.raises(DataError, match="perhaps vae"):
+        fit_folds(build, data, split, tmp_path, augment="vea", **OPTIONS)
+    with pytest.raises(DataError, match="ratio=-1"):
+        fit_folds(build, data, split, tmp_path, augment="vae", ratio=-1, **OPTIONS)
+    volumes = Trials()
+    volumes.__class__ = type("Volumes", (Trials,), {"__getitem__": lambda self, i: {
+        "volume": torch.from_numpy(self.voxels[i]), "labels": torch.from_numpy(self.labels[i])}})  # fmt: skip
+    with pytest.raises(DataError, match='augment="noise" of volumes'):
+        fit_folds(build, volumes, split, tmp_path / "v", folds=[0], augment="noise", **OPTIONS)

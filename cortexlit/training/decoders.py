@@ -33,6 +33,8 @@ from cortexlit.core import (
     write_json,
 )
 from ..data.things import Split, audit_split
+from .augmentation import augment as with_made
+from .augmentation import check_augmentation
 from .features import fingerprint, source
 from .trainer import check_options, fit, origin, predict
 
@@ -50,6 +52,24 @@ class _Part(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
         item = self.data[int(self.rows[i])]
         return item | {"labels": (item["labels"] - self.mean) / self.spread}
+
+
+class _More(torch.utils.data.Dataset):
+    "Training rows, and below them trials that were made from these rows alone."
+
+    def __init__(self, part: _Part, name: str, ratio: float, seed: int):
+        items = [part[i] for i in range(len(part))]
+        if "voxels" not in items[0]:
+            raise DataError(f'augment="{name}" of volumes', fix='ThingsDataset(..., form="voxels")')
+        patterns, labels = (np.stack([item[key].numpy() for item in items]) for key in ("voxels", "labels"))
+        made = with_made(name, patterns, labels, ratio, seed)
+        self.patterns, self.labels = map(torch.from_numpy, made)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        return {"voxels": self.patterns[i], "labels": self.labels[i]}
 
 # %% ../../neuro_nbs/13a_decoder_training.ipynb #ff3de807
 _COLUMNS = ["fold", "train", "validation", "test", "best epoch", "validation correlation", "slope", "seconds"]
@@ -107,6 +127,8 @@ def fit_folds(
     out: str | Path | None = None,  # folder of the runs; default one in `_runs` named after all this
     folds: Sequence[int] | None = None,  # None: all
     seed: int = 0,
+    augment: str = "none",  # a name of `AUGMENTATIONS`: made trials, from the training trials of each fold alone
+    ratio: float = 1.0,  # made trials for each recorded one
     progress: bool = True,  # a line for each fold
     **options: Any,  # of `fit`; adapt="full" if not said otherwise
 ) -> FoldFits:
@@ -126,7 +148,9 @@ def fit_folds(
         raise DataError(f"fold {unknown[0]}", expected=f"0 to {count - 1}")
     options = {"adapt": "full", "last": 1, "progress": False} | options
     check_options(**{"seed": seed, **options})
+    check_augmentation(augment, ratio, seed)
     plan = {"split": split.hash, "seed": seed} | {name: digest(value) for name, value in options.items()}
+    plan |= {} if augment == "none" else {"augment": augment, "ratio": float(ratio)}
     plan |= origin(_fresh(build, seed), (data, []))
     out = runs(f"folds-{digest(plan)}") if out is None else Path(out)
     if not (out / "folds.json").is_file() and not list(out.glob("fold[0-9]*.json")):
@@ -217,6 +241,8 @@ def _fold(
             f"a rating is constant in the training concepts of fold {k}", fix="leave this property out"
         )
     parts = [_Part(data, r, mean, spread) for r in rows]
+    if "augment" in plan:
+        parts[0] = _More(parts[0], plan["augment"], plan["ratio"], seed)
     done = fit(_fresh(build, seed), tuple(parts[:2]), out=folder, seed=seed, **options)
     guess, found = (predict(done.model, part, batch_size=64) for part in parts[1:])
     slope = max(
