@@ -20,6 +20,7 @@ ALLOWED = {
     "models": {"core"},
     "training": {"core", "data", "models"},
     "evaluation": {"core"},
+    "front": {"core", "data", "models", "training", "evaluation"},
     "cli": {"core", "plots", "data", "models", "training", "evaluation"},
 }
 # Exceptions, module by module: baselines and design can read a dataset folder, and count that they do; figures take a
