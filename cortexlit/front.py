@@ -8,10 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from cortexlit.evaluation.scores import ScoreSheet
+from typing import Any
 
 # %% auto #0
 __all__ = ['NAMES', 'PLACES', 'find', 'build', 'open_dataset', 'score']
@@ -136,7 +133,7 @@ def score(
     *runs: Any,  # results of `fit`, `train_head`, `train_scenes`, `fit_folds`; dicts (name, seed) -> predictions; names of baselines
     split: Any = None,  # of a subject; None: `split_by_concept(data.trials)`
     **named: Any,  # the same, under names of yours
-) -> ScoreSheet:
+) -> Any:  # a `ScoreSheet`
     "Trained models, arrays and baselines on the test tier, in one sheet; all baselines if none is named."
     from cortexlit.core import DataError
 
@@ -191,7 +188,7 @@ def _called(run: Any, name: str | None) -> str | tuple[str, int]:
     return (name, plan["seed"]) if "seed" in plan else name
 
 
-def _score_folder(root: Path, given: list[tuple[str | None, Any]]) -> ScoreSheet:
+def _score_folder(root: Path, given: list[tuple[str | None, Any]]) -> Any:
     from cortexlit.data.checks import read_card
 
     kind, found = read_card(root).get("kind", "clips"), {}
@@ -231,7 +228,7 @@ def _predicted(run: Any, root: Path, kind: str) -> Any:
     return comparable(test, predict(run.model, test, last, batch_size=8))
 
 
-def _score_subject(data: Any, given: list[tuple[str | None, Any]], split: Any) -> ScoreSheet:
+def _score_subject(data: Any, given: list[tuple[str | None, Any]], split: Any) -> Any:
     from cortexlit.core import DataError
     from cortexlit.data.things import split_by_concept
     from cortexlit.evaluation.decoding import score_subject
