@@ -14,7 +14,6 @@ from cortexlit import front
 from cortexlit.core import CortexlitError, DataError, MissingError
 from cortexlit.data.clips import MouseDataset, build_dataset
 from cortexlit.data.scenes import ScenesDataset, import_arrays
-from cortexlit.data.synthetic import write_session
 from cortexlit.data.things import ThingsDataset, build_things, open_things, write_things
 
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -98,9 +97,8 @@ def test_build_takes_what_was_opened(tmp_path, folders):
             cx.build(source, tmp_path / "b", **options)
 
 
-def test_a_recording_of_movies_and_pictures_must_be_told(tmp_path):
-    cache = write_session(tmp_path / "session", size="tiny")
-    both = cx.open_session(900000002, cache_dir=cache)
+def test_a_recording_of_movies_and_pictures_must_be_told(tmp_path, tiny_cache):
+    both = cx.open_session(900000002, cache_dir=tiny_cache)
     if both.movies():
         with pytest.raises(DataError, match="movies and pictures"):
             cx.build(both, tmp_path / "x")
@@ -128,7 +126,7 @@ def test_a_subject_needs_ratings(folders):
 
 def short(source):
     "Options for the short films of the tiny session."
-    return {"clip_frames": 26, "gap": 5} if hasattr(source, "movies") else {}
+    return {"clip_frames": 26, "gap": 5, "movies": ["natural_movie_one"]} if hasattr(source, "movies") else {}
 
 
 PROGRAMS = re.findall(r"```python\n(import cortexlit as cx.*?)```", (ROOT / "README.md").read_text(), re.S)
@@ -154,7 +152,7 @@ def place(tmp_path_factory, folders):
 
 
 @pytest.mark.parametrize("which", range(4))
-def test_the_programs_of_the_readme(which, place, monkeypatch):
+def test_the_programs_of_the_readme(which, place, tiny_cache, monkeypatch):
     monkeypatch.chdir(place)
     monkeypatch.setenv("MPLBACKEND", "Agg")
     quick = {"epochs": 1, "progress": False}
