@@ -795,7 +795,6 @@ def things_score(
       cortexlit things score _data/things-02 --ratings ~/THINGSplus --run _runs/parcels-02 --out _runs/things-02
       cortexlit things score _data/things-02 --ratings ~/THINGSplus --bands early
     """
-    from cortexlit.data.audit import models_named, note_opening
     from cortexlit.data.things import split_by_concept
     from cortexlit.evaluation.decoding import score_subject
 
@@ -811,10 +810,8 @@ def things_score(
     sheet = score_subject(
         responses, data.labels.astype(float), data.trials["concept"].to_numpy(), split, data.properties, runs,
         bands=None if bands is None else _bands(responses, data, bands), permutations=permutations,
-        dataset=name, seed=seed,
+        dataset=name, root=cache, seed=seed,
     )  # fmt: skip
-    if count := note_opening(cache, models_named(runs), "things score", split.hash):
-        sheet.opened[name] = count
     _tell_sheet(sheet, out, as_json, _show_decoding)
 
 
@@ -951,7 +948,7 @@ def _demo_fmri(out: Path) -> Any:
     found = fit_folds(maker, data, split, progress=False, **recipe).predictions
     return score_subject(
         data.responses.astype(float), data.labels.astype(float), data.trials["concept"].to_numpy(), split,
-        data.properties, {("ViT3D on regions", 0): found}, dataset="synthetic fMRI subject",
+        data.properties, {("ViT3D on regions", 0): found}, dataset="synthetic fMRI subject", root=data.folder,
     )  # fmt: skip
 
 # %% ../neuro_nbs/19_cli.ipynb #1aaaf61c
