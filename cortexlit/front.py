@@ -250,7 +250,6 @@ def _score_subject(data: Any, given: list[tuple[str | None, Any]], split: Any) -
             found[name] = run
         else:
             raise DataError(f"a {type(run).__name__} on a subject", "a result of fit_folds, or name=array")
-    sheet = score_subject(data.responses.astype(float), data.labels.astype(float),
-                          data.trials["concept"].to_numpy(), split, data.properties, found,
-                          dataset=data.card["name"] if "name" in data.card else Path(data.folder).name)  # fmt: skip
-    return sheet
+    name = f"{Path(data.folder).name}, subject {data.card['subject']}"
+    return score_subject(data.responses.astype(float), data.labels.astype(float), data.trials["concept"].to_numpy(),
+                         split, data.properties, found, dataset=name, root=data.folder)  # fmt: skip

@@ -122,6 +122,8 @@ def test_arrays_and_baselines_by_name(folders):
 def test_a_subject_needs_ratings(folders):
     with pytest.raises(DataError, match="without ratings"):
         cx.score(cx.open_dataset(folders["things"]))
+    brain = cx.open_dataset(folders["things"], ratings=cx.load_properties(folders["ratings"]))
+    assert cx.score(brain, "ridge").opened  # a look at the test of a subject is counted, too
 
 
 def short(source):
