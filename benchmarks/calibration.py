@@ -2,12 +2,12 @@
 
     python benchmarks/calibration.py --out benchmarks/results/calibration.json
 
-Simulated tables of scores with effects of clips, neurons and entries (coverage of one mean); simulated
-responses with known signals (coverage for each metric); six models that do not differ (family-wise error of
-`compare`). Beside each coverage: that of an interval over neurons alone.
+Simulated tables of scores with effects of clips, neurons and entries (coverage of one mean), and of few seeds;
+simulated responses with known signals (coverage for each metric); six models that do not differ (family-wise error
+of `compare`). Beside each coverage: that of an interval over neurons alone.
 
-With `--only metric family`, or `--only family --world "seed x model, three seeds"`, all other cases stay as the
-file has them, with the provenance of their own run.
+With `--only metric family`, or one metric or world of them (`--only family --world "seed x model, three seeds"`), all
+other cases stay as the file has them, with the provenance of their own run.
 """
 
 from __future__ import annotations
@@ -47,9 +47,11 @@ MODELS = {  # standard deviations of each model's own effects of clips, neurons 
     "noise alone": (0.0, 0.0, 0.0, 1, False),
     "clip x model, three seeds": (0.5, 0.0, 0.0, 3, False),
     "seed x model, three seeds": (0.0, 0.0, 0.2, 3, False),
+    "seed x one model, three seeds": (0.0, 0.0, (0.2, 0, 0, 0, 0, 0), 3, False),
 }
 
-PARTS = ("mean", "metric", "family")
+PLAIN = "single-trial correlation"
+PARTS = ("mean", "seeds", "metric", "family")
 
 
 def of_means(experiments: int, clips: int, neurons: int, world: str) -> dict[str, object]:
@@ -65,6 +67,21 @@ def of_means(experiments: int, clips: int, neurons: int, world: str) -> dict[str
     return {
         "part": "mean", "world": world, "clips": clips, "neurons": neurons, "experiments": experiments,
         "coverage": hits / experiments, "coverage_neurons_alone": alone / experiments,
+    }  # fmt: skip
+
+
+def of_seeds(experiments: int, seeds: int, clips: int, neurons: int, by_seed: float) -> dict[str, object]:
+    "Coverage of the interval of one mean score over few seeds."
+    draw, hits, half = rng(0, "seeds", seeds, clips, neurons, by_seed), 0, []
+    for k in range(experiments):
+        x = by_seed * draw.normal(size=(seeds, 1, 1)) + draw.normal(size=(seeds, clips, neurons))
+        low, high = score_interval(x, draws=400, seed=k)
+        hits += low < 0 < high
+        half.append((high - low) / 2)
+    return {
+        "part": "seeds", "seeds": seeds, "by_seed": by_seed, "clips": clips, "neurons": neurons, "experiments": experiments,
+        "coverage": hits / experiments, "median_half_width": np.median(half),
+        "spread": np.sqrt(by_seed**2 / seeds + 1 / (seeds * clips * neurons)),
     }  # fmt: skip
 
 
@@ -89,7 +106,7 @@ def _same_neurons(p: np.ndarray, y: np.ndarray, clip: np.ndarray) -> np.ndarray:
 
 
 METRICS: dict[str, Callable] = {
-    "single-trial correlation": lambda p, y, c: (single_trial_correlation(p, y, reduce=None), c),
+    PLAIN: lambda p, y, c: (single_trial_correlation(p, y, reduce=None), c),
     "flattened correlation": lambda p, y, c: (flattened_correlation(p, y, reduce="table", clip=c), None),
     "correlation to average": lambda p, y, c: (correlation_to_average(p, y, c, reduce="table"), None),
     "CC_norm": lambda p, y, c: (cc_norm(p, y, c, reduce="table"), None),
@@ -99,13 +116,15 @@ METRICS: dict[str, Callable] = {
 }
 
 
-def of_metrics(experiments: int, clips: int, repeats: int, neurons: int) -> list[dict[str, object]]:
+def of_metrics(
+    experiments: int, clips: int, repeats: int, neurons: int, names: list[str]
+) -> list[dict[str, object]]:
     "Coverage for each metric; the truth is the mean over all experiments."
-    draw, found = rng(0, "metrics", clips, repeats, neurons), {name: [] for name in METRICS}
+    draw, found = rng(0, "metrics", clips, repeats, neurons), {name: [] for name in names}
     for k in range(experiments):
         p, y, clip = _responses(draw, clips, repeats, neurons)
-        for name, metric in METRICS.items():
-            table, groups = metric(p, y, clip)
+        for name in names:
+            table, groups = METRICS[name](p, y, clip)
             by_neuron = np.nanmean(table, 0)
             by_neuron = by_neuron[np.isfinite(by_neuron)]
             alone = 1.96 * by_neuron.std(ddof=1) / np.sqrt(len(by_neuron))
@@ -133,7 +152,8 @@ def of_families(experiments: int, clips: int, neurons: int, world: str, models: 
 
     for k in range(experiments):
         x = effect(1, 1, clips, 1) + 2 * effect(1, 1, 1, neurons) + by_clip * effect(models, 1, clips, 1)
-        x = x + by_neuron * effect(models, 1, 1, neurons) + by_seed * effect(models, seeds, 1, 1)
+        x = x + by_neuron * effect(models, 1, 1, neurons)
+        x = x + np.reshape(by_seed, (-1, 1, 1, 1)) * effect(models, seeds, 1, 1)
         x = x + effect(models, seeds, clips, neurons)
         found = compare({f"model {m}": x[m] for m in range(models)}, seed=k)
         wrong += bool(found.pairs["settled"].any())
@@ -144,14 +164,18 @@ def of_families(experiments: int, clips: int, neurons: int, world: str, models: 
     }  # fmt: skip
 
 
-def _cases(part: str, n: int, families: int, worlds: list[str]) -> list[dict[str, object]]:
+def _cases(part: str, n: int, families: int, worlds: list[str], names: list[str]) -> list[dict[str, object]]:
     "All cases of one part; a line for each size that is done."
     cases: list[dict[str, object]] = []
     if part == "mean":
         return [of_means(n, c, m, world) for world in WORLDS for c in (5, 6, 12, 30) for m in (64, 300)]
+    if part == "seeds":
+        return [of_seeds(n, seeds, 12, 64, by_seed) for seeds in (2, 3, 5) for by_seed in (0.2, 0.05)]
     if part == "metric":
         for clips, repeats in ((6, 10), (12, 4), (31, 2)):
-            cases += of_metrics(n // 2, clips, repeats, 64)
+            many = [name for name in names if name == PLAIN]  # a mean, and quick: four times as many
+            cases += of_metrics(2 * n, clips, repeats, 64, many)
+            cases += of_metrics(n // 2, clips, repeats, 64, [name for name in names if name not in many])
             print(f"metrics on {clips} clips: done", flush=True)
         return cases
     for world in worlds:
@@ -166,24 +190,31 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--experiments", type=int, default=1000, help="for each mean; metrics: half")
+    parser.add_argument(
+        "--experiments", type=int, default=1000, help="for each mean; metrics: half, or double"
+    )
     parser.add_argument("--families", type=int, default=200, help="experiments for each family of models")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to make anew")
     parser.add_argument("--world", choices=MODELS, help="of the families: this one alone")
+    parser.add_argument("--metric", choices=METRICS, help="of the metrics: this one alone")
     args = parser.parse_args()
-    if args.world and args.only != ["family"]:
-        parser.error("--world goes with --only family")
-    whole = set(args.only) == set(PARTS) and not args.world
+    if args.world and args.only != ["family"] or args.metric and args.only != ["metric"]:
+        parser.error("--world goes with --only family, --metric with --only metric")
+    one = args.world or args.metric
+    whole = set(args.only) == set(PARTS) and not one
     old = {"cases": [], "provenance": {}} if whole else read_json(args.out)
     n, made, source = args.experiments, [], dict(old["provenance"])
     for part in args.only:
         start = time.process_time()
-        made += _cases(part, n, args.families, [args.world] if args.world else list(MODELS))
-        source[f"{part}, {args.world}" if args.world else part] = provenance(
-            seconds=time.process_time() - start, seed=0
-        )
-    anew = {(case["part"], case.get("world")) for case in made}
-    kept = [case for case in old["cases"] if (case["part"], case.get("world")) not in anew]
+        made += _cases(part, n, args.families, [args.world] if args.world else list(MODELS),
+                       [args.metric] if args.metric else list(METRICS))  # fmt: skip
+        source[f"{part}, {one}" if one else part] = provenance(seconds=time.process_time() - start, seed=0)
+
+    def what(case: dict[str, object]) -> tuple[object, ...]:
+        return case["part"], case.get("world"), case.get("metric")
+
+    anew = {what(case) for case in made}
+    kept = [case for case in old["cases"] if what(case) not in anew]
     cases = sorted(kept + made, key=lambda case: PARTS.index(case["part"]))
     write_json(args.out, {"cases": cases, "provenance": source})
     for case in cases:

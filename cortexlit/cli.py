@@ -25,9 +25,9 @@ from . import core
 
 # %% auto #0
 __all__ = ['app', 'Json', 'Cache', 'Embedded', 'METRICS', 'Scale', 'Core', 'Last', 'scenes', 'things', 'Rois', 'Ratings',
-           'Properties', 'Folds', 'Cached', 'DECODERS', 'PARK', 'sessions', 'build', 'score', 'fit', 'grid', 'design',
-           'folds', 'scenes_build', 'scenes_fit', 'scenes_score', 'things_build', 'things_fit', 'things_score',
-           'real_files', 'data', 'run_demo', 'show_demo', 'demo', 'pretrain', 'main']
+           'Properties', 'Folds', 'Cached', 'PARK', 'sessions', 'build', 'score', 'fit', 'grid', 'design', 'folds',
+           'scenes_build', 'scenes_fit', 'scenes_score', 'things_build', 'things_fit', 'things_score', 'real_files',
+           'data', 'run_demo', 'show_demo', 'demo', 'pretrain', 'main']
 
 # %% ../neuro_nbs/19_cli.ipynb #797b884d
 app = typer.Typer(
@@ -532,8 +532,13 @@ def scenes_build(
 def scenes_fit(
     dataset: Annotated[Path, typer.Argument(help="Folder made by `cortexlit scenes build`.")],
     session: Annotated[
-        int, typer.Option(help="Training session of the study, 1 to 6; 1 to 3 take pictures of 144 x 256.")
-    ] = 5,
+        int | None,
+        typer.Option(
+            help="Training session of the study, 1 to 6 (1 to 3 take pictures of 144 x 256); default the recipe that does better."
+        ),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="In place of those of the session or recipe.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate, likewise.")] = None,
     seed: Annotated[int, typer.Option(help="Of the weights, the drawn presentations and their order.")] = 0,
     out: Annotated[
         Path | None, typer.Option(help="Run folder; default one in _runs named after all options.")
@@ -543,19 +548,25 @@ def scenes_fit(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Train V1T as in one of the study's six sessions; the same call again goes on where it stopped.
+    """Train V1T by the library's recipe, or as in one of the study's six sessions; the same call again goes on where it stopped.
 
     Examples:
+      cortexlit scenes fit _data/scenes --epochs 10
       cortexlit scenes fit _data/scenes --session 4
       cortexlit scenes fit _data/501559087 --session 5 --scale paper
     """
-    from cortexlit.training.scenes import STUDY, at_scale, train_scenes
+    from cortexlit.training.scenes import RECIPE, STUDY, at_scale, train_scenes
 
-    if not 1 <= session <= len(STUDY):
+    if session is not None and not 1 <= session <= len(STUDY):
         raise core.DataError(f"--session {session}", expected=f"1 to {len(STUDY)}")
+    if session is None and scale is not None:
+        raise core.DataError(
+            f"--scale {scale} without --session", "the recipe has one size; sessions have two: demo, paper"
+        )
     core.check_out(out)
-    (chosen,) = at_scale([STUDY[session - 1]], scale)
-    done = train_scenes(dataset, chosen, seed=seed, out=out, progress=not as_json)
+    (chosen,) = [RECIPE] if session is None else at_scale([STUDY[session - 1]], scale)
+    given = {k: v for k, v in {"epochs": epochs, "lr": lr}.items() if v is not None}
+    done = train_scenes(dataset, chosen, seed=seed, out=out, progress=not as_json, **given)
     _tell_run(chosen.name, done, as_json)
 
 
@@ -677,9 +688,6 @@ def _subject(
     return ThingsDataset(cache, rated, None if rois == "all" else rois, form=form)
 
 
-DECODERS = ("parcels", "patches", "study")
-
-
 def _maker(
     model: str,
     data: Any,
@@ -689,34 +697,9 @@ def _maker(
     layers: int | None = None,
 ) -> Callable[[], Any]:
     "What makes a fresh ViT3D for a subject."
-    from cortexlit.models.vit3d import ViT3D, ViT3DConfig
+    from cortexlit.models.vit3d import decoder
 
-    if model not in DECODERS:
-        raise core.DataError(f"--model {model}", expected=f"one of {', '.join(DECODERS)}")
-    grid, outputs = data.mask.shape, len(data.properties)
-    if model == "study":
-        config = ViT3DConfig.study(patch, 6 if layers is None else layers, outputs=outputs, grid=grid)
-        return lambda: ViT3D(config)
-    small = {
-        "grid": grid,
-        "mask": data.mask,
-        "emb_dim": 32,
-        "depth": 1 if layers is None else layers,
-        "heads": 4,
-        "mlp_dim": 64,
-        "dropout": 0.0,
-        "outputs": outputs,
-        "noise": noise,
-        "mixing": mixing,
-    }
-    if model == "parcels":
-        region = data.rois.to_numpy(bool)[:, data.rois.any().to_numpy()]
-        parcels = np.where(region.any(1), region.argmax(1) + 1, 0)
-        parcels = np.unique(np.append(parcels, 0), return_inverse=True)[1][:-1]  # numbered without gaps
-        config = ViT3DConfig(parcels=parcels, **small)
-    else:
-        config = ViT3DConfig(patch=patch, **small)
-    return lambda: ViT3D(config)
+    return decoder(data, model, patch, noise, mixing, layers)
 
 
 @things.command("fit")
@@ -827,7 +810,6 @@ def things_score(
       cortexlit things score _data/things-02 --ratings ~/THINGSplus --run _runs/parcels-02 --out _runs/things-02
       cortexlit things score _data/things-02 --ratings ~/THINGSplus --bands early
     """
-    from cortexlit.data.audit import models_named, note_opening
     from cortexlit.data.things import split_by_concept
     from cortexlit.evaluation.decoding import score_subject
 
@@ -843,10 +825,8 @@ def things_score(
     sheet = score_subject(
         responses, data.labels.astype(float), data.trials["concept"].to_numpy(), split, data.properties, runs,
         bands=None if bands is None else _bands(responses, data, bands), permutations=permutations,
-        dataset=name, seed=seed,
+        dataset=name, root=cache, seed=seed,
     )  # fmt: skip
-    if count := note_opening(cache, models_named(runs), "things score", split.hash):
-        sheet.opened[name] = count
     _tell_sheet(sheet, out, as_json, _show_decoding)
 
 
@@ -983,7 +963,7 @@ def _demo_fmri(out: Path) -> Any:
     found = fit_folds(maker, data, split, progress=False, **recipe).predictions
     return score_subject(
         data.responses.astype(float), data.labels.astype(float), data.trials["concept"].to_numpy(), split,
-        data.properties, {("ViT3D on regions", 0): found}, dataset="synthetic fMRI subject",
+        data.properties, {("ViT3D on regions", 0): found}, dataset="synthetic fMRI subject", root=data.folder,
     )  # fmt: skip
 
 # %% ../neuro_nbs/19_cli.ipynb #1aaaf61c

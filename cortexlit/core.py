@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -925,31 +926,26 @@ def _commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
 
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    "Of the packages behind most results; looked up once, since that takes a tenth of a second."
+    names = ("cortexlit", "numpy", "pandas", "scipy", "h5py", "torch", "transformers", "peft", "allensdk")
+    found = {}
+    for name in names:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
 # %% ../nbs/00_core.ipynb #0e920461
 def provenance(
     **extra: Any,  # further entries, e.g. seed=0
 ) -> dict[str, Any]:  # JSON-able
     "Versions, platform and commit behind a result."
-    packages = {}
-    for name in (
-        "cortexlit",
-        "numpy",
-        "pandas",
-        "scipy",
-        "h5py",
-        "torch",
-        "transformers",
-        "peft",
-        "allensdk",
-    ):
-        try:
-            packages[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return {
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "packages": packages,
+        "packages": dict(_versions()),
         "commit": _commit(),
         **extra,
     }

@@ -1,6 +1,7 @@
 """Fixtures for all tests: private folders, and a tiny session with known ground truth."""
 
 import gc
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,9 +9,14 @@ from pathlib import Path
 import progress
 import pytest
 from hypothesis import settings
+from hypothesis.configuration import set_hypothesis_home_dir
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # no test opens a window
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the network
+
+# What hypothesis has worked out once (tables of characters, constants of the library) is found by the next process,
+# although each test runs in a folder of its own.
+set_hypothesis_home_dir(Path(__file__).resolve().parents[1] / ".hypothesis")
 
 # The same examples in every run, so that a change is judged by what it changes; `pytest --hypothesis-profile search`
 # looks for new ones.
@@ -46,14 +52,24 @@ def no_curves() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def numbered_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    "New folders, counted here: pytest's own numbering reads the names of all there are, thousands of times."
+    root = tmp_path_factory.mktemp("private")
+    return (root / str(number) for number in itertools.count())
+
+
 @pytest.fixture(autouse=True)
-def private_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+def private_folders(numbered_folders: Iterator[Path], monkeypatch: pytest.MonkeyPatch) -> Path:
     """Give each test a work folder and a data home of its own, and return the work folder.
 
     `_data/` and `_runs/` are made in the work folder. The data home links to whatever the user's
     CORTEXLIT_DATA holds, so data that is there can be read, and what a test adds lands in the test's folder.
     """
-    work, data, cache = (tmp_path_factory.mktemp(name) for name in ("work", "data", "cache"))
+    folder = next(numbered_folders)
+    work, data, cache = (folder / name for name in ("work", "data", "cache"))
+    for made in (folder, work, data, cache):
+        made.mkdir()
     chosen = os.environ.get("CORTEXLIT_DATA", "").strip()
     if chosen and Path(chosen).is_dir():
         for entry in Path(chosen).resolve().iterdir():

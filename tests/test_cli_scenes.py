@@ -55,7 +55,9 @@ def test_from_a_folder_to_scores(tmp_path, capsys, monkeypatch):
     [
         (["fit", "FOLDER", "--session", "7"], "1 to 6"),
         (["fit", "FOLDER", "--session", "1"], "(144, 256)"),
-        (["fit", "FOLDER", "--scale", "big"], "demo, paper"),
+        (["fit", "FOLDER", "--session", "4", "--scale", "big"], "demo, paper"),
+        (["fit", "FOLDER", "--scale", "demo"], "without --session"),
+        (["fit", "FOLDER", "--lr", "-1"], "lr"),
         (["score", "FOLDER", "--run", "FOLDER"], "no finished run"),
         (["build", "park_230809", "--out", "x"], "Allen session id"),
     ],

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cortexlit import cli
-from cortexlit.core import DataError
+from cortexlit.core import DataError, MissingError
 from cortexlit.data.audit import openings
 from cortexlit.data.things import (
     ThingsDataset,
@@ -111,7 +111,7 @@ def test_banded_ridge_is_early_visual_cortex_against_the_rest(study, cache, tmp_
     x, split = data.responses.astype(float), split_by_concept(data.trials)
     sheet = score_subject(
         x, data.labels.astype(float), data.trials["concept"].to_numpy(), split, data.properties,
-        bands={"early": x[:, early], "rest": x[:, ~early]}, permutations=0, dataset="d",
+        bands={"early": x[:, early], "rest": x[:, ~early]}, permutations=0, dataset="d", root=None,
     )  # fmt: skip
     expected = [r.value for r in sheet.rows if r.model == "banded ridge" and not math.isnan(r.value)]
     found = [r["value"] for r in rows if r["model"] == "banded ridge" and r["value"] is not None]
@@ -126,7 +126,23 @@ def test_opening_the_test_of_a_subject_is_counted_by_split(study, cache, tmp_pat
         assert run(capsys, monkeypatch, *words, "--seed", str(seed), "--out", out)[0] == 0
     assert list(ScoreSheet.load(tmp_path / "scores-0").opened.values()) == [2]
     assert list(ScoreSheet.load(tmp_path / "scores-1").opened.values()) == [1]
-    assert openings(folder)[["by", "function"]].to_numpy().tolist() == [["baselines", "things score"]] * 3
+    assert openings(folder)[["by", "function"]].to_numpy().tolist() == [["baselines", "score_subject"]] * 3
+
+
+def test_a_subject_that_is_scored_without_the_command_is_counted_too(study, cache, tmp_path):
+    folder = shutil.copytree(cache, tmp_path / "02", ignore=shutil.ignore_patterns(".test-openings.json"))
+    data = ThingsDataset(folder, load_properties(study / "ratings"), "visual")
+    split, labels = split_by_concept(data.trials, 3), data.labels.astype(float)
+    given = data.responses.astype(float), labels, data.trials["concept"].to_numpy(), split, data.properties
+    sheets = [
+        score_subject(*given, p, permutations=0, dataset="d", root=root)
+        for p, root in (({("net", 1): labels}, folder), (None, None), (None, folder))
+    ]
+    assert [sheet.opened for sheet in sheets] == [{"d": 1}, {}, {"d": 2}]
+    found = openings(folder)
+    assert found["by"].tolist() == ["net (seed 1)", "baselines"] and set(found["split_hash"]) == {split.hash}
+    with pytest.raises(MissingError, match="card.json"):  # at once, and not after the work
+        score_subject(*given, permutations=0, dataset="d", root=tmp_path / "elsewhere")
 
 
 def test_ratings_of_ones_choice(study, cache, tmp_path, capsys, monkeypatch):

@@ -114,6 +114,17 @@ def test_one_training_run_and_the_same_seed_twice():
     assert not compare(first, seed=4).models["low"].equals(a.models["low"])
 
 
+@pytest.mark.parametrize(("seeds", "settled"), [(3, False), (6, True)])
+def test_a_pair_whose_few_seeds_agree_by_luck_is_not_settled(seeds, settled):
+    """Three seeds of two models happen to scatter less than those of the others; six would say that they do."""
+    draw = np.random.default_rng(0)
+    luck = draw.normal(size=(4, seeds, 1, 1)) * np.array([0, 0, 0.2, 0.2])[:, None, None, None]
+    values = luck - luck.mean(1, keepdims=True) + 0.1 * draw.normal(size=(4, seeds, 12, 30))
+    values[0] += 0.1
+    pairs = compare({name: values[k] for k, name in enumerate("abcd")}).pairs.set_index(["better", "worse"])
+    assert pairs.loc[("a", "b"), "settled"] == settled
+
+
 def test_the_variance_is_that_of_independent_entries_when_they_are():
     draw, errors = np.random.default_rng(0), []
     for _ in range(100):

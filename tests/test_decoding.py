@@ -498,7 +498,7 @@ def test_a_subjects_sheet_is_made_of_the_parts():
     ours = np.random.default_rng(1).normal(size=targets.shape)
     sheet = score_subject(
         responses, targets, concepts, split, names, {"net": ours, ("net", 3): ours},
-        bands={"x": responses[:, :6], "y": responses[:, 6:]}, permutations=5, dataset="d",
+        bands={"x": responses[:, :6], "y": responses[:, 6:]}, permutations=5, dataset="d", root=None,
     )  # fmt: skip
     table = sheet.table()
     assert set(table["model"]) == {"mean", "median", "Huber constant", "ridge", "banded ridge", "net"}
@@ -520,7 +520,7 @@ def test_a_subjects_sheet_is_made_of_the_parts():
 def test_the_sheet_says_when_the_best_penalty_may_lie_outside_the_grid(unit, told):
     responses, targets, concepts, split, names = subject()
     table = score_subject(
-        unit * responses, targets, concepts, split, names, permutations=0, dataset="d"
+        unit * responses, targets, concepts, split, names, permutations=0, dataset="d", root=None
     ).table()
     notes = set(table.loc[(table["model"] == "ridge") & (table["tier"] == "test, single trials"), "note"])
     assert len(notes) == 1 and notes.pop().startswith(told)
@@ -535,7 +535,9 @@ def test_two_hundred_thousand_voxels_are_penalised_enough():
     r2 = []
     for copies in (25, 5000):  # their Gram matrix is that of one, times the number of copies
         x = np.sqrt(copies) * responses
-        table = score_subject(x, targets, concepts, split, names, permutations=0, dataset="d").table()
+        table = score_subject(
+            x, targets, concepts, split, names, permutations=0, dataset="d", root=None
+        ).table()
         r2.append(table.loc[(table["model"] == "ridge") & (table["metric"] == "R2 mean"), "value"].iloc[0])
     assert r2[0] > 0.05 and r2[1] == pytest.approx(r2[0], abs=0.02)
 
@@ -545,5 +547,13 @@ def test_predictions_that_do_not_fit_are_refused(change):
     responses, targets, concepts, split, names = subject()
     with pytest.raises(DataError, match="predictions of net"):
         score_subject(
-            responses, targets, concepts, split, names, {"net": change(targets)}, permutations=0, dataset="d"
+            responses,
+            targets,
+            concepts,
+            split,
+            names,
+            {"net": change(targets)},
+            permutations=0,
+            dataset="d",
+            root=None,
         )

@@ -734,6 +734,44 @@ def test_a_channel_that_was_not_measured_is_absent(tmp_path, layout, value):
     assert any("left out" in n for n in card["warnings"])
 
 
+@layouts
+def test_gaps_are_kept_and_told(tmp_path, layout):
+    "NaN in behaviour is not measured: it stays NaN on disk, and how much of it there is, is said."
+    field, second = ("pupil_center", "y") if layout == "sensorium" else ("behavior", None)
+
+    def gaps(i, tier, a):
+        if i == 1:
+            a[field][1] = np.nan
+        return a
+
+    with pytest.warns(UserWarning, match=rf"{field}: .* was not measured \(NaN\) in .* in 1 of \d+ trials"):
+        out = READERS[layout](tree(tmp_path / "t", layout, gaps), tmp_path / "out")
+    (note,) = [n for n in check_folder(out)["warnings"] if "not measured" in n]
+    assert note.endswith("the first 1.npy.") and (second is None or f"{second} was not" in note)
+    assert np.isnan(np.load(out / f"{field}.npy")).sum() == (1 if layout == "2022" else 20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        READERS[layout](tree(tmp_path / "whole", layout), tmp_path / "other")
+
+
+def test_gaps_in_arrays_are_told(tmp_path):
+    draw = np.random.default_rng(0)
+    behavior = draw.normal(size=(12, 2))
+    behavior[3:6, 1] = np.nan
+    with pytest.warns(
+        UserWarning, match="speed was not measured .NaN. in 25.0 % .* in 3 of 12 trials, the first trial 3"
+    ):
+        import_arrays(draw.random((12, 8, 8)), draw.random((12, 5)), tmp_path / "a", behavior=behavior,
+                      behavior_names=("area", "speed"))  # fmt: skip
+
+
+def test_pictures_that_memory_cannot_hold(tmp_path):
+    with pytest.raises(DataError, match="pictures of 1000000 x 1000000 needs .* GB of memory"):
+        scenes(tmp_path / "s", size=(10**6, 10**6))
+    with pytest.raises(DataError, match=r"(of 1000000 x 1000000 needs .* GB of memory)|(the dataset needs)"):
+        clips(tmp_path / "c", size=(10**6, 10**6))
+
+
 # --- kind: one recorded trial in two tiers
 
 
@@ -1151,6 +1189,14 @@ def signed(bench):
             reader.card.write_bytes(card)
 
     return change
+
+
+@pytest.mark.parametrize("name", ["clips, behavior.npy", "scenes, behavior.npy"])
+def test_a_signed_field_holds_a_value(signed, name):
+    with signed(name, lambda array: np.full_like(array, np.nan)) as reader:
+        with pytest.raises(DataError, match="behavior holds no value"):
+            reader.read()
+    reader.read()
 
 
 @pytest.mark.parametrize("value", NO_NUMBERS.values(), ids=NO_NUMBERS)

@@ -20,12 +20,14 @@ ALLOWED = {
     "models": {"core"},
     "training": {"core", "data", "models"},
     "evaluation": {"core"},
+    "front": {"core", "data", "models", "training", "evaluation"},
     "cli": {"core", "plots", "data", "models", "training", "evaluation"},
 }
-# Exceptions, module by module: baselines and design can read a dataset folder, and count that they do; figures take a
+# Exceptions, module by module: what scores, or plans, by a dataset folder can read it; figures take a
 # recording.
 ALSO = {
     "evaluation.baselines": {"data.audit", "data.clips", "data.folds"},
+    "evaluation.decoding": {"data.audit", "data.checks"},
     "evaluation.design": {"data.checks", "data.clips", "data.folds"},
     "evaluation.scenes": {"data.audit", "data.clips", "data.scenes"},
     "plots": {"data.recordings"},

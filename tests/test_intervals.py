@@ -103,6 +103,18 @@ def test_seeds_are_a_direction():
     assert (high - low) / 2 == pytest.approx(expected, rel=0.15)
 
 
+def test_the_spread_of_two_seeds_may_be_small_by_luck():
+    "It has one degree of freedom, so an interval over two seeds reaches further, in errors, than one over five."
+    g, reach = np.random.default_rng(0), {1: [], 2: [], 5: []}
+    for _ in range(10):
+        for seeds, found in reach.items():
+            x = g.normal(size=(seeds, 12, 30))
+            low, high = score_interval(x)
+            found.append((high - low) / 2 / spread(contributions(x)[1][None]).error[0])
+    one, two, five = (np.median(found) for found in reach.values())
+    assert two > 1.3 * five and five < 1.3 * one
+
+
 def test_paired_difference_uses_common_entries():
     a = tables(8, (10, 6))
     b = a - 0.5

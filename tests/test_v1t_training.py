@@ -305,3 +305,33 @@ def test_depth_and_learning_rate_are_tuned(root, tmp_path):
     again = fit(build(model), tiers, out=tmp_path / "again", progress=False, **chosen)
     assert again.correlation == found.value
     assert found.open_test(ScenesDataset(root, "test")).shape[-1] == 6
+
+
+# --- a lab's own pictures
+
+
+@pytest.mark.parametrize(
+    ("size", "seen", "patch"), [((20, 30), (20, 30), 16), ((8, 10), (8, 10), 8), ((200, 160), (36, 29), 16)]
+)
+def test_pictures_of_any_size_and_neurons_without_places(tmp_path, size, seen, patch):
+    "V1T follows the folder, and neurons of unknown places start where their responses point, one by one."
+    draw = rng(0, "any size")
+    images = np.stack([gaussian_filter(draw.normal(size=size), 2) for _ in range(40)])
+    image = np.repeat(np.arange(40), 3)
+    responses = np.exp(images[image][:, size[0] // 2, [2, size[1] - 3]] / images.std() / 2)
+    responses = responses + 0.1 * draw.random(responses.shape)
+    folder = import_arrays(128 + 99 * images, responses, tmp_path / "lab", image_id=image)
+    assert not np.isfinite(ScenesDataset(folder, "train").neurons[["x_um", "y_um"]].to_numpy(float)).any()
+    run = train_scenes(folder, epochs=1, out=tmp_path / "run", **QUIET)
+    config = run.model.config
+    assert (config.seen, config.patch, config.positions) == (seen, patch, "free")
+    left, right = run.model.reading_points()[0].detach()[:, 0]
+    assert left < right or size[1] < 20  # one patch holds a small picture
+    assert predict(run.model, ScenesDataset(folder, "test")).shape[1] == 2
+
+
+def test_a_named_session_still_takes_its_own_size_only(tmp_path):
+    draw = rng(0, "another size")
+    folder = import_arrays(draw.random((20, 20, 30)), draw.random((20, 3)), tmp_path / "lab")
+    with pytest.raises(DataError, match=r"session 5 takes pictures of \(36, 64\)"):
+        train_scenes(folder, STUDY[4], **QUIET)

@@ -382,8 +382,12 @@ def damages(scratch: Path, draw: random.Random, seconds: float) -> dict[str, Any
     return {"table": {name: dict(count) for name, count in table.items()}, "faults": faults}
 
 
-def looked(read: Callable[[], Any]) -> str:
-    return hashlib.sha256(pickle.dumps(malformed.content(read()))).hexdigest()
+def looked(read: Callable[[], Any]) -> tuple[str, list[str]]:
+    "What was read, as a hash, and what was said of it."
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = hashlib.sha256(pickle.dumps(malformed.content(read()))).hexdigest()
+    return found, sorted({str(w.message) for w in said if "was not measured" in str(w.message)})
 
 
 def sort(end: str, same: bool, known: bool) -> str:
@@ -421,6 +425,10 @@ def inputs(scratch: Path, draw: random.Random, seconds: float) -> dict[str, Any]
                 signed = False
         end, answer = forked(partial(looked, reader.read))
         bound = reader.card is not None and not signed
+        if end == "ok" and set(answer["value"][1]) - set(
+            good[name][1]
+        ):  # read, and told which values are not there
+            end = "named"
         told = sort(end, end == "ok" and answer["value"] == good[name], (known or bound) and not reader.bare)
         table[name][told] += 1
         if told == "other":

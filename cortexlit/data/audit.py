@@ -105,8 +105,10 @@ def _alike(known: np.ndarray, other: np.ndarray) -> pd.DataFrame:  # clip, known
         part = slice(k, k + 1024)
         near[part], pace[part] = _stretches(other[clip[part]], at[part], known[source[part]], to[part])
     still = pace <= _STILL
-    table = pd.DataFrame({"clip": clip, "known": source, "shift": to - at, "still": still})
-    table["good"] = (near < _NEAR) & np.where(still, near <= _STILL, near < _RATIO * pace)
+    good = (near < _NEAR) & np.where(still, near <= _STILL, near < _RATIO * pace)
+    table = pd.DataFrame({"clip": clip, "known": source, "shift": to - at, "still": still, "good": good})
+    if not good.any():
+        return table.loc[good, ["clip", "known", "shift"]]
     hits = table[table["good"]].groupby("clip").agg(known=("known", "first"), shift=("shift", "median"))
     moving = (table["good"] & ~table["still"]).groupby(table["clip"]).sum().reindex(hits.index)
     whole = (table["good"] & table["still"]).groupby(table["clip"]).mean().reindex(hits.index)

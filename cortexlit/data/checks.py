@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,9 @@ from cortexlit.core import (
 )
 
 # %% auto #0
-__all__ = ['KINDS', 'finite', 'whole', 'unique', 'same_length', 'shaped', 'consistent', 'increasing', 'jumps', 'by_name',
-           'load_arrays', 'load_table', 'described', 'inside', 'encrypted', 'read_card', 'verify', 'finite_file']
+__all__ = ['KINDS', 'finite', 'told_gaps', 'whole', 'unique', 'same_length', 'shaped', 'consistent', 'increasing', 'jumps',
+           'by_name', 'load_arrays', 'load_table', 'described', 'inside', 'encrypted', 'read_card', 'verify',
+           'finite_file']
 
 # %% ../../neuro_nbs/00a_checks.ipynb #34bef54f
 def finite(
@@ -58,6 +60,28 @@ def finite(
         path=path,
         fix=fix,
     )
+
+# %% ../../neuro_nbs/00a_checks.ipynb #34bef550
+def told_gaps(
+    name: str,  # of the field, e.g. "behavior"
+    array: np.ndarray,  # (trials, channels, ...), NaN where not measured
+    channels: Sequence[str],
+    files: Sequence[Path] | None = None,  # one of each trial
+) -> list[str]:
+    "A note for each channel with gaps: how much, in how many trials, where first. Also given as a warning."
+    missing = np.stack([np.isnan(row).reshape(len(channels), -1).mean(1) for row in array])
+    notes = []
+    for channel, share in zip(channels, missing.T, strict=True):
+        if share.any():
+            first = int(share.argmax() if files is None else np.flatnonzero(share)[0])
+            where = f"trial {first}" if files is None else files[first].name
+            notes.append(
+                f"{name}: {channel} was not measured (NaN) in {100 * share.mean():.1f} % of the time, "
+                f"in {np.count_nonzero(share)} of {len(share)} trials, the first {where}."
+            )
+    for note in notes:
+        warnings.warn(note, stacklevel=3)
+    return notes
 
 # %% ../../neuro_nbs/00a_checks.ipynb #f9904dd0
 def whole(
@@ -412,4 +436,6 @@ def finite_file(
         about = path.stat()
     if not _unchanged(path, about, asked):
         finite(name, array, gaps, path, fix)
+        if gaps and array.dtype.kind == "f" and array.size and np.isnan(array).all():
+            raise DataError(f"{name} holds no value", "NaN only where nothing was measured", fix, path)
         _keep_in_mind(path, about, asked)

@@ -26,6 +26,7 @@ from cortexlit.core import (
     atomic_folder,
     digest,
     load_array,
+    need_memory,
     new_array,
     provenance,
     read_json,
@@ -47,6 +48,7 @@ from cortexlit.data.checks import (
     read_card,
     same_length,
     shaped,
+    told_gaps,
     unique,
     verify,
     whole,
@@ -347,6 +349,8 @@ def resize_frames(
     resample: str = "antialiased",  # or "bilinear": four neighbours only, as published
 ) -> np.ndarray:  # (n, *size) float32, same grey scale
     "Resize a stack of frames with a triangle filter."
+    new = len(frames) * int(size[0]) * int(size[1])
+    need_memory(8 * new, f"{len(frames)} pictures of {size[0]} x {size[1]}", "a smaller size")
     if resample == "bilinear":
         return _bilinear(frames, size)
     if resample != "antialiased":
@@ -1430,6 +1434,8 @@ def import_tree(
                     arrays[name] = part
                 else:
                     del channels[name]
+            if here.any():
+                notes += told_gaps(name, arrays[name], channels[name], files[name])
         card = {
             "name": known.get("name", tree.name),
             "source": known.get("source", f"{layout} tree"),

@@ -28,6 +28,7 @@ from cortexlit.core import (
     atomic_folder,
     digest,
     load_array,
+    need_memory,
     provenance,
     read_json,
     reading,
@@ -43,6 +44,7 @@ from cortexlit.data.checks import (
     jumps,
     load_table,
     shaped,
+    told_gaps,
     whole,
 )
 from cortexlit.data.clips import (
@@ -133,6 +135,8 @@ def _pictures(
     template: np.ndarray, size: tuple[int, int], via: tuple[int, int] | None, resample: str
 ) -> np.ndarray:
     "(n, *size) float32, one picture after the other: a stack of photographs is half a gigabyte."
+    needs = 8 * len(template) * int(size[0]) * int(size[1])
+    need_memory(needs, f"{len(template)} pictures of {size[0]} x {size[1]}", "a smaller size")
     small = np.empty((len(template), *size), np.float32)
     for i, picture in enumerate(template):
         x = picture[None] if via is None else resize_frames(picture[None], via, resample)
@@ -712,6 +716,7 @@ def import_sensorium2022(
             if lost := [n for n, h in zip(names, here, strict=True) if not h]:
                 notes.append(f"{name}: {', '.join(lost)} left out: no measurement.")
             arrays[name], channels[name] = values[:, here], [n for n, h in zip(names, here, strict=True) if h]
+            notes += told_gaps(name, arrays[name], channels[name], [files[name][i] for i in rows])
     known = read_json(folder / "card.json") if (folder / "card.json").is_file() else {}
     samples = _imported_samples(folder, image, scene, rows, tiers)
     card = {
@@ -914,7 +919,7 @@ def import_arrays(
         "options": options,
         "channels": channels,
         "metadata": {},
-        "warnings": [],
+        "warnings": [n for k in channels for n in told_gaps(k, arrays[k], channels[k])],
     }
     shared_ok = allow_shared_stimuli or (isinstance(split, str) and split == "presentations")
     neurons = _described(cells, coordinates, cell_ids)

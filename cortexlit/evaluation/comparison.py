@@ -15,9 +15,11 @@ from matplotlib.figure import Figure
 
 from ..core import DataError, rng
 from cortexlit.evaluation.intervals import (
+    _FEW,
     _FIXED,
     MIN_CLIPS,
     Spread,
+    _error,
     _half_widths,
     _require_shared,
     contributions,
@@ -28,6 +30,11 @@ from cortexlit.evaluation.intervals import (
 __all__ = ['Comparison', 'compare']
 
 # %% ../../neuro_nbs/04c_comparison.ipynb #e777b43c
+def _held(square: np.ndarray, freedom: int) -> np.ndarray:
+    "Mean squares (..., pairs): with few degrees of freedom, none is less than that of all pairs on average."
+    return np.maximum(square, square.mean(-1, keepdims=True)) if freedom < _FEW else square
+
+
 def _largest_ratio(found: Spread, models: int, level: float, seed: int, draws: int = 4000) -> float:
     """How many errors wide the intervals of all pairs must be to hold at once.
 
@@ -36,28 +43,25 @@ def _largest_ratio(found: Spread, models: int, level: float, seed: int, draws: i
     quantile of the largest one (Tukey's studentised range, for crossed effects).
     """
     a, b = np.triu_indices(models, 1)
-    own = [(size, np.diag(part).mean() / 2, freedom) for size, part, freedom in found.parts]
-    total = max(
-        sum((-1) ** (size + 1) * part for size, part, _ in own),
-        max(part for size, part, _ in own if size == 1),
-    )
     draw = rng(seed, "all pairs")
-    if total <= 0:
-        return 0.0
-    away = draw.normal(size=(draws, models)) * np.sqrt(total)
+    away = draw.normal(size=(draws, models))
     away = away[:, a] - away[:, b]
-    squares, alone = np.zeros(away.shape), np.zeros(away.shape)
-    for size, part, freedom in own:
-        square = np.full(away.shape, 2 * part)
+    true, seen = [], []
+    for size, part, freedom in found.parts:
+        own = np.full((draws, 1), np.diag(part).mean() / 2)
+        if freedom < _FEW:
+            own *= freedom * (models - 1) / draw.chisquare(freedom * (models - 1), own.shape)
+        square = np.full(away.shape, 2.0)
         if freedom <= _FIXED:
             square = np.zeros(away.shape)
             for _ in range(freedom):
-                effect = draw.normal(size=(draws, models)) * np.sqrt(part)
+                effect = draw.normal(size=(draws, models))
                 square += (effect[:, a] - effect[:, b]) ** 2 / freedom
-        squares += (-1) ** (size + 1) * square
-        alone = np.maximum(alone, square) if size == 1 else alone
-    ratio = np.abs(away) / np.sqrt(np.maximum(squares, alone))
-    return float(np.quantile(ratio.max(1), level))
+        true.append((size, own))
+        seen.append((size, own * _held(square, freedom)))
+    if not _error(true).any():
+        return 0.0
+    return float(np.quantile((np.abs(away) * _error(true) / _error(seen)).max(1), level))
 
 # %% ../../neuro_nbs/04c_comparison.ipynb #f54becf2
 @dataclass(frozen=True)
@@ -163,4 +167,5 @@ def _pair_widths(each: np.ndarray, models: int, level: float, seed: int) -> np.n
     if models == 2 or each.shape[2] < MIN_CLIPS:
         return _half_widths(each, level, 4000, seed)
     found = spread(each)
-    return _largest_ratio(found, models, level, seed) * found.error
+    error = _error([(size, _held(np.diag(part), freedom)) for size, part, freedom in found.parts])
+    return _largest_ratio(found, models, level, seed) * error

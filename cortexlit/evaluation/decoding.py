@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from scipy.linalg import cho_factor, cho_solve, eigh
 from scipy.special import ndtr
 
 from ..core import DataError, rng
+from ..data.audit import models_named, note_opening
+from ..data.checks import read_card
 from .scores import Score, ScoreSheet
 
 # %% auto #0
@@ -688,9 +691,12 @@ def score_subject(
     | None = None,  # R2 of single trials, of means of concepts, each as in `decoding_rows`, three components
     permutations: int = 100,  # for the p-values of ridge; 0: none
     dataset: str,  # its name in the sheet
+    root: str | Path | None,  # the cached subject, which counts openings of its test; None: no folder
     seed: int = 0,  # of the permutations
 ) -> ScoreSheet:
     "Constants, ridge and any predictions, each for single trials and for means of concepts, one sheet."
+    if root is not None:
+        read_card(root, "things")
     folds, spectrum = split.fold, decompose(responses)
     for name, p in (predictions or {}).items():
         if np.shape(p) != np.shape(targets) or not np.isfinite(p).all():
@@ -731,7 +737,12 @@ def score_subject(
                 ceiling=ceiling, null=null if key == "ridge" and "single" in tier else None, components=axes, seed=run,
                 note=notes.get(key, ""),
             )  # fmt: skip
-    return ScoreSheet(rows)
+    sheet = ScoreSheet(rows)
+    if root is not None and (
+        count := note_opening(root, models_named(predictions), "score_subject", split.hash)
+    ):
+        sheet.opened[dataset] = count
+    return sheet
 
 
 def _end_of_grid(chosen: np.ndarray, alphas: Sequence[float] | np.ndarray) -> str:

@@ -69,6 +69,7 @@ def spread(
 
 # %% ../../neuro_nbs/04d_calibration.ipynb #fd64d52d
 _FIXED = 130  # a mean square with more degrees of freedom counts as known
+_FEW = 4  # one with fewer (two to four seeds) says so little that what it estimates is drawn, too
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:
@@ -76,6 +77,15 @@ def _root(covariance: np.ndarray) -> np.ndarray:
     values, vectors = np.linalg.eigh(covariance)
     keep = values > 1e-12 * max(values.max(), 1e-300)
     return vectors[:, keep] * np.sqrt(values[keep])
+
+
+def _error(squares: list[tuple[int, np.ndarray]]) -> np.ndarray:
+    "Standard error from mean squares, each with its number of directions."
+    total, alone = np.zeros(1), np.zeros(1)
+    for size, square in squares:
+        total = total + (-1) ** (size + 1) * square
+        alone = np.maximum(alone, square) if size == 1 else alone
+    return np.sqrt(np.maximum(total, alone))
 
 
 def _ratios(found: Spread, draws: int, generator: np.random.Generator) -> np.ndarray:
@@ -88,7 +98,7 @@ def _ratios(found: Spread, draws: int, generator: np.random.Generator) -> np.nda
     rest = rest * (missing / np.maximum(np.linalg.norm(rest, axis=1), 1e-300))[:, None]
     root = np.hstack([root, rest])
     away = generator.normal(size=(draws, root.shape[1])) @ root.T
-    total, alone = np.zeros(away.shape), np.zeros(away.shape)
+    true, seen = [], []
     for size, part, freedom in found.parts:
         square = np.broadcast_to(np.diag(part), away.shape)
         if freedom <= _FIXED:
@@ -96,9 +106,11 @@ def _ratios(found: Spread, draws: int, generator: np.random.Generator) -> np.nda
             root = _root(part)
             for _ in range(freedom):
                 square += (generator.normal(size=(draws, root.shape[1])) @ root.T) ** 2 / freedom
-        total = total + (-1) ** (size + 1) * square
-        alone = np.maximum(alone, square) if size == 1 else alone
-    return away / np.sqrt(np.maximum(np.maximum(total, alone), 1e-300))
+        unsure = freedom / generator.chisquare(freedom, (draws, 1)) if freedom < _FEW else 1
+        true.append((size, np.diag(part) * unsure))
+        seen.append((size, square * unsure))
+    away *= _error(true) / np.maximum(found.error, 1e-150)
+    return away / np.maximum(_error(seen), 1e-150)
 
 
 def _half_widths(

@@ -6,16 +6,18 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['ATTENTION', 'TOKEN_POSITIONS', 'SCALES', 'LOSSES', 'patch_voxels', 'PatchEmbedding', 'ParcelEmbedding', 'TwoScales',
-           'SoftmaxAttention', 'LinearAttention', 'ViT3DConfig', 'EncoderBlock', 'ViT3DOutput', 'ViT3D']
+__all__ = ['ATTENTION', 'TOKEN_POSITIONS', 'SCALES', 'LOSSES', 'DECODERS', 'patch_voxels', 'PatchEmbedding', 'ParcelEmbedding',
+           'TwoScales', 'SoftmaxAttention', 'LinearAttention', 'ViT3DConfig', 'EncoderBlock', 'ViT3DOutput', 'ViT3D',
+           'decoder']
 
 # %% ../../neuro_nbs/13_vit3d.ipynb #63bf42ac
 import base64
 import itertools
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -589,3 +591,35 @@ class ViT3D(Saved, PreTrainedModel):
         "One number per token -> the same number for each of its voxels."
         token_of = self.config.token_of
         return np.where(token_of >= 0, np.asarray(values, float)[..., token_of], np.nan)
+
+# %% ../../neuro_nbs/13_vit3d.ipynb #dec00002
+DECODERS = ("parcels", "patches", "study")
+
+
+def decoder(
+    data: Any,  # a `ThingsDataset` with ratings
+    model: str = "parcels",  # a token per region; "patches" of the mask; "study": the published one, on the volume
+    patch: tuple[int, int, int] = (4, 4, 4),  # voxels; not of parcels
+    noise: float = 1.5,  # added to z-scored responses in training; not in the study's
+    mixing: float = 0.0,  # mixtures of two trials, shares from Beta(mixing, mixing); not in the study's
+    layers: int | None = None,  # default 1, 6 in the study's
+) -> Callable[[], ViT3D]:  # makes a fresh model, as `fit_folds` wants it
+    "A 3D transformer of a size that fits the subject: its grid, mask, regions and ratings."
+    if model not in DECODERS:
+        raise DataError(f"model {model!r}", expected=f"one of {', '.join(DECODERS)}")
+    if not data.properties:
+        raise DataError("trials without ratings", fix="ThingsDataset(folder, load_properties(...))")
+    grid, outputs = data.mask.shape, len(data.properties)
+    if model == "study":
+        config = ViT3DConfig.study(patch, 6 if layers is None else layers, outputs=outputs, grid=grid)
+        return lambda: ViT3D(config)
+    small = {"grid": grid, "mask": data.mask, "emb_dim": 32, "depth": 1 if layers is None else layers, "heads": 4,
+             "mlp_dim": 64, "dropout": 0.0, "outputs": outputs, "noise": noise, "mixing": mixing}  # fmt: skip
+    if model == "patches":
+        config = ViT3DConfig(patch=patch, **small)
+    else:
+        region = data.rois.to_numpy(bool)[:, data.rois.any().to_numpy()]
+        parcels = np.where(region.any(1), region.argmax(1) + 1, 0)
+        parcels = np.unique(np.append(parcels, 0), return_inverse=True)[1][:-1]  # numbered without gaps
+        config = ViT3DConfig(parcels=parcels, **small)
+    return lambda: ViT3D(config)

@@ -62,8 +62,9 @@ class Configuration:
         "poisson" or "correlation".
     samples : int or None
         Presentations drawn from the train tier; None: all.
-    size : tuple of int
+    size : tuple of int or None
         Pixels of the pictures in the folder: (36, 64), or (144, 256), which the model shrinks to that.
+        None: as they are in the folder; larger ones than 72 x 128 are shrunk to fit into 36 x 64.
     batch_size : int
         Presentations in a batch.
     beta2, eps : float
@@ -85,7 +86,7 @@ class Configuration:
     core_lr: float | None = None
     loss: str = "poisson"
     samples: int | None = None
-    size: tuple[int, int] = (36, 64)
+    size: tuple[int, int] | None = (36, 64)
     batch_size: int = 16
     beta2: float = 0.999
     eps: float = 1e-8
@@ -96,7 +97,7 @@ class Configuration:
     core: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, allowed in (("loss", _LOSSES), ("size", SIZES)):
+        for name, allowed in (("loss", _LOSSES), ("size", (*SIZES, None))):
             if getattr(self, name) not in allowed:
                 raise DataError(
                     f"{name}={getattr(self, name)!r}", expected=f"one of {', '.join(map(repr, allowed))}"
@@ -132,7 +133,7 @@ REPORTED = dict(zip([c.name for c in STUDY], (0.0760, 0.0245, 0.0402, 0.1402, 0.
 
 # %% ../../neuro_nbs/11a_v1t_training.ipynb #e0821a67
 CORE = {"patch": 16, "stride": 6, "emb_dim": 48, "heads": 2, "mlp_dim": 192, "depth": 1}  # at demo scale
-RECIPE = Configuration("simulated core", 1e-3, batch_size=32, epochs=3, schedule="cosine", located=True,
+RECIPE = Configuration("recipe", 1e-3, size=None, batch_size=32, epochs=3, schedule="cosine", located=True,
                        core=CORE | {"patch_dropout": 0.0, "dropout": 0.0})  # fmt: skip
 
 
@@ -159,7 +160,7 @@ def fresh_model(
     "A model for the neurons of a folder that has seen none of its data but the mean responses."
     train = ScenesDataset(root, "train")
     size, behavior = train[0]["image"].shape[-2:], train[0].get("behavior")
-    if tuple(size) != configuration.size:
+    if configuration.size not in (None, tuple(size)):
         raise DataError(f"{configuration.name} takes pictures of {configuration.size}", path=root,
                         expected=f"{tuple(size)}, as in the folder", fix="build_scenes(..., size=...)")  # fmt: skip
     if configuration.behavior and behavior is None:
@@ -167,11 +168,16 @@ def fresh_model(
                         fix="behavior=False")  # fmt: skip
     own = {"behavior": "block-mlp", "behavior_channels": len(behavior)} if configuration.behavior else {}
     own = {"behavior": "none", "behavior_channels": 0, "pupil_channels": 0, "shift": "none"} | own
-    own |= {"size": size, "resize": None if configuration.size == SIZES[0] else SIZES[0]}
-    own |= {"positions": "free"} if configuration.located else {}
+    own |= {"size": tuple(size), "resize": _shrunk(tuple(size))}
+    placed = train.neurons[["x_um", "y_um"]].to_numpy(float)
+    free = configuration.located or not np.isfinite(placed).all()
+    own |= {"positions": "free"} if free else {}
+    core_options = dict(configuration.core)
+    if configuration.size is None and "patch" in core_options:  # no larger than the picture
+        core_options["patch"] = min(core_options["patch"], *(own["resize"] or own["size"]))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = V1T(V1TConfig({}, **own | dict(configuration.core)))
+        model = V1T(V1TConfig({}, **own | core_options))
         if core is not None:
             given = core.core.state_dict()
             parts = {k: v for k, v in model.core.state_dict().items() if not k.startswith("behavior.")}
@@ -180,20 +186,26 @@ def fresh_model(
                     "the given core has other parts", expected=f"one made with {dict(configuration.core)}"
                 )
             model.core.load_state_dict(given, strict=False)
-        placed = None if configuration.located else train.neurons[["x_um", "y_um"]].to_numpy(float)
         mean = load_scenes(root, "train").labels.mean(0)
-        model.add_mouse(train.card["name"], len(mean), placed, mean)
+        model.add_mouse(train.card["name"], len(mean), None if free else placed, mean)
     return model.eval()
+
+
+def _shrunk(size: tuple[int, int]) -> tuple[int, int] | None:
+    "What pictures are shrunk to, as the published code does with those of 144 x 256; None: they stay as they are."
+    times = max(size[0] / SIZES[0][0], size[1] / SIZES[0][1])
+    return (round(size[0] / times), round(size[1] / times)) if times > 2 else None
 
 
 def train_scenes(
     root: str | Path,  # a folder of scenes
-    configuration: Configuration,
+    configuration: Configuration | None = None,  # None: `RECIPE`, with the core that is given
     core: V1T | None = None,  # as `fresh_model`
     seed: int = 0,  # of the weights, the drawn presentations and their order
     **options: Any,  # of `fit`, in place of those of the configuration
 ) -> Fit:
     "Train one configuration; the best model by validation correlation. Resumed if it was interrupted."
+    configuration = RECIPE if configuration is None else configuration
     check_options(**{"seed": seed, **configuration.options, **options})
     train, validation = (ScenesDataset(root, tier) for tier in ("train", "validation"))
     model = fresh_model(root, configuration, core, seed)
@@ -301,7 +313,7 @@ def simulated_core(
 def locate(
     model: V1T,  # of one mouse, with positions="free"; its reading points are changed
     train: SceneArrays,  # the train tier
-    coordinates: np.ndarray,  # (neurons, 2) um
+    coordinates: np.ndarray,  # (neurons, 2) um; where one is unknown, each neuron starts at a place of its own
 ) -> None:
     "Start to read where mean responses to the pictures correlate with the core's map."
     (mouse,) = model.config.neurons
@@ -317,6 +329,9 @@ def locate(
     rows, columns = (torch.linspace(-1, 1, n) for n in maps.shape[-2:])
     places = torch.stack(torch.meshgrid(rows, columns, indexing="ij")[::-1], -1).flatten(0, 1)
     own = sharp @ places / sharp.sum(1, keepdim=True).clamp_min(1e-20)
+    if not np.isfinite(coordinates).all():
+        model.readouts[mouse]._mu.copy_(own.float().clamp(-1, 1)[None, :, None])
+        return
     weight = strength.amax(1, keepdim=True).double()
     plane = torch.cat([standard_coordinates(coordinates), torch.ones(len(own), 1)], 1).double()
     slopes = torch.linalg.lstsq(weight * plane, weight * own).solution

@@ -954,13 +954,15 @@ def fit(
                 folder / "history.csv",
                 done.history.to_csv(index=False, lineterminator="\n").encode(),
             )
-            if not path.is_file() or path.read_bytes() != table:  # missing or damaged: made again
+            whole = path.is_file() and path.read_bytes() == table
+            if not whole:  # missing or damaged: made again
                 with atomic_file(path) as tmp:
                     tmp.write_bytes(table)
-            figure = done.curves()
-            with atomic_file(folder / "curves.png") as tmp:
-                figure.savefig(tmp, format="png")
-            plt.close(figure)
+            if not whole or not (folder / "curves.png").is_file():  # a finished run has its picture
+                figure = done.curves()
+                with atomic_file(folder / "curves.png") as tmp:
+                    figure.savefig(tmp, format="png")
+                plt.close(figure)
         return done
 
 # %% ../../neuro_nbs/06b_trainer.ipynb #ff2cfaad
