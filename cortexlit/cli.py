@@ -990,7 +990,12 @@ def _save_demo(sheets: dict[str, Any], out: Path) -> None:
             sheet.save(out / "decoding")
 
 
-def run_demo(out: Path, say: Callable[[str], None]) -> list[str]:
+def run_demo(
+    out: Path,
+    say: Callable[[str], None],
+    only: str
+    | None = None,  # "encoding" or "fMRI": these parts alone, so that two processes can share the work
+) -> list[str]:
     "Make the scores of the demonstration and save each as soon as it is made; what failed, one text each."
     import matplotlib
     import torch
@@ -1000,12 +1005,15 @@ def run_demo(out: Path, say: Callable[[str], None]) -> list[str]:
     matplotlib.use("Agg")  # no window
     torch.set_num_threads(1)  # as the notebooks do, which then find these runs finished
     core.check_out(out)
-    for folder in (out, out / "decoding"):
+    folders = {"encoding": out, "fMRI": out / "decoding"}
+    for folder in folders.values() if only is None else (folders[only],):
         ScoreSheet._replaceable(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("scores.json", "scores.csv", "scores.png"):  # of an earlier run
             (folder / name).unlink(missing_ok=True)
     parts, sheets, problems = _demo_parts(out), {}, []
+    if only is not None:
+        parts = {name: work for name, work in parts.items() if ("fMRI" in name) == (only == "fMRI")}
     for number, (name, work) in enumerate(parts.items(), 1):
         began, told = time.time(), f"scores {number} of {len(parts)}: {name}"
         try:

@@ -349,8 +349,19 @@ def test_results_of_an_earlier_demonstration_do_not_pass_for_new(tmp_path, monke
     assert not (tmp_path / "decoding" / "scores.json").exists()
 
 
-def toy_scores(out: Path) -> None:
-    sheet("embedded").save(out)
+@pytest.mark.parametrize(("only", "made"), [("encoding", True), ("fMRI", False)])
+def test_half_of_the_demonstration_leaves_the_other_half(tmp_path, monkeypatch, only, made):
+    sheet("old").save(tmp_path)
+    sheet("old").save(tmp_path / "decoding")
+    monkeypatch.setattr(cli, "_demo_parts", lambda out: {"first": lambda: sheet("embedded")})
+    cli.run_demo(tmp_path, print, only)
+    assert [row.dataset for row in ScoreSheet.load(tmp_path).rows] == ["embedded" if made else "old"]
+    assert (tmp_path / "decoding" / "scores.json").exists() == made
+
+
+def toy_scores(out: Path, only: str) -> None:
+    if only == "encoding":
+        sheet("embedded").save(out)
 
 
 def test_a_page_that_fails_loses_neither_scores_nor_other_pages(tmp_path, monkeypatch, capsys):

@@ -19,6 +19,7 @@ from project import ROOT
 # Every page up to head training, and the fMRI data with their baselines; the others train for minutes each.
 PAGES = ("0[0-8]*.ipynb", "12_*.ipynb", "12a_*.ipynb")
 SCORES = "scores"
+PARTS = {SCORES: "encoding", "scores, fMRI": "fMRI"}  # jobs that score; they share nothing
 AFTER = {"08_head_training": frozenset({SCORES})}  # reads the runs that scoring makes
 
 
@@ -38,11 +39,11 @@ def fetch_missing() -> None:
             return
 
 
-def scores(out: Path) -> None:
-    "All score sheets; `Problem` with what failed."
+def scores(out: Path, only: str) -> None:
+    "The score sheets of encoding or of fMRI; `Problem` with what failed."
     from cortexlit.cli import run_demo
 
-    if problems := run_demo(out, lambda line: print(f"        {line}", flush=True)):
+    if problems := run_demo(out, lambda line: print(f"        {line}", flush=True), only):
         raise jobs.Problem("\n\n".join(problems))
 
 
@@ -64,8 +65,8 @@ def main(argv: list[str] | None = None) -> int:
     missing, lines = run_notebooks.missing_files(pages)
     for line in lines:
         print(line, flush=True)
-    seconds = run_notebooks.expected_seconds(run_notebooks.LAST).get(SCORES, 120.0)
-    work = [jobs.Job(SCORES, scores, (out,), seconds, loud=True)]
+    seconds = run_notebooks.expected_seconds(run_notebooks.LAST)
+    work = [jobs.Job(n, scores, (out, only), seconds.get(n, 120.0), loud=True) for n, only in PARTS.items()]
     work += run_notebooks.jobs_of(pages, set(), missing, run_notebooks.LAST, AFTER, page=out)
     done = jobs.run(work, workers=given.workers, preload=jobs.preload(len(work)))
     run_notebooks.remember(done, run_notebooks.LAST)
