@@ -50,7 +50,7 @@ PLACES = {name: module for module, names in NAMES.items() for name in names.spli
 def find(
     name: str,  # of `PLACES`, or a part of the library such as "data"
 ) -> Any:
-    "What `cortexlit.NAME` is; imported now, if it was not before."
+    "What the name stands for: imported now, if it was not before."
     if name in ("data", "models", "training", "evaluation"):
         return importlib.import_module(f"cortexlit.{name}")
     if name not in PLACES:

@@ -121,7 +121,7 @@ class TwoScales(nn.Module):
         self,
         fine: PatchEmbedding,  # of the smaller patches
         places: np.ndarray,  # (tokens, 3) of theirs
-        config: ViT3DConfig,  # scales "two" or "fused"
+        config: PretrainedConfig,  # scales "two" or "fused"
     ):
         super().__init__()
         c, self.fine = config, fine
