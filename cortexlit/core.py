@@ -691,10 +691,12 @@ def write_json(
 ) -> Path:
     "Save as JSON: sorted keys, NaN as null."
     with atomic_file(path) as tmp:
-        tmp.write_text(
-            json.dumps(_plain(obj), indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8"
-        )
+        tmp.write_text(_json(obj), encoding="utf-8")
     return Path(path)
+
+
+def _json(obj: Any) -> str:
+    return json.dumps(_plain(obj), indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
 def read_json(
@@ -745,14 +747,15 @@ def claim(
         clear_leftovers(folder)
         if not path.is_file():
             other = [p.name for p in folder.iterdir() if p.name != "provenance.json"]  # killed at the start
-            other = sorted(other for other in other if not re.fullmatch(r"\..*\.lock", other))
+            passing = rf"\..*\.lock|\.{re.escape(name)}{_LEFT.pattern}"  # of a process that claims it at this moment
+            other = sorted(other for other in other if not re.fullmatch(passing, other))
             if other:
                 raise DataError(
                     f"the folder is not empty and holds no run, but {', '.join(other[:3])}", path=folder,
                     expected=f"a new or empty folder, or one with a {name}", fix="choose another one",
                 )  # fmt: skip
-            write_json(path, content)
-            return
+            if _first(path, _json(content)):
+                return
     if not resume:
         raise DataError("there is a run in this folder", path=folder, fix="resume=True, or another folder")
     before = read_json(path)
@@ -766,6 +769,24 @@ def claim(
                 expected=f"{content.get(key)}, as asked for now",
                 fix="choose another folder, or ask for the same as before to resume it",
             )
+
+
+def _first(path: Path, text: str) -> bool:
+    "Write a file that is not there; False if another process did so in the meantime."
+    tmp = _beside(path)
+    try:
+        tmp.write_text(text, encoding="utf-8")
+        flush(tmp)
+        try:
+            os.link(tmp, path)
+        except FileExistsError:
+            return False
+        except OSError:  # a disk without links
+            settle(tmp, path)
+        _flush(path.parent)
+        return True
+    finally:
+        tmp.unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #f4c2dcd7
 def seal(

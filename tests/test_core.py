@@ -103,3 +103,47 @@ def test_project_dir_is_found_from_below(tmp_path, monkeypatch):
 def test_error_names_file_expectation_and_remedy():
     text = str(core.MissingError("gone", expected="a file", fix="make it", path="x.npy"))
     assert text.splitlines() == ["gone", "  file: x.npy", "  expected: a file", "  do: make it"]
+
+
+# --- two processes that want one folder
+
+
+def test_a_folder_that_another_process_claims_at_this_moment_is_no_foreign_one(tmp_path):
+    (tmp_path / "run").mkdir()
+    core._beside(tmp_path / "run" / "plan.json").write_text("half a pl")  # it lives: this process
+    core.claim(tmp_path / "run", {"a": 1}, "plan.json")
+    assert core.read_json(tmp_path / "run" / "plan.json") == {"a": 1}
+    (tmp_path / "other").mkdir()
+    core._beside(tmp_path / "other" / "thesis.tex").write_text("...")
+    with pytest.raises(core.DataError, match="holds no run"):
+        core.claim(tmp_path / "other", {"a": 1}, "plan.json")
+
+
+def _claims(folder: Path, mine: int, start, told) -> None:
+    for k in range(40):
+        start.wait()
+        try:
+            core.claim(folder / str(k), {"owner": mine if k % 2 else 0}, "plan.json")
+            told.put((k, mine, "mine"))
+        except core.DataError as error:
+            told.put((k, mine, str(error).splitlines()[0]))
+
+
+def test_of_two_that_claim_at_once_one_is_first(tmp_path):
+    "Equal plans: both go on. Different ones: one goes on, the other is told."
+    context = multiprocessing.get_context("fork")
+    start, told = context.Barrier(2), context.Queue()
+    both = [context.Process(target=_claims, args=(tmp_path, mine, start, told)) for mine in (1, 2)]
+    for process in both:
+        process.start()
+    answers = [told.get(timeout=60) for _ in range(80)]
+    for process in both:
+        process.join()
+    for k in range(40):
+        mine = {who: answer for n, who, answer in answers if n == k}
+        assert [p.name for p in (tmp_path / str(k)).iterdir()] == ["plan.json"]
+        if k % 2:
+            owner = core.read_json(tmp_path / str(k) / "plan.json")["owner"]
+            assert mine[owner] == "mine" and mine[3 - owner].startswith("the run in this folder has owner")
+        else:
+            assert set(mine.values()) == {"mine"}

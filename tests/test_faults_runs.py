@@ -303,10 +303,24 @@ def test_every_schedule_is_resumed_to_the_same_bits(tmp_path, undisturbed, optio
 
 
 @linux
-@pytest.mark.parametrize("name", ["config.json", "provenance.json", "best"])
-def test_killed_in_the_first_seconds_and_before_the_best_is_saved(tmp_path, undisturbed, name):
+@pytest.mark.parametrize(
+    ("event", "name"),
+    [
+        ("os.link", "config.json"),
+        ("os.remove", "config.json"),
+        ("os.rename", "provenance.json"),
+        ("os.rename", "best"),
+    ],
+)
+def test_killed_in_the_first_seconds_and_before_the_best_is_saved(tmp_path, undisturbed, event, name):
     out = tmp_path / "cut"
-    killed_at(lambda: run(out, epochs=1), "os.rename", lambda a: str(a[1]) == str(out / name))
+
+    def when(args: tuple) -> bool:
+        "The file gets its name; or its draft, which has served, is removed."
+        draft = str(args[0]).startswith(str(out / f".{name}."))
+        return draft if event == "os.remove" else str(args[1]) == str(out / name)
+
+    killed_at(lambda: run(out, epochs=1), event, when)
     run(out, epochs=1)
     assert same(undisturbed(epochs=1), out) and not hidden(out)
     assert best_folder(out) == out / "best" and (out / "provenance.json").is_file()
@@ -341,6 +355,7 @@ def test_what_gets_its_name_is_on_the_disk_before(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", replace)
     monkeypatch.setattr(os, "rename", replace)
+    monkeypatch.setattr(os, "link", lambda new, path, real=os.link: replace(new, path, real))
     write(tmp_path / "data", "x")
     core.save_array(tmp_path / "a.npy", np.ones(3))
     cached_features(tiny_model(), tiers()[0], tmp_path / "kept", last=LAST, progress=False)

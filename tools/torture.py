@@ -149,7 +149,7 @@ JOBS: dict[str, tuple[Callable, Callable, Callable | None]] = {
     "grid": (lambda o: grid(o).run(progress=False), lambda o: digest(*grid(o).predictions().values()), None),
     "search": (search, found, None),
 }  # fmt: skip
-EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree", "os.truncate"}
+EVENTS = {"open", "os.link", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree", "os.truncate"}
 
 
 def forked(
