@@ -688,20 +688,6 @@ def _subject(
     return ThingsDataset(cache, rated, None if rois == "all" else rois, form=form)
 
 
-def _maker(
-    model: str,
-    data: Any,
-    patch: tuple[int, int, int],
-    noise: float,
-    mixing: float = 0.0,
-    layers: int | None = None,
-) -> Callable[[], Any]:
-    "What makes a fresh ViT3D for a subject."
-    from cortexlit.models.vit3d import decoder
-
-    return decoder(data, model, patch, noise, mixing, layers)
-
-
 @things.command("fit")
 def things_fit(
     cache: Cached,
@@ -754,6 +740,7 @@ def things_fit(
       cortexlit things fit _data/things-02 --ratings ~/THINGSplus --augment normal --ratio 1 --out _runs/normal-02
     """
     from cortexlit.data.things import split_by_concept
+    from cortexlit.models.vit3d import decoder
     from cortexlit.training.augmentation import check_augmentation
     from cortexlit.training.decoders import fit_folds
     from cortexlit.training.trainer import check_options
@@ -775,7 +762,7 @@ def things_fit(
         "patience": patience,
     }
     recipe |= {} if augment == "none" else {"augment": augment, "ratio": ratio}
-    maker = _maker(model, data, patch, noise, mixing, layers)
+    maker = decoder(data, model, patch, noise, mixing, layers)
     done = fit_folds(
         maker, data, split, out, seed=seed, progress=not as_json, batch_size=batch_size, **recipe
     )
@@ -950,6 +937,7 @@ def _demo_fmri(out: Path) -> Any:
     "Score sheet of a synthetic fMRI subject: constants, ridge, and a transformer on regions."
     from cortexlit.data.things import build_things, embedded_things, open_things, split_by_concept
     from cortexlit.evaluation.decoding import score_subject
+    from cortexlit.models.vit3d import decoder
     from cortexlit.training.decoders import fit_folds
 
     root = embedded_things("demo")
@@ -959,8 +947,7 @@ def _demo_fmri(out: Path) -> Any:
     )
     split = split_by_concept(data.trials, 5, 0)
     recipe = {"schedule": "plateau", "lr": 6e-3, "epochs": 60, "patience": 5, "batch_size": 128}
-    maker = _maker("parcels", data, (4, 4, 4), 1.5)
-    found = fit_folds(maker, data, split, progress=False, **recipe).predictions
+    found = fit_folds(decoder(data, "parcels"), data, split, progress=False, **recipe).predictions
     return score_subject(
         data.responses.astype(float), data.labels.astype(float), data.trials["concept"].to_numpy(), split,
         data.properties, {("ViT3D on regions", 0): found}, dataset="synthetic fMRI subject", root=data.folder,

@@ -117,6 +117,11 @@ def test_arrays_and_baselines_by_name(folders):
         cx.score(folders["clips"], "ridge")
     with pytest.raises(DataError, match="a list without a name"):
         cx.score(folders["clips"], [1, 2])
+    with pytest.raises(DataError, match="mine: a dict, which holds names of its own"):
+        cx.score(folders["clips"], mine={"a": array})
+    for wrong in (array[:, :1], array[:1], array * np.nan):
+        with pytest.raises(CortexlitError):
+            cx.score(folders["clips"], mine=wrong)
 
 
 def test_a_subject_needs_ratings(folders):

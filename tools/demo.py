@@ -19,7 +19,7 @@ from project import ROOT
 # Every page up to head training, and the fMRI data with their baselines; the others train for minutes each.
 PAGES = ("0[0-8]*.ipynb", "12_*.ipynb", "12a_*.ipynb")
 SCORES = "scores"
-PARTS = {SCORES: "encoding", "scores, fMRI": "fMRI"}  # jobs that score; they share nothing
+PARTS = {SCORES: "encoding", "scores of fMRI": "fMRI"}  # jobs that score; they share nothing
 AFTER = {"08_head_training": frozenset({SCORES})}  # reads the runs that scoring makes
 
 

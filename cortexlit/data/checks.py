@@ -73,7 +73,7 @@ def told_gaps(
     notes = []
     for channel, share in zip(channels, missing.T, strict=True):
         if share.any():
-            first = int(share.argmax() if files is None else np.flatnonzero(share)[0])
+            first = int(np.flatnonzero(share)[0])
             where = f"trial {first}" if files is None else files[first].name
             notes.append(
                 f"{name}: {channel} was not measured (NaN) in {100 * share.mean():.1f} % of the time, "

@@ -31,7 +31,8 @@ from .scores import ScoreSheet
 
 # %% auto #0
 __all__ = ['ALPHAS', 'WINDOWS', 'ORACLE', 'TRUTH', 'SPLIT_HALVES', 'train_mean', 'repeat_mean', 'blind_mean', 'validated_ridge',
-           'behaviour_ridge', 'gabor_bank', 'motion_energy_ridge', 'clip_baselines', 'score_dataset', 'true_response']
+           'behaviour_ridge', 'gabor_bank', 'motion_energy_ridge', 'clip_baselines', 'scored_frames', 'score_dataset',
+           'true_response']
 
 # %% ../../neuro_nbs/05_baseline.ipynb #d137e960
 def train_mean(
@@ -331,6 +332,13 @@ def _pooled_baselines(root: str | Path) -> dict[str, np.ndarray | str]:
     return {name: pool(root, [e[name] for e in each]) if why is None else why for name, why in none.items()}
 
 
+def scored_frames(
+    frames: int,  # of a clip
+) -> int:
+    "Frames at the end of a clip that are scored if nothing is said: 66 of 140, in proportion for other lengths."
+    return round(66 / 140 * frames)
+
+
 def score_dataset(
     root: str | Path,  # a dataset folder, or one by `build_folds`: predictions of all folds, pooled
     last: int
@@ -349,7 +357,7 @@ def score_dataset(
     tiers = ("train", "validation", "test")
     parts = {t: load_tier(root, t) for t in tiers} if folds is None else {"test": pooled_tier(root)}
     test = parts["test"]
-    last = round(66 / 140 * test.labels.shape[-1]) if last is None else last
+    last = scored_frames(test.labels.shape[-1]) if last is None else last
     predictions: dict[str | tuple[str, int], np.ndarray | str] = dict(baselines or clip_baselines(root))
     predictions |= models or {}
     oracle = _oracle(parts, "test")

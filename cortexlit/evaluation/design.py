@@ -28,7 +28,13 @@ from ..core import DataError
 from ..data.checks import load_table
 from ..data.clips import TierArrays, check_folder, load_tier
 from ..data.folds import fold_folders
-from .baselines import _within, behaviour_ridge, blind_mean, motion_energy_ridge
+from cortexlit.evaluation.baselines import (
+    _within,
+    behaviour_ridge,
+    blind_mean,
+    motion_energy_ridge,
+    scored_frames,
+)
 from .intervals import MIN_CLIPS
 from .metrics import flattened_correlation, mean_score, single_trial_correlation
 
@@ -357,7 +363,7 @@ def design(
                         fix="a variance between clips needs clips: take longer movies, or shorter clips")  # fmt: skip
     if train.labels.shape[1] < 2:
         raise DataError("one neuron", path=one, expected="two or more: their spread is a part of the error")
-    last = round(66 / 140 * train.labels.shape[-1]) if last is None else last
+    last = scored_frames(train.labels.shape[-1]) if last is None else last
     samples = load_table(one / "samples.csv", ["clip", "tier"])
     clips = {
         "single split": samples[samples["tier"] == "test"]["clip"].nunique(),
