@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,9 +26,9 @@ from . import core
 
 # %% auto #0
 __all__ = ['app', 'Json', 'Cache', 'Embedded', 'METRICS', 'Scale', 'Core', 'Last', 'scenes', 'things', 'Rois', 'Ratings',
-           'Properties', 'Folds', 'Cached', 'PARK', 'sessions', 'build', 'score', 'fit', 'grid', 'design', 'folds',
-           'scenes_build', 'scenes_fit', 'scenes_score', 'things_build', 'things_fit', 'things_score', 'real_files',
-           'data', 'run_demo', 'show_demo', 'demo', 'pretrain', 'main']
+           'Properties', 'Folds', 'Cached', 'PARK', 'DEMO', 'sessions', 'build', 'score', 'fit', 'grid', 'design',
+           'folds', 'scenes_build', 'scenes_fit', 'scenes_score', 'things_build', 'things_fit', 'things_score',
+           'real_files', 'data', 'clear_demo', 'run_demo', 'show_demo', 'demo', 'pretrain', 'main']
 
 # %% ../neuro_nbs/19_cli.ipynb #797b884d
 app = typer.Typer(
@@ -954,58 +955,72 @@ def _demo_fmri(out: Path) -> Any:
     )  # fmt: skip
 
 # %% ../neuro_nbs/19_cli.ipynb #1aaaf61c
-def _demo_parts(out: Path) -> dict[str, Callable[[], Any]]:
-    "What the demonstration scores, in this order; each part makes a score sheet."
-    return {
-        "embedded session, split by repeats": lambda: _demo_embedded(out, "repeats"),
-        "embedded session, split by stimuli": lambda: _demo_embedded(out, "stimuli"),
-        "synthetic fMRI subject": lambda: _demo_fmri(out),
-        "real recording": lambda: _demo_real(out),
-    }
+DEMO = {  # what the demonstration scores: name -> kind of scores, and how to make the sheet
+    "embedded session by repeats": ("encoding", partial(_demo_embedded, split="repeats")),
+    "embedded session by stimuli": ("encoding", partial(_demo_embedded, split="stimuli")),
+    "synthetic fMRI subject": ("decoding", _demo_fmri),
+    "real recording": ("encoding", _demo_real),
+}
 
 
-def _save_demo(sheets: dict[str, Any], out: Path) -> None:
-    "Encoding scores in `out`, those of fMRI in its folder `decoding`."
+def _demo_folders(out: Path) -> dict[str, Path]:
+    "Where the parts of the demonstration keep their sheets."
+    return {name: out / "parts" / name.replace(" ", "-") for name in DEMO}
+
+
+def _sheets_of(out: Path) -> dict[str, Path]:
+    "Where the sheets of each kind lie, all parts of a kind together."
+    return {"encoding": out, "decoding": out / "decoding"}
+
+
+def clear_demo(out: Path) -> None:
+    "Remove the scores of an earlier demonstration; scores that are not of this library are refused."
     from cortexlit.evaluation.scores import ScoreSheet
 
-    encoding = ScoreSheet(row for name, sheet in sheets.items() if "fMRI" not in name for row in sheet.rows)
-    if len(encoding):
-        encoding.save(out)
-        encoding.plot().savefig(out / "scores.png", dpi=110, bbox_inches="tight")
-    for name, sheet in sheets.items():
-        if "fMRI" in name:
-            sheet.save(out / "decoding")
+    folders = [*_sheets_of(out).values(), *_demo_folders(out).values()]
+    core.check_out(out)
+    for folder in folders:
+        ScoreSheet._replaceable(folder)
+    for folder in folders:
+        for name in ("scores.json", "scores.csv", "scores.png"):
+            (folder / name).unlink(missing_ok=True)
+
+
+def _merge_demo(out: Path) -> None:
+    "Put the sheets that are made so far together, those of encoding with a picture; safe in several processes."
+    from cortexlit.evaluation.scores import ScoreSheet
+
+    with core.locked(out / "scores"):
+        for kind, folder in _sheets_of(out).items():
+            made = [at for name, at in _demo_folders(out).items() if DEMO[name][0] == kind]
+            sheets = [ScoreSheet.load(at) for at in made if (at / "scores.json").is_file()]
+            if sheets:
+                together = ScoreSheet(row for sheet in sheets for row in sheet.rows)
+                together.opened = {name: n for sheet in sheets for name, n in sheet.opened.items()}
+                together.save(folder)
+                if kind == "encoding":
+                    together.plot().savefig(folder / "scores.png", dpi=110, bbox_inches="tight")
 
 
 def run_demo(
     out: Path,
     say: Callable[[str], None],
-    only: str
-    | None = None,  # "encoding" or "fMRI": these parts alone, so that two processes can share the work
+    only: str | None = None,  # a name in `DEMO`: this part alone, so that processes share the work
 ) -> list[str]:
     "Make the scores of the demonstration and save each as soon as it is made; what failed, one text each."
     import matplotlib
     import torch
 
-    from cortexlit.evaluation.scores import ScoreSheet
-
     matplotlib.use("Agg")  # no window
     torch.set_num_threads(1)  # as the notebooks do, which then find these runs finished
-    core.check_out(out)
-    folders = {"encoding": out, "fMRI": out / "decoding"}
-    for folder in folders.values() if only is None else (folders[only],):
-        ScoreSheet._replaceable(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in ("scores.json", "scores.csv", "scores.png"):  # of an earlier run
-            (folder / name).unlink(missing_ok=True)
-    parts, sheets, problems = _demo_parts(out), {}, []
-    if only is not None:
-        parts = {name: work for name, work in parts.items() if ("fMRI" in name) == (only == "fMRI")}
-    for number, (name, work) in enumerate(parts.items(), 1):
-        began, told = time.time(), f"scores {number} of {len(parts)}: {name}"
+    if only is None:
+        clear_demo(out)
+    problems, names = [], list(DEMO) if only is None else [only]
+    for number, name in enumerate(names, 1):
+        began, told = time.time(), f"scores {number} of {len(names)}: {name}"
         try:
-            sheets[name] = work()
-            _save_demo(sheets, out)
+            DEMO[name][1](out).save(_demo_folders(out)[name])
+            _merge_demo(out)
         except Exception as error:
             if name == "real recording" and isinstance(error, core.MissingError):
                 say(f"{told}: left out, {str(error).splitlines()[0]}")
@@ -1022,7 +1037,7 @@ def show_demo(out: Path) -> None:
     from cortexlit.evaluation.scores import ScoreSheet
 
     names = []
-    for folder, show in ((out, _show_scores), (out / "decoding", _show_decoding)):
+    for folder, show in zip(_sheets_of(out).values(), (_show_scores, _show_decoding), strict=True):
         if (folder / "scores.json").is_file():
             table = ScoreSheet.load(folder).table()
             names += table["dataset"].tolist()
@@ -1051,7 +1066,7 @@ def demo(
     """
     problems = run_demo(out, lambda line: _err.print(line, markup=False, highlight=False))
     if as_json:
-        saved = (folder / "scores.json" for folder in (out, out / "decoding"))
+        saved = (folder / "scores.json" for folder in _sheets_of(out).values())
         _print_json([row for path in saved if path.is_file() for row in core.read_json(path)["rows"]])
     else:
         show_demo(out)

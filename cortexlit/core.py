@@ -30,11 +30,12 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 # %% auto #0
-__all__ = ['check_seed', 'rng', 'seed_everything', 'CortexlitError', 'DataError', 'MissingError', 'StorageError', 'SplitLeak',
-           'named_errors', 'reading', 'project_dir', 'data_home', 'generated', 'runs', 'scale', 'clear_leftovers',
-           'flush', 'settle', 'atomic_file', 'kind_of', 'atomic_folder', 'locked', 'need_space', 'new_array', 'h5_file',
-           'need_memory', 'check_out', 'write_json', 'read_json', 'digest', 'sha256', 'claim', 'seal', 'check_seal',
-           'hashes', 'same_files', 'write_card', 'check_card', 'save_array', 'load_array', 'made_once', 'provenance']
+__all__ = ['check_seed', 'rng', 'seed_everything', 'seeded', 'CortexlitError', 'DataError', 'MissingError', 'StorageError',
+           'SplitLeak', 'named_errors', 'reading', 'project_dir', 'data_home', 'generated', 'runs', 'scale',
+           'clear_leftovers', 'flush', 'settle', 'atomic_file', 'kind_of', 'atomic_folder', 'locked', 'need_space',
+           'new_array', 'h5_file', 'need_memory', 'check_out', 'write_json', 'read_json', 'digest', 'sha256', 'claim',
+           'seal', 'check_seal', 'hashes', 'same_files', 'write_card', 'check_card', 'save_array', 'load_array',
+           'made_once', 'provenance']
 
 # %% ../nbs/00_core.ipynb #4bf9be33
 def check_seed(
@@ -72,6 +73,19 @@ def seed_everything(
     np.random.seed(seed)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(seed)
+
+
+@contextmanager
+def seeded(
+    seed: int,  # 0 to 2**32 - 1
+) -> Iterator[None]:
+    "Draw torch's random numbers (weights, dropout) from a seed; what is drawn afterwards goes on as if nothing had been."
+    import torch
+
+    check_seed(seed, 2**32 - 1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 # %% ../nbs/00_core.ipynb #06e6b091
 class CortexlitError(Exception):

@@ -510,12 +510,17 @@ def test_every_sample_is_looked_at_before_anything_is_trained(tmp_path, tier, fi
 
 
 @pytest.mark.parametrize("seed", [-1, 0.5, None, "0", True])
-def test_seeds_are_whole_numbers_from_zero_up(seed):
+def test_seeds_are_whole_numbers_from_zero_up(seed, tmp_path):
     for call in (core.rng, core.seed_everything):
         with pytest.raises(DataError, match="seed="):
             call(seed)
     with pytest.raises(DataError, match="seed=4294967296"):
         core.seed_everything(2**32)
+    from cortexlit.training.pretraining import pretrain
+
+    for call in (lambda: pretrain(tmp_path / "core", seed=10**20), core.seeded(2**32).__enter__):
+        with pytest.raises(DataError, match="a whole number from 0 to 4294967295"):
+            call()
     assert core.rng(np.int64(3), "a").random() == core.rng(3, "a").random()
 
 

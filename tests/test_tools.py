@@ -245,14 +245,28 @@ def test_silence_ends_with_a_line():
     assert len(said) == 1 and re.search(r"running: long one for 30 s; left: about 4 min 30 s", said[0])
 
 
-def test_longest_first_but_after_what_it_waits_for():
+def test_longest_chain_first_and_each_after_what_it_waits_for():
     order = [
-        jobs.Job("short", str.upper, ("s",), 1),
-        jobs.Job("long", str.upper, ("l",), 9, frozenset({"short", "not among them"})),
         jobs.Job("middle", str.upper, ("m",), 5),
+        jobs.Job("long", str.upper, ("l",), 9, frozenset({"short", "not among them"})),
+        jobs.Job("short", str.upper, ("s",), 1),
+        jobs.Job("other", str.upper, ("o",), 7),
     ]
     done = jobs.run(order, workers=1, say=lambda line: None)
-    assert [(d.name, d.value) for d in done] == [("middle", "M"), ("short", "S"), ("long", "L")]
+    assert [d.name for d in done] == ["short", "long", "other", "middle"]
+    assert [d.value for d in done] == ["S", "L", "O", "M"]
+
+
+def test_what_several_notebooks_read_is_made_first(tmp_path):
+    texts = {"a": "embedded_session()", "b": 'embedded_session("demo")', "c": "1", "d": "embedded_things()"}
+    paths = []
+    for name, source in texts.items():
+        paths.append(notebook(tmp_path / f"{name}.ipynb", source))
+    work = {job.name: job for job in run_notebooks.jobs_of(paths, set(), set())}
+    assert {n: job.after for n, job in work.items()} == {
+        "embedded session": frozenset(),  # one page reads the subject: nobody waits for it
+        **{f"{n}.ipynb": frozenset({"embedded session"} if n in "ab" else ()) for n in "abcd"},
+    }
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -308,18 +322,23 @@ def sheet(dataset: str) -> ScoreSheet:
     return found
 
 
-def parts(out: Path) -> dict:
-    def fail():
-        raise ZeroDivisionError("by nothing")
+def fail(out: Path) -> None:
+    raise ZeroDivisionError("by nothing")
 
-    def absent():
-        raise MissingError("the recording is not here")
 
-    return {"first": lambda: sheet("embedded"), "second": fail, "real recording": absent}
+def absent(out: Path) -> None:
+    raise MissingError("the recording is not here")
+
+
+PARTS = {
+    "first": ("encoding", lambda out: sheet("embedded")),
+    "second": ("encoding", fail),
+    "real recording": ("encoding", absent),
+}
 
 
 def test_a_part_of_the_demonstration_that_fails_leaves_the_others(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "_demo_parts", parts)
+    monkeypatch.setattr(cli, "DEMO", PARTS)
     monkeypatch.setattr(sys, "argv", ["cortexlit", "demo", "--out", str(tmp_path)])
     with pytest.raises(SystemExit) as end:
         cli.main()
@@ -334,7 +353,7 @@ def test_a_part_of_the_demonstration_that_fails_leaves_the_others(tmp_path, monk
 
 
 def test_a_demonstration_without_the_real_recording_says_so_in_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "_demo_parts", parts)
+    monkeypatch.setattr(cli, "DEMO", PARTS)
     cli.run_demo(tmp_path, print)
     capsys.readouterr()
     cli.show_demo(tmp_path)
@@ -344,23 +363,30 @@ def test_a_demonstration_without_the_real_recording_says_so_in_one_line(tmp_path
 
 def test_results_of_an_earlier_demonstration_do_not_pass_for_new(tmp_path, monkeypatch):
     sheet("old").save(tmp_path / "decoding")
-    monkeypatch.setattr(cli, "_demo_parts", parts)
+    monkeypatch.setattr(cli, "DEMO", PARTS)
     cli.run_demo(tmp_path, print)
     assert not (tmp_path / "decoding" / "scores.json").exists()
 
 
-@pytest.mark.parametrize(("only", "made"), [("encoding", True), ("fMRI", False)])
-def test_half_of_the_demonstration_leaves_the_other_half(tmp_path, monkeypatch, only, made):
-    sheet("old").save(tmp_path)
-    sheet("old").save(tmp_path / "decoding")
-    monkeypatch.setattr(cli, "_demo_parts", lambda out: {"first": lambda: sheet("embedded")})
-    cli.run_demo(tmp_path, print, only)
-    assert [row.dataset for row in ScoreSheet.load(tmp_path).rows] == ["embedded" if made else "old"]
-    assert (tmp_path / "decoding" / "scores.json").exists() == made
+def test_parts_of_the_demonstration_are_made_apart_and_put_together(tmp_path, monkeypatch):
+    "In the order of the demonstration, whichever is made first; how often a test tier was opened stays with them."
+    made = {name: sheet(name) for name in ("one", "two")}
+    made["one"].opened, made["two"].opened = {"one": 1}, {"two": 3}
+    parts = {name: ("encoding", lambda out, name=name: made[name]) for name in made}
+    monkeypatch.setattr(cli, "DEMO", parts | {"fMRI": ("decoding", lambda out: sheet("fMRI"))})
+    assert cli.run_demo(tmp_path, print, "two") == []
+    assert [row.dataset for row in ScoreSheet.load(tmp_path).rows] == ["two"]
+    assert not (tmp_path / "decoding").exists()
+    assert cli.run_demo(tmp_path, print, "fMRI") == cli.run_demo(tmp_path, print, "one") == []
+    both = ScoreSheet.load(tmp_path)
+    assert [row.dataset for row in both.rows] == ["one", "two"] and both.opened == {"one": 1, "two": 3}
+    assert [row.dataset for row in ScoreSheet.load(tmp_path / "decoding").rows] == ["fMRI"]
+    cli.clear_demo(tmp_path)
+    assert not list(tmp_path.rglob("scores.*"))
 
 
 def toy_scores(out: Path, only: str) -> None:
-    if only == "encoding":
+    if only == "embedded session by stimuli":
         sheet("embedded").save(out)
 
 
@@ -382,7 +408,9 @@ def test_a_page_that_fails_loses_neither_scores_nor_other_pages(tmp_path, monkey
     assert ScoreSheet.load(tmp_path / "out").rows[0].dataset == "embedded"
     assert told.index("0.1000 (0.100 to 0.100)") < told.index("FAILED: 08_head_training.ipynb")
     assert "ZeroDivisionError" in told and told.rstrip().endswith("1 failed: 08_head_training.ipynb")
-    assert told.index("ok     scores") < told.index("FAILED 08_head_training.ipynb")  # which reads its runs
+    assert told.index("ok     embedded session by stimuli") < told.index(
+        "FAILED 08_head_training.ipynb"
+    )  # which reads its runs
 
 
 def test_without_a_network_one_attempt_is_made(tmp_path, monkeypatch, capsys):

@@ -16,11 +16,8 @@ import jobs
 import run_notebooks
 from project import ROOT
 
-# Every page up to head training, and the fMRI data with their baselines; the others train for minutes each.
-PAGES = ("0[0-8]*.ipynb", "12_*.ipynb", "12a_*.ipynb")
-SCORES = "scores"
-PARTS = {SCORES: "encoding", "scores of fMRI": "fMRI"}  # jobs that score; they share nothing
-AFTER = {"08_head_training": frozenset({SCORES})}  # reads the runs that scoring makes
+# The numbered pages up to head training, and the fMRI data with their baselines; the others go deeper, for minutes each.
+PAGES = ("0[0-8]_*.ipynb", "02a_*.ipynb", "12_*.ipynb", "12a_*.ipynb")
 
 
 def fetch_missing() -> None:
@@ -40,7 +37,7 @@ def fetch_missing() -> None:
 
 
 def scores(out: Path, only: str) -> None:
-    "The score sheets of encoding or of fMRI; `Problem` with what failed."
+    "One part of the score sheets; `Problem` with what failed."
     from cortexlit.cli import run_demo
 
     if problems := run_demo(out, lambda line: print(f"        {line}", flush=True), only):
@@ -62,16 +59,21 @@ def main(argv: list[str] | None = None) -> int:
     for page in pages:  # of an earlier run: what is there afterwards is new
         (out / f"{page.stem}.html").unlink(missing_ok=True)
     fetch_missing()
+    from cortexlit.cli import DEMO, clear_demo, show_demo
+
+    clear_demo(out)
     missing, lines = run_notebooks.missing_files(pages)
     for line in lines:
         print(line, flush=True)
     seconds = run_notebooks.expected_seconds(run_notebooks.LAST)
-    work = [jobs.Job(n, scores, (out, only), seconds.get(n, 120.0), loud=True) for n, only in PARTS.items()]
-    work += run_notebooks.jobs_of(pages, set(), missing, run_notebooks.LAST, AFTER, page=out)
+    movies = frozenset(n for n in DEMO if "session" in n)  # they make the runs that page 08 reads
+    work = run_notebooks.jobs_of(
+        pages, set(), missing, run_notebooks.LAST, {"08_head_training": movies}, page=out
+    )
+    first = frozenset(job.name for job in work if job.name in run_notebooks.SHARED)
+    work += [jobs.Job(n, scores, (out, n), seconds.get(n, 60.0), first, loud=True) for n in DEMO]
     done = jobs.run(work, workers=given.workers, preload=jobs.preload(len(work)))
     run_notebooks.remember(done, run_notebooks.LAST)
-
-    from cortexlit.cli import show_demo
 
     print(flush=True)
     show_demo(out)

@@ -172,14 +172,24 @@ class Progress:
             self.line(f"running: {names}; left: about {duration(self.left(running, waiting))}")
 
 
+def longest_first(jobs: Iterable[Job]) -> list[Job]:
+    "Sorted by their seconds and those of the longest chain of jobs that wait for them."
+    jobs = list(jobs)
+
+    def chain(job: Job) -> float:
+        return job.seconds + max((chain(other) for other in jobs if job.name in other.after), default=0.0)
+
+    return sorted(jobs, key=lambda job: -chain(job))
+
+
 def run(
     jobs: Iterable[Job],
     workers: int = 2,  # processes at a time
     say: Callable[[str], None] = lambda line: print(line, flush=True),
     preload: tuple[str, ...] = (),  # modules imported once for all jobs
 ) -> list[Done]:  # in the order in which they ended
-    "Run all jobs, the longest first; a job that fails does not stop the others."
-    waiting = sorted(jobs, key=lambda job: -job.seconds)
+    "Run all jobs, the longest first, with what waits for them; a job that fails does not stop the others."
+    waiting = longest_first(jobs)
     names = {job.name for job in waiting}
     assert len(names) == len(waiting), "two jobs of one name"
     context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")

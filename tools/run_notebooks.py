@@ -263,6 +263,34 @@ def remember(done: list[jobs.Done], last: Path = LAST) -> None:
     last.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
 
 
+def _session() -> None:
+    from cortexlit.data.synthetic import embedded_session
+
+    embedded_session("demo")
+
+
+def _subject() -> None:
+    from cortexlit.data.things import embedded_things
+
+    embedded_things("demo")
+
+
+SHARED = {  # job that makes what many notebooks read -> how they ask for it, and how it is made
+    "embedded session": ("embedded_session(", _session),
+    "embedded fMRI subject": ("embedded_things(", _subject),
+}
+
+
+def shared(paths: list[Path], last: Path = LAST) -> dict[jobs.Job, set[Path]]:
+    "Jobs for what two or more of the notebooks read, so that none waits while another makes it; and these notebooks."
+    typical, texts, found = expected_seconds(last), {path: path.read_text("utf-8") for path in paths}, {}
+    for name, (words, make) in SHARED.items():
+        readers = {path for path, text in texts.items() if words in text}
+        if len(readers) > 1:
+            found[jobs.Job(name, make, (), typical.get(name, 25.0))] = readers
+    return found
+
+
 def jobs_of(
     paths: list[Path],
     flags: set[str],
@@ -273,17 +301,21 @@ def jobs_of(
     ),  # by notebook: jobs that must have ended before
     **options: Any,  # of `execute`
 ) -> list[jobs.Job]:
-    "One job for each notebook."
-    typical = expected_seconds(last)
+    "One job for each notebook, and those that make what they share."
+    typical, first = expected_seconds(last), shared(paths, last)
+    needs = {path: frozenset(job.name for job, readers in first.items() if path in readers) for path in paths}
     return [
-        jobs.Job(
-            key(path),
-            _execute,
-            (path, flags, missing, options),
-            typical.get(key(path), 20.0),
-            after.get(path.stem, frozenset()),
-        )
-        for path in paths
+        *first,
+        *(
+            jobs.Job(
+                key(path),
+                _execute,
+                (path, flags, missing, options),
+                typical.get(key(path), 20.0),
+                needs[path] | after.get(path.stem, frozenset()),
+            )
+            for path in paths
+        ),
     ]
 
 
@@ -362,7 +394,7 @@ def main(argv: list[str] | None = None) -> int:
         print(block, flush=True)
         return 1
     print(
-        f"{len(done)} notebooks ran from top to bottom in {jobs.duration(time.monotonic() - began)}",
+        f"{len(paths)} notebooks ran from top to bottom in {jobs.duration(time.monotonic() - began)}",
         flush=True,
     )
     return 0

@@ -30,6 +30,7 @@ from cortexlit.core import (
     check_card,
     named_errors,
     read_json,
+    seeded,
     sha256,
     write_card,
     write_json,
@@ -110,8 +111,7 @@ def add_adapters(
 ) -> PeftModel:  # the wrapper; `model` itself is adapted, too
     "Give a model low-rank adapters."
     check_targets(model, adapters)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
             wrapper = get_peft_model(model, adapters.config())

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..core import DataError, check_seed, rng
+from ..core import DataError, check_seed, rng, seeded
 from ..models.autoencoders import VAE, Patterns, VAEConfig
 from ..models.diffusion import Diffusion, DiffusionConfig
 from ..models.flows import FlowMatching, FlowMatchingConfig
@@ -105,8 +105,7 @@ def _sampler(name: str, x: torch.Tensor, y: torch.Tensor, seed: int) -> Callable
     "A generator fitted to standardised trials: labels -> patterns."
     if name == "normal":
         return _normal(x, y)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         model, steps = _network(name, x.shape[1], y.shape[1])
     model.fit(x, y, steps, batch=64, generator=torch.Generator().manual_seed(seed))
     return lambda labels, generator: model.sample(labels, generator=generator)
@@ -268,7 +267,6 @@ def pretrain(
         raise DataError(f"voxels of shape {tuple(x.shape)}", expected=f"(trials, {len(model.inside)})")
     if how == "none":
         return model
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         _learn_hidden(model.train(), x, how, steps, rate, count, average)
     return model.eval()

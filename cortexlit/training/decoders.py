@@ -30,6 +30,7 @@ from cortexlit.core import (
     read_json,
     runs,
     save_array,
+    seeded,
     write_json,
 )
 from ..data.things import Split, audit_split
@@ -203,8 +204,7 @@ def _same_data(content: dict[str, Any], data: Any, folder: Path) -> None:
 
 
 def _fresh(build: Callable[[], PreTrainedModel], seed: int) -> PreTrainedModel:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed):
         return build()
 
 

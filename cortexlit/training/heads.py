@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ..core import DataError, rng
+from ..core import DataError, rng, seeded
 from ..data.clips import MouseDataset
 from ..data.inputs import comparable, open_for
 from ..models.viv1t import ViV1T, ViV1TConfig
@@ -60,8 +60,7 @@ def fresh_head(
             expected=f"{given.config.behavior_channels} and {given.config.pupil_channels} channels",
             fix="take a core with core_state=False, such as the demonstration core",
         )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         model = ViV1T(config)
         if not random_core:
             model.core.load_state_dict(given.core.state_dict())

@@ -31,6 +31,7 @@ from cortexlit.core import (
     atomic_file,
     atomic_folder,
     check_out,
+    check_seed,
     digest,
     generated,
     locked,
@@ -39,6 +40,7 @@ from cortexlit.core import (
     read_json,
     rng,
     runs,
+    seeded,
     sha256,
     write_json,
 )
@@ -301,8 +303,7 @@ def _simulated(folder: Path, made_from: dict[str, Any]) -> Simulated:
 # %% ../../neuro_nbs/07_pretraining.ipynb #97e08300
 def _start(config: ViV1TConfig, seed: int) -> ViV1T:
     "A core with sinusoids in its table of temporal positions."
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         model = ViV1T(config)
     table = model.core.tokenizer.temporal_pos_embedding
     with torch.no_grad():
@@ -375,9 +376,9 @@ def pretrain(
         raise DataError(
             "there is something in the way", path=out, fix="choose another folder, or move this one"
         )
-    for name, value, low in (("seed", seed, 0), ("save_every", save_every, 1)):
-        if not isinstance(value, int) or value < low:
-            raise DataError(f"{name}={value!r}", expected=f"a whole number from {low} up")
+    check_seed(seed, 2**32 - 1)
+    if not isinstance(save_every, int) or save_every < 1:
+        raise DataError(f"save_every={save_every!r}", expected="a whole number from 1 up")
     check_out(out)
     data = simulate(recipe, seed, progress=progress, population=population)
     model = _start(recipe.config, seed)

@@ -22,7 +22,7 @@ from scipy.signal import lfilter
 from torch.nn import functional as F
 from torch.utils.data import Subset
 
-from ..core import DataError, rng, scale
+from ..core import DataError, rng, scale, seeded
 from ..data.clips import resize_frames
 from ..data.scenes import SceneArrays, ScenesDataset, load_scenes
 from cortexlit.data.synthetic import (
@@ -175,8 +175,7 @@ def fresh_model(
     core_options = dict(configuration.core)
     if configuration.size is None and "patch" in core_options:  # no larger than the picture
         core_options["patch"] = min(core_options["patch"], *(own["resize"] or own["size"]))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         model = V1T(V1TConfig({}, **own | core_options))
         if core is not None:
             given = core.core.state_dict()
@@ -284,8 +283,7 @@ def simulated_core(
     image = resize_frames(shown, config.seen)
     image = torch.tensor((image - image.mean()) / image.std(), dtype=torch.float32)[:, None]
     labels, rows = torch.tensor(simulated_responses(config, shown)), []
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         model = V1T(config)
         with torch.no_grad():
             model.core.patch_embedding.pos_embedding.mul_(0.1)

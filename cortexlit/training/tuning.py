@@ -47,6 +47,7 @@ from cortexlit.core import (
     rng,
     runs,
     save_array,
+    seeded,
     sha256,
     write_json,
 )
@@ -213,8 +214,7 @@ def _built(
     build: Callable[[dict[str, Any]], PreTrainedModel], params: dict[str, Any], seed: int
 ) -> PreTrainedModel:
     "A new model; the same weights each time."
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return build(params)
 
 
