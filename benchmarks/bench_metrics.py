@@ -19,7 +19,7 @@ from collections.abc import Callable
 import numpy as np
 
 from cortexlit.core import provenance, rng, write_json
-from cortexlit.evaluation.metrics import single_trial_correlation
+from cortexlit.metrics import single_trial_correlation
 
 SHAPE = (62, 227, 140)
 

@@ -23,7 +23,7 @@ from scipy.signal import lfilter
 from cortexlit.core import provenance, read_json, rng, write_json
 from cortexlit.evaluation.comparison import compare
 from cortexlit.evaluation.intervals import score_interval
-from cortexlit.evaluation.metrics import (
+from cortexlit.metrics import (
     cc_norm,
     correlation_to_average,
     feve,

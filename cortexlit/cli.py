@@ -12,17 +12,20 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from math import isnan
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
-import pandas as pd
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import core
+from . import __version__, core
+
+if TYPE_CHECKING:  # a command that prints no table starts without them
+    import numpy as np
+    import pandas as pd
 
 # %% auto #0
 __all__ = ['app', 'Json', 'Cache', 'Embedded', 'METRICS', 'Scale', 'Core', 'Last', 'scenes', 'things', 'Rois', 'Ratings',
@@ -34,8 +37,25 @@ __all__ = ['app', 'Json', 'Cache', 'Embedded', 'METRICS', 'Scale', 'Core', 'Last
 app = typer.Typer(
     help="Models of visual cortex: from a recording to a score you can defend.",
     no_args_is_help=True,
-    add_completion=False,
 )
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"cortexlit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _every(
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", callback=_tell_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    "Models of visual cortex: from a recording to a score you can defend."
+
+
 _out, _err = Console(), Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
@@ -47,7 +67,10 @@ Embedded = Annotated[
 ]
 
 # %% ../neuro_nbs/19_cli.ipynb #8246f871
-def _show(title: str, frame: pd.DataFrame) -> None:
+def _show(title: str, rows: pd.DataFrame | list[dict[str, Any]]) -> None:
+    import pandas as pd
+
+    frame = pd.DataFrame(rows)
     table = Table(title=escape(title), title_justify="left")
     for name in frame.columns:
         table.add_column(
@@ -85,7 +108,7 @@ def _tell_run(title: str, done: Any, as_json: bool) -> None:
     if as_json:
         _print_json(found)
     else:
-        _show(title, pd.DataFrame([found]))
+        _show(title, [found])
 
 
 def _tell_sheet(sheet: Any, out: Path | None, as_json: bool, show: Callable[[pd.DataFrame], None]) -> None:
@@ -245,24 +268,22 @@ def _show_scores(table: pd.DataFrame) -> None:
 
 def _with_seeds(table: pd.DataFrame) -> pd.DataFrame:
     "The seed, if there is one, as part of the model's name."
-    seeds = table["seed"].map(lambda seed: "" if pd.isna(seed) else f" (seed {seed})")
+    seeds = table["seed"].map(lambda seed: f" (seed {seed})", na_action="ignore").fillna("")
     return table.assign(model=table["model"] + seeds)
 
 
-def _by_model(rows: pd.DataFrame, metrics: tuple[str, ...]) -> pd.DataFrame:
+def _by_model(rows: pd.DataFrame, metrics: tuple[str, ...]) -> list[dict[str, Any]]:
     "One row per model, one column per metric."
     cells = {
         model: {row.metric: _with_interval(row) for row in group.itertuples()}
         for model, group in rows.groupby("model", sort=False)
     }
-    return pd.DataFrame(
-        [{"model": model, **{m: c.get(m, "") for m in metrics}} for model, c in cells.items()]
-    )
+    return [{"model": model, **{m: c.get(m, "") for m in metrics}} for model, c in cells.items()]
 
 
 def _with_interval(row: Any) -> str:
     "Score and interval of one row, or why there is none."
-    if np.isnan(row.value):
+    if isnan(row.value):
         return "none: " + row.note.split(":")[0]
     return f"{row.value:.4f} ({row.low:.3f} to {row.high:.3f})"
 
@@ -301,8 +322,11 @@ def _options(scale: str | None, core_given: str | None) -> tuple[dict, dict]:
 def fit(
     dataset: Annotated[Path, typer.Argument(help="A dataset folder.")],
     adapt: Annotated[str, typer.Option(help="head, lora or full.")] = "head",
-    rank: Annotated[int | None, typer.Option(help="With --adapt lora: 8, 16 or 32.")] = None,
-    targets: Annotated[str | None, typer.Option(help="With --adapt lora: all or fused.")] = None,
+    rank: Annotated[int | None, typer.Option(help="With --adapt lora; default 8.")] = None,
+    targets: Annotated[
+        str | None,
+        typer.Option(help="With --adapt lora: all, fused, or ends of layer names with commas; default all."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of head, adapters and order of samples.")] = 0,
     core_folder: Core = None,
     out: Annotated[
@@ -318,10 +342,12 @@ def fit(
     Examples:
       cortexlit fit _data/demo
       cortexlit fit _data/demo --adapt lora --rank 8 --targets fused
+      cortexlit fit _data/demo --adapt lora --rank 2 --targets attn_out,ff_out.2
       cortexlit fit _data/a --adapt full --scale paper --core bryanlimy/ViV1T/viv1t_001
     """
-    from cortexlit.training.heads import train_head
-    from cortexlit.training.lora import FULL, STUDY, at_scale
+    from cortexlit.models.adapters import check_targets
+    from cortexlit.training.heads import fresh_head, train_head
+    from cortexlit.training.lora import FULL, at_scale
     from cortexlit.training.trainer import ADAPT, check_options
     from cortexlit.training.trainer import fit as train
 
@@ -333,10 +359,14 @@ def fit(
     common = {"last": last, "resume": resume, "progress": not as_json}
     core.check_out(out)
     if adapt != "head":  # looked at before the head is trained
-        rank, targets = rank or 8, targets or "all"
-        (chosen,) = at_scale([FULL], scale) if adapt == "full" else _chosen(STUDY, [rank], [targets], scale)
+        wanted = (
+            [FULL] if adapt == "full" else _configurations([8 if rank is None else rank], [targets or "all"])
+        )
+        (chosen,) = at_scale(wanted, scale)
         options = options | chosen.options | common
         check_options(seed=seed, **options)
+        if chosen.adapters is not None:
+            check_targets(fresh_head(dataset, core_folder, seed=seed), chosen.adapters)
     head_out = out if adapt == "head" else None
     done = train_head(dataset, core_folder, seed=seed, out=head_out, **head_options | common)
     if adapt != "head":
@@ -344,28 +374,28 @@ def fit(
     _tell_run(f"adapt={adapt}", done, as_json)
 
 
-def _chosen(study: Any, ranks: list[int] | None, targets: list[str] | None, scale: str | None) -> list:
-    "Configurations of the study with these ranks and targets."
-    from cortexlit.training.lora import at_scale
+def _configurations(ranks: list[int] | None, targets: list[str] | None) -> list:
+    "All pairs of ranks and targets; without either, those of study 1."
+    from cortexlit.training.lora import STUDY, configuration
 
-    for name, given in (("rank", ranks), ("targets", targets)):
-        allowed = sorted({getattr(c.adapters, name) for c in study})
-        for value in given or ():
-            if value not in allowed:
-                raise core.DataError(f"--{name} {value}", expected=f"one of {', '.join(map(str, allowed))}")
-    kept = [
-        c
-        for c in study
-        if (not ranks or c.adapters.rank in ranks) and (not targets or c.adapters.targets in targets)
+    own = [(c.adapters.rank, c.adapters.targets) for c in STUDY]
+    ranks = ranks or sorted({rank for rank, _ in own})
+    targets = targets or sorted({layers for _, layers in own})
+    return [
+        configuration(r, tuple(t.split(",")) if "," in t or "." in t else t) for r in ranks for t in targets
     ]
-    return at_scale(kept, scale)
 
 
 @app.command()
 def grid(
     dataset: Annotated[Path, typer.Argument(help="A dataset folder.")],
-    rank: Annotated[list[int] | None, typer.Option(help="Only these ranks (repeat the option).")] = None,
-    targets: Annotated[list[str] | None, typer.Option(help="Only these targets: all, fused.")] = None,
+    rank: Annotated[
+        list[int] | None, typer.Option(help="A rank; repeat it. Default those of study 1: 8, 16, 32.")
+    ] = None,
+    targets: Annotated[
+        list[str] | None,
+        typer.Option(help="As in cortexlit fit; repeat it. Default those of study 1: all, fused."),
+    ] = None,
     full: Annotated[bool, typer.Option("--full", help="Also fine-tune everything.")] = False,
     seeds: Annotated[int, typer.Option(help="How many seeds, from 0.")] = 3,
     core_folder: Core = None,
@@ -385,10 +415,10 @@ def grid(
       cortexlit grid _data/demo --rank 8 --rank 32 --targets fused --seeds 5
       cortexlit grid _data/a --scale paper --core viv1t_001/ --storage postgresql://user@host/grid
     """
-    from cortexlit.training.lora import FULL, STUDY, Grid, at_scale
+    from cortexlit.training.lora import FULL, Grid, at_scale
 
     head, options = _options(scale, core_folder)
-    chosen = _chosen(STUDY, rank, targets, scale) + (at_scale([FULL], scale) if full else [])
+    chosen = at_scale(_configurations(rank, targets) + [FULL] * full, scale)
     if seeds < 1:
         raise core.DataError(f"--seeds {seeds}", expected="a whole number from 1 up")
     whole = Grid(dataset, chosen, range(seeds), core_folder, out, storage, last, head, **options)
@@ -603,7 +633,7 @@ def _show_scenes(table: pd.DataFrame) -> None:
     "One printed table per metric."
     for metric, rows in table.groupby("metric", sort=False):
         _show(f"{rows['dataset'].iloc[0]}, split by {rows['split'].iloc[0]}: {metric}",
-              pd.DataFrame({"model": rows["model"], "score": [_with_interval(row) for row in rows.itertuples()]}))  # fmt: skip
+              [{"model": row.model, "score": _with_interval(row)} for row in rows.itertuples()])  # fmt: skip
 
 # %% ../neuro_nbs/19_cli.ipynb #2e989e0e
 things = typer.Typer(help="Human fMRI: from a THINGS subject to a decoder's score.", no_args_is_help=True)
@@ -669,7 +699,7 @@ def things_build(
     if as_json:
         _print_json(found | ratings)
     else:
-        _show(f"subject {subject} of {root}", pd.DataFrame([found]))
+        _show(f"subject {subject} of {root}", [found])
         for name, path in ratings.items():
             _out.print(f"{name}: {path}", markup=False, highlight=False, soft_wrap=True)
 
@@ -884,7 +914,7 @@ def data(
     if as_json:
         _print_json({"folder": core.data_home(), "files": rows})
     else:
-        _show("real files, below the folder that CORTEXLIT_DATA names", pd.DataFrame(rows))
+        _show("real files, below the folder that CORTEXLIT_DATA names", rows)
 
 # %% ../neuro_nbs/19_cli.ipynb #73a21bb4
 PARK = "park_230809"  # the real recording of the demonstration

@@ -11,7 +11,7 @@ from cortexlit.data.clips import build_dataset, load_tier
 from cortexlit.evaluation import baselines
 from cortexlit.evaluation.baselines import ORACLE, TRUTH, clip_baselines, score_dataset
 from cortexlit.evaluation.ceilings import split_half_reliability
-from cortexlit.evaluation.metrics import mean_score, single_trial_correlation
+from cortexlit.metrics import mean_score, single_trial_correlation
 
 
 @pytest.fixture(scope="module")

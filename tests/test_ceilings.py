@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from cortexlit.core import DataError, rng
 from cortexlit.evaluation.ceilings import leave_one_out_oracle, split_half_ceiling, split_half_reliability
 from cortexlit.evaluation.intervals import score_interval
-from cortexlit.evaluation.metrics import mean_score
+from cortexlit.metrics import mean_score
 
 CHECKED = settings(max_examples=50, deadline=None)
 

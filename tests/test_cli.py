@@ -40,7 +40,8 @@ def test_scores_as_json(inputs, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "adapt", [(), ("--adapt", "lora", "--rank", "16", "--targets", "fused"), ("--adapt", "full")]
+    "adapt",
+    [(), ("--adapt", "lora", "--rank", "3", "--targets", "fused_linear,ff_out.2"), ("--adapt", "full")],
 )
 def test_fit_and_again(inputs, tmp_path, capsys, monkeypatch, adapt):
     data, core = inputs
@@ -51,7 +52,7 @@ def test_fit_and_again(inputs, tmp_path, capsys, monkeypatch, adapt):
     )
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["adapt"] == (adapt[1] if adapt else "head")
-    assert (config["adapters"] or {}).get("rank") == (16 if "lora" in adapt else None)
+    assert (config["adapters"] or {}).get("rank") == (3 if "lora" in adapt else None)
     again = run(capsys, monkeypatch, *words)
     assert again == (code, found), again[1].get("error")
     code, refused = run(capsys, monkeypatch, *words, "--no-resume")
@@ -64,10 +65,13 @@ def test_fit_and_again(inputs, tmp_path, capsys, monkeypatch, adapt):
         (["fit", "--adapt", "adapters"], "head, lora, full"),
         (["fit", "--rank", "8"], "--adapt lora"),
         (["fit", "--adapt", "full", "--targets", "all"], "--adapt lora"),
-        (["fit", "--adapt", "lora", "--rank", "12"], "8, 16, 32"),
+        (["fit", "--adapt", "lora", "--rank", "0"], "from 1 up"),
+        (["fit", "--adapt", "lora", "--rank", "99999999999"], "a smaller rank"),
         (["fit", "--adapt", "lora", "--targets", "everything"], "all, fused"),
+        (["fit", "--adapt", "lora", "--targets", "attn_out,everything"], "attn_out"),
         (["fit", "--scale", "large"], "paper, demo"),
-        (["grid", "--rank", "8", "--rank", "9"], "8, 16, 32"),
+        (["grid", "--rank", "8", "--rank", "-9"], "from 1 up"),
+        (["grid", "--rank", "8", "--rank", "99999999999"], "a smaller rank"),
         (["grid", "--targets", "head"], "all, fused"),
         (["grid", "--seeds", "0"], "from 1 up"),
         (["grid", "--storage", "grid.db", "--seeds", "1"], "database URL"),

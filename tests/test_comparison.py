@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from cortexlit.core import DataError
 from cortexlit.evaluation.comparison import compare
-from cortexlit.evaluation.metrics import mean_score
+from cortexlit.metrics import mean_score
 
 
 def scores(models="abc", seeds=3, samples=6, neurons=5, seed=0):

@@ -456,7 +456,7 @@ def test_every_way_to_train_looks_first(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "wrong", [["--rank", "7"], ["--targets", "everything"], ["--seed", "-1"], ["--last", "1000"]]
+    "wrong", [["--rank", "99999999999"], ["--targets", "everything"], ["--seed", "-1"], ["--last", "1000"]]
 )
 def test_the_head_is_not_trained_before_the_rest_is_looked_at(tmp_path, monkeypatch, wrong):
     from cortexlit.training import heads

@@ -18,7 +18,7 @@ from cortexlit.data.clips import MouseDataset, build_dataset, load_tier
 from cortexlit.data.folds import build_folds, fold_clips, fold_folders, fold_of, fold_tiers, pool, pooled_tier
 from cortexlit.evaluation.baselines import behaviour_ridge, clip_baselines, score_dataset
 from cortexlit.evaluation.intervals import score_interval
-from cortexlit.evaluation.metrics import flattened_correlation, mean_score
+from cortexlit.metrics import flattened_correlation, mean_score
 from cortexlit.models.adapters import Adapters
 from cortexlit.training import folds, trainer
 from cortexlit.training.folds import HEAD, SharedCore, fold_predictions, predict_fold

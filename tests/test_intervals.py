@@ -8,7 +8,7 @@ from scipy.stats import t
 
 from cortexlit.core import DataError
 from cortexlit.evaluation.intervals import MIN_CLIPS, contributions, paired_difference, score_interval, spread
-from cortexlit.evaluation.metrics import mean_score
+from cortexlit.metrics import mean_score
 
 
 def tables(seed=0, shape=(6, 5)):

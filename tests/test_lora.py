@@ -19,7 +19,7 @@ from toys import toy_recording
 from cortexlit.core import DataError
 from cortexlit.data.audit import openings
 from cortexlit.data.clips import MouseDataset, build_dataset
-from cortexlit.evaluation.metrics import single_trial_correlation
+from cortexlit.metrics import single_trial_correlation
 from cortexlit.models.adapters import Adapters, load_adapters
 from cortexlit.training import lora
 from cortexlit.training.lora import FULL, STUDY, Configuration, Grid, at_scale, clip_folds

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cortexlit.core import DataError
-from cortexlit.evaluation.metrics import (
+from cortexlit.metrics import (
     CONSTANT,
     cc_norm,
     correlation_to_average,
@@ -352,7 +352,7 @@ def test_signal_power_is_unbiased_for_slow_noise():
     truth = signal.transpose(1, 0, 2).ravel().var()
     noise = np.cumsum(g.normal(size=(9, 4000, 20)), -1) * 0.3 + g.normal(size=(9, 4000, 1))
     y = signal[clip] + noise
-    from cortexlit.evaluation.metrics import _average_moments, _merged, _noise_power, _power, _repeats
+    from cortexlit.metrics import _average_moments, _merged, _noise_power, _power, _repeats
 
     groups = _repeats(clip, 9)
     average = loop_average(y, clip).transpose(1, 0, 2).reshape(4000, -1).var(1)

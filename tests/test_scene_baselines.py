@@ -21,12 +21,6 @@ from cortexlit.data.scenes import (
 )
 from cortexlit.evaluation.baselines import gabor_bank
 from cortexlit.evaluation.intervals import contributions, spread
-from cortexlit.evaluation.metrics import (
-    correlation_to_average,
-    feve,
-    flattened_correlation,
-    mean_score,
-)
 from cortexlit.evaluation.scenes import (
     as_clips,
     average_table,
@@ -38,6 +32,12 @@ from cortexlit.evaluation.scenes import (
     scene_baselines,
     score_scenes,
 )  # fmt: skip
+from cortexlit.metrics import (
+    correlation_to_average,
+    feve,
+    flattened_correlation,
+    mean_score,
+)
 
 PICTURES, REPEATS, CELLS, SIZE = 60, 6, 5, (6, 8)
 CORRELATIONS = ("single-trial correlation", "correlation to average")

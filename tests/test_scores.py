@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from cortexlit.core import DataError, MissingError, seal
 from cortexlit.evaluation.intervals import score_interval
-from cortexlit.evaluation.metrics import mean_score
 from cortexlit.evaluation.scores import Score, ScoreSheet
+from cortexlit.metrics import mean_score
 
 WHERE = dict(dataset="A", tier="test", split="repeats", split_hash="0123456789abcdef")
 CLIP = np.repeat(np.arange(6), 2)

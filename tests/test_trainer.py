@@ -1,4 +1,4 @@
-"""Training survives kill -9, spreads over processes, and scores as `evaluation.metrics` does."""
+"""Training survives kill -9, spreads over processes, and scores as `cortexlit.metrics` does."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 
 from cortexlit.core import DataError, read_json, rng
 from cortexlit.data.clips import MouseDataset, build_dataset
-from cortexlit.evaluation.metrics import single_trial_correlation
+from cortexlit.metrics import single_trial_correlation
 from cortexlit.models.adapters import Adapters, load_adapters
 from cortexlit.models.losses import LOSSES
 from cortexlit.models.viv1t import ViV1T, ViViT

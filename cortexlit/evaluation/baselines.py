@@ -19,7 +19,8 @@ from ..data.audit import models_named, note_opening
 from ..data.clips import TierArrays, check_folder, load_tier
 from ..data.folds import fold_folders, fold_of, pool, pooled_tier
 from .ceilings import split_half_ceiling
-from cortexlit.evaluation.metrics import (
+from .scores import ScoreSheet
+from cortexlit.metrics import (
     correlation_to_average,
     feve,
     flattened_correlation,
@@ -27,7 +28,6 @@ from cortexlit.evaluation.metrics import (
     r2_er,
     single_trial_correlation,
 )
-from .scores import ScoreSheet
 
 # %% auto #0
 __all__ = ['ALPHAS', 'WINDOWS', 'ORACLE', 'TRUTH', 'SPLIT_HALVES', 'train_mean', 'repeat_mean', 'blind_mean', 'validated_ridge',

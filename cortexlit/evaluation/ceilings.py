@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from ..core import DataError, rng
-from cortexlit.evaluation.metrics import (
+from cortexlit.metrics import (
     _repeats,
     _require_finite,
     _window,

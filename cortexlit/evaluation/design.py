@@ -36,7 +36,7 @@ from cortexlit.evaluation.baselines import (
     scored_frames,
 )
 from .intervals import MIN_CLIPS
-from .metrics import flattened_correlation, mean_score, single_trial_correlation
+from ..metrics import flattened_correlation, mean_score, single_trial_correlation
 
 # %% ../../neuro_nbs/04e_design.ipynb #04e00009
 def _sums_of_pairs(x: np.ndarray, place: np.ndarray) -> dict[str, float]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..core import DataError, rng
-from .metrics import mean_score
+from ..metrics import mean_score
 
 # %% auto #0
 __all__ = ['MIN_CLIPS', 'MIN_SHARED', 'contributions', 'Spread', 'spread', 'score_interval', 'paired_difference']

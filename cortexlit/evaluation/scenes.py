@@ -31,8 +31,8 @@ from cortexlit.evaluation.baselines import (
     validated_ridge,
 )
 from .ceilings import split_half_ceiling
-from .metrics import CONSTANT, explainable_variance, mean_score
 from .scores import ScoreSheet
+from ..metrics import CONSTANT, explainable_variance, mean_score
 
 # %% ../../neuro_nbs/10a_scene_baselines.ipynb #af3057be
 def gabor_energies(

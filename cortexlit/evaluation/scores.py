@@ -26,7 +26,7 @@ from cortexlit.core import (
     write_json,
 )
 from .intervals import MIN_CLIPS, score_interval
-from .metrics import mean_score
+from ..metrics import mean_score
 
 # %% auto #0
 __all__ = ['Score', 'ScoreSheet']

@@ -29,6 +29,7 @@ from cortexlit.core import (
     MissingError,
     check_card,
     named_errors,
+    need_memory,
     read_json,
     seeded,
     sha256,
@@ -133,6 +134,13 @@ def check_targets(
         if not any(name == end or name.endswith("." + end) for name in names):
             kinds = sorted({re.sub(r"^.*\.\d+\.", "", name) for name in names})
             raise DataError(f"no linear layer is called {end!r}", expected=f"one of {', '.join(kinds)}")
+    layers = [
+        part
+        for name, part in model.named_modules()
+        if isinstance(part, nn.Linear) and name.endswith(adapters.layers)
+    ]
+    numbers = adapters.rank * sum(sum(layer.weight.shape) for layer in layers)
+    need_memory(4 * numbers, f"rank={adapters.rank} in {len(layers)} layers", "take a smaller rank")
 
 
 def _adapted(model: nn.Module) -> bool:

@@ -26,6 +26,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..core import DataError
+from ..metrics import flattened_correlation
 from .attention import attend, share
 from .efficient import rotary_angles, rotate
 from .layers import DropPath
@@ -695,13 +696,7 @@ class V1T(Heads, PreTrainedModel):
         labels: np.ndarray,  # same shape
     ) -> float:  # NaN if it is defined for no neuron
         "Correlation over the images, averaged over the neurons whose labels vary; a constant prediction scores 0."
-        both = [np.asarray(a, dtype=np.float64) for a in (predictions, labels)]
-        x, y = (a - a.mean(0) for a in both)
-        varies = [(z**2).mean(0) > 1e-12 * (a**2).mean(0) for z, a in zip((x, y), both, strict=True)]
-        known = varies[0] & varies[1]
-        size = np.sqrt((x**2).sum(0) * (y**2).sum(0))
-        r = np.where(known, (x * y).sum(0) / np.where(known, size, 1), 0)[varies[1]]
-        return float(r.mean()) if varies[1].any() else float("nan")
+        return flattened_correlation(*(np.asarray(a)[..., None] for a in (predictions, labels)))
 
     def attention_maps(
         self,

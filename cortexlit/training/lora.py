@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['STUDY', 'FULL', 'SCALES', 'HEADS', 'Cell', 'Configuration', 'at_scale', 'database', 'open_storage', 'fail_lost',
-           'run_cells', 'Grid', 'clip_folds', 'cross_validate']
+__all__ = ['STUDY', 'FULL', 'SCALES', 'HEADS', 'Cell', 'Configuration', 'configuration', 'at_scale', 'database', 'open_storage',
+           'fail_lost', 'run_cells', 'Grid', 'clip_folds', 'cross_validate']
 
 # %% ../../neuro_nbs/09_lora_grid.ipynb #54182342
 import copy
@@ -86,6 +86,17 @@ STUDY = (
     _study(32, "fused", 0.001, "cosine", 35),
 )  # study 1, report 2
 FULL = Configuration("full", None, 1e-4, "cosine", (30,))  # everything is trained; not in the study
+
+
+def configuration(
+    rank: int,
+    targets: str | tuple[str, ...] = "all",  # as of `Adapters`
+) -> Configuration:
+    "That of study 1 if it had one of this rank and these targets; otherwise a cosine of 30 epochs from 0.001 on."
+    adapters = Adapters(rank, targets)
+    own = {(c.adapters.rank, c.adapters.targets): c for c in STUDY}
+    name = f"r{rank}-{targets if isinstance(targets, str) else '+'.join(targets)}"
+    return own.get((rank, adapters.targets)) or Configuration(name, adapters, 0.001, "cosine", (30,))
 
 # %% ../../neuro_nbs/09_lora_grid.ipynb #8078a572
 SCALES = {

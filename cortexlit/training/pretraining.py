@@ -59,6 +59,7 @@ from cortexlit.data.synthetic import (
     resize,
     scene,
 )
+from ..metrics import single_trial_correlation
 from ..models.viv1t import ViV1T, ViV1TConfig
 
 # %% ../../neuro_nbs/07_pretraining.ipynb #6c796ec1
@@ -336,10 +337,8 @@ def held_out_correlation(
     for clip in clips:
         p = _output(model.core, bias, data.videos[[clip]], last)[0].double().numpy()
         y = np.asarray(data.responses[clip][..., -last:], np.float64)
-        p, y = (x - x.mean(-1, keepdims=True) for x in (p, y))
-        power = (y**2).mean(-1)
-        r = (p * y).mean(-1) / np.sqrt((p**2).mean(-1) * power + 1e-20)
-        out.append(np.where(power > 1e-4, r, np.nan))
+        r = single_trial_correlation(p, y, reduce=None)
+        out.append(np.where(y.var(-1) > 1e-4, r, np.nan))
     return np.nanmean(np.stack(out), axis=(0, 2))
 
 # %% ../../neuro_nbs/07_pretraining.ipynb #dbca36ce

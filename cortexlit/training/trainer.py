@@ -74,6 +74,7 @@ from ..data.audit import audit
 from ..data.checks import finite
 from ..data.clips import MouseDataset
 from ..data.inputs import check_inputs, open_for
+from ..metrics import single_trial_correlation
 from ..models.adapters import Adapters, add_adapters, check_targets, merged, save_adapters
 from ..models.losses import LOSSES
 from cortexlit.training.features import (
@@ -151,21 +152,6 @@ class _Batches:
             batches += np.split(order, count)
         for k in draw.permutation(len(batches)):
             yield batches[k][self.share].tolist()
-
-# %% ../../neuro_nbs/06b_trainer.ipynb #017ef51b
-def _correlation(responses: np.ndarray, labels: np.ndarray) -> float:
-    "Single-trial correlation (`cortexlit.evaluation.metrics`): a constant response scores 0, a constant label nothing."
-    p, y = (x.astype(np.float64) for x in (responses, labels))
-    power = [np.square(x).mean((0, -1)) for x in (p, y)]
-    p, y = (x - x.mean(-1, keepdims=True) for x in (p, y))
-    variance = [np.square(x).mean(-1) for x in (p, y)]
-    known = variance[1] > 1e-12 * power[1]
-    both = known & (variance[0] > 1e-12 * power[0])
-    r = np.where(both, (p * y).mean(-1) / np.sqrt(np.where(both, variance[0] * variance[1], 1)), 0).clip(
-        -1, 1
-    )
-    count, per_sample = known.sum(-1), r.sum(-1)
-    return float((per_sample[count > 0] / count[count > 0]).mean()) if count.any() else math.nan
 
 # %% ../../neuro_nbs/06b_trainer.ipynb #658e1fa5
 @dataclass(frozen=True)
@@ -263,7 +249,7 @@ class _Trainer(Trainer):
             pair = [x.float().cpu().numpy() for x in (responses, labels)]
             found += [(row, float(out.loss), p, y) for row, p, y in zip(part, *pair, strict=True)]
         found = sorted(gather_object(found), key=lambda entry: entry[0])
-        scored = getattr(model, "correlation", _correlation)
+        scored = getattr(model, "correlation", single_trial_correlation)
         table = {}
         for mouse in data.mice:
             rows = [entry[1:] for entry in found if data.items[entry[0]][0] == mouse]
