@@ -315,10 +315,15 @@ def _start(config: ViV1TConfig, seed: int) -> ViV1T:
     return model
 
 
+def _half() -> bool:
+    "Whether this processor multiplies bfloat16 in hardware; elsewhere it is five times slower than float32."
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def _output(core: torch.nn.Module, bias: torch.Tensor, videos: np.ndarray, frames: int) -> torch.Tensor:
     "Predicted responses (clips, types, places, frames)."
     video = torch.from_numpy(np.asarray(videos, np.float32) / 255)[:, None]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=_half()):
         features = core(video, None)
     features = features[:, :, -frames:].flatten(3).transpose(2, 3).float()
     return F.softplus(features + bias[:, None, None])
@@ -452,6 +457,7 @@ def pretrain(
             provenance(
                 recipe=asdict(recipe),
                 seed=seed,
+                precision="bfloat16" if _half() else "float32",
                 **kind,
                 minutes=round((spent + time.time() - started) / 60, 1),
                 validation=round(float(r.mean()), 4),
