@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_training import FRAMES, tiny_model
 from toys import toy_recording
@@ -61,7 +61,9 @@ def whole(inputs, tmp_path_factory):
         patch.chdir(place)
         patch.setenv("CORTEXLIT_DATA", str(place / "data"))
         patch.setattr(
-            features, "_frozen", lambda model, items, *a: passed.append(len(items)) or frozen(model, items, *a)
+            features,
+            "_frozen",
+            lambda model, items, *a: passed.append(len(items)) or frozen(model, items, *a),
         )
         found = fold_predictions(root, out=place / "out", seeds=(0, 1), **options_of(core))
     return SimpleNamespace(
@@ -85,6 +87,7 @@ def private(private_folders):
 # --- which clip is where
 
 
+@settings(max_examples=50)
 @given(
     st.lists(st.integers(0, 1200), min_size=1, max_size=5),
     st.integers(1, 60),
