@@ -24,7 +24,6 @@ from cortexlit.training import lora, tuning
 from cortexlit.training.trainer import Fit, fit, predict
 from cortexlit.training.tuning import SPACES, Choice, Range, Space, load_best, tune
 
-
 pytestmark = pytest.mark.usefixtures("no_curves")
 
 
