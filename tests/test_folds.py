@@ -360,6 +360,7 @@ def test_predictions_are_those_of_each_fold_by_itself(inputs, whole, monkeypatch
     monkeypatch.chdir(whole.place)  # where the heads of the folds lie
     found = fold_predictions(root, {HEAD: None, "small": LORA}, **options_of(core))
     assert set(found) == {(HEAD, 0), ("small", 0)}
+    assert (found["small", 0] != found[HEAD, 0]).any()  # something was adapted
     parts = []
     for folder in fold_folders(root):
         done = train_head(folder, core, last=LAST, progress=False, **QUICK)
