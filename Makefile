@@ -70,6 +70,8 @@ $(READY): settings.ini setup.py constraints.txt
 
 # The targets below run notebooks and tests two at a time, with one thread each.
 demo test testdata results: export OMP_NUM_THREADS := 1
+# Compiled modules are kept, whatever the surroundings say: every worker and every kernel would compile them anew.
+demo test testdata results: export PYTHONDONTWRITEBYTECODE :=
 test testdata: export CORTEXLIT_SCALE := demo
 
 demo: setup ## Run the studies on the embedded session; pages and scores go to _demo/

@@ -42,13 +42,26 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="module")
 def no_curves() -> Iterator[None]:
-    "An empty picture in place of the curves of each run, for tests that train dozens of tiny models."
+    """For tests that train dozens of tiny models: an empty picture in place of the curves of each run, and no sweep
+    of the memory after it."""
     from matplotlib.figure import Figure
 
     from cortexlit.training.trainer import Fit
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Fit, "curves", lambda run: Figure())
+        patch.setattr(gc, "collect", lambda *_: 0)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_wait_for_the_disk() -> Iterator[None]:
+    """What was written is not waited for until the disk itself has it: only a power failure would tell.
+
+    Killed processes lose nothing by it. `test_what_gets_its_name_is_on_the_disk_before` watches the calls.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda number: None)
         yield
 
 
@@ -67,8 +80,8 @@ def private_folders(numbered_folders: Iterator[Path], monkeypatch: pytest.Monkey
     CORTEXLIT_DATA holds, so data that is there can be read, and what a test adds lands in the test's folder.
     """
     folder = next(numbered_folders)
-    work, data, cache = (folder / name for name in ("work", "data", "cache"))
-    for made in (folder, work, data, cache):
+    work, data = folder / "work", folder / "data"
+    for made in (folder, work, data):
         made.mkdir()
     chosen = os.environ.get("CORTEXLIT_DATA", "").strip()
     if chosen and Path(chosen).is_dir():
@@ -76,7 +89,7 @@ def private_folders(numbered_folders: Iterator[Path], monkeypatch: pytest.Monkey
             (data / entry.name).symlink_to(entry)
     monkeypatch.chdir(work)
     monkeypatch.setenv("CORTEXLIT_DATA", str(data))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     monkeypatch.delenv("CORTEXLIT_SCALE", raising=False)
     return work
 

@@ -30,6 +30,8 @@ from cortexlit.evaluation.scores import ScoreSheet
 from cortexlit.training.trainer import fit
 from cortexlit.training.tuning import Choice, Space, tune
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 
 def slow_film(frames: int, seed: int = 0, pace: float = 0.05) -> np.ndarray:
     "A smooth random landscape (frames, 30, 52) under a slowly moving camera: neighbours differ by little."

@@ -20,6 +20,8 @@ from cortexlit.models.classifiers import (
 )
 from cortexlit.training.trainer import fit, predict
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 NAMES = ["dog", "aircraft_carrier", "teapot", "fern"]
 
 

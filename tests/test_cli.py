@@ -9,6 +9,7 @@ from toys import toy_recording
 
 from cortexlit import cli
 from cortexlit.data.clips import build_dataset
+from cortexlit.training import lora
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 
@@ -20,6 +21,12 @@ def inputs(tmp_path_factory):
     build_dataset(toy_recording(), folder / "data", clip_frames=FRAMES, size=(10, 14), split="stimuli", gap=5)
     tiny_model(core_state=False).save_core(folder / "core")
     return str(folder / "data"), str(folder / "core")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    "One epoch of the head, in place of six."
+    monkeypatch.setitem(lora.HEADS, "demo", {"epochs": 1})
 
 
 def run(capsys, monkeypatch, *words: str) -> tuple[int, dict]:

@@ -124,7 +124,7 @@ lengths = st.dictionaries(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(lengths, st.integers(5, 40), st.integers(0, 30), st.integers(0, 3))
 def test_stimulus_split_never_leaks(movies, clip_frames, gap, seed):
     try:

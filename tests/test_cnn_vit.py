@@ -12,6 +12,8 @@ from cortexlit.models.cnn_vit import CNNViT, CNNViTConfig, ConvEmbedding
 from cortexlit.models.vit3d import patch_voxels
 from cortexlit.training.trainer import fit, predict
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 GRID = (11, 14, 13)
 SMALL = {
     "grid": GRID,

@@ -74,6 +74,8 @@ def test_scores_against_a_plain_count():
     assert found.pairs == pytest.approx(right)
     assert found.pairs_low < found.pairs < found.pairs_high
     assert found.p_pairs == pytest.approx(0.01) and "n = 120" in str(found)
+    more = score_identification(scores, shown, k=4, sessions=sessions, permutations=250)
+    assert more.p_pairs == pytest.approx(1 / 251)  # all of them count
 
 
 def test_a_perfect_and_a_constant_classifier():

@@ -43,9 +43,15 @@ def inputs(tmp_path_factory):
     return folder / "data", folder / "core"
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("place")
+
+
 @pytest.fixture(autouse=True)
-def private(private_folders):
-    "Heads and features of these tests are not those of the checkout."
+def shared(private_folders, place, monkeypatch):
+    "Heads and features of these tests are not those of the checkout, and are made once for all of them."
+    monkeypatch.chdir(place)
 
 
 def grid(inputs, out: Path, configurations=CONFIGURATIONS, seeds=(0, 1), **options) -> Grid:

@@ -24,6 +24,8 @@ from cortexlit.training import lora, tuning
 from cortexlit.training.trainer import Fit, fit, predict
 from cortexlit.training.tuning import SPACES, Choice, Range, Space, load_best, tune
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 
 class LineConfig(PretrainedConfig):
     model_type = "line"
@@ -76,14 +78,6 @@ def search(out: Path, make=build, data=DATA, **changes) -> tuning.Tuning:
 def drawn(found: tuning.Tuning) -> list[dict]:
     "Parameters of the trials that hold a place."
     return [t.params for t in tuning._taken(found.study)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick(no_curves):
-    "No sweep of the memory after each of some hundred tiny runs."
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gc, "collect", lambda *_: 0)
-        yield
 
 
 @pytest.fixture(scope="module")

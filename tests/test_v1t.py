@@ -30,6 +30,8 @@ from cortexlit.models.v1t import (
 )
 from cortexlit.training.trainer import fit, predict
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 FIXTURES = {
     kind: Path(__file__).parent / "fixtures" / f"v1t_tiny_{kind}.safetensors"
     for kind in ("plain", "behavior3")

@@ -28,6 +28,8 @@ from cortexlit.models.vit3d import (
 from cortexlit.models.viv1t import ViV1TConfig
 from cortexlit.training.trainer import fit, predict
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 GRID, PATCH = (5, 7, 6), (2, 3, 4)
 SMALL = dict(grid=GRID, patch=PATCH, emb_dim=16, depth=2, heads=4, mlp_dim=24, outputs=3)
 

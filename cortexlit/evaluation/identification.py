@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.stats import beta, binomtest, rankdata
+from scipy.stats import beta, binomtest
 
 from ..core import DataError, rng
 from .decoding import p_value
@@ -44,7 +44,7 @@ def class_ranks(
             f"scores: shape {scores.shape}, or not finite",
             expected="finite numbers (trials, 2 or more concepts)",
         )
-    return rankdata(-scores, axis=1) - 1
+    return pd.DataFrame(-scores).rank(axis=1).to_numpy() - 1
 
 # %% ../../neuro_nbs/12c_identification.ipynb #7a1c40de
 def _blocks(
@@ -162,13 +162,14 @@ def score_identification(
     labels, block, strata = _blocks(shown, sessions, groups)
     rows, own = np.arange(n), ranks[np.arange(n), shown]
     order, shuffle, null = np.argsort(strata, kind="stable"), rng(seed, "permutations"), []
-    for _ in range(permutations):
-        other = np.empty_like(labels)
-        other[order] = labels[np.lexsort([shuffle.random(len(labels)), strata])]
-        drawn = ranks[rows, other[block]]
-        null.append(((drawn < k).sum(), -drawn.mean()))
+    for done in range(0, permutations, 100):  # a hundred at a time
+        drawn = shuffle.random((min(100, permutations - done), len(labels)))
+        other = np.empty(drawn.shape, labels.dtype)
+        other[:, order] = labels[np.lexsort([drawn, np.broadcast_to(strata, drawn.shape)])]
+        drawn = ranks[rows, other[:, block]]
+        null.append(np.stack([(drawn < k).sum(1), -drawn.mean(1)], axis=1))
     hits, rank = int((own < k).sum()), own.mean() / (concepts - 1)
-    p_top, p_pairs = p_value(np.array([hits, -own.mean()]), np.array(null))
+    p_top, p_pairs = p_value(np.array([hits, -own.mean()]), np.concatenate(null))
     low, high = score_interval((1 - own / (concepts - 1))[:, None], shown)
     return Identification(
         n, len(np.unique(shown)), concepts, k, hits, hits / n, *_share_interval(own < k, shown), k / concepts, float(rank), float(1 - rank),
