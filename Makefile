@@ -66,6 +66,8 @@ $(READY): settings.ini setup.py constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	    $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt torch uv
 	@$(BIN)/uv pip install --quiet --compile-bytecode --refresh-package cortexlit -e '.[dev]' -c constraints.txt
+	@# pynwb keeps what it read with one hdmf, and cannot be imported with another: it makes this file anew.
+	@rm -f .venv/lib/python3.11/site-packages/pynwb/core_typemap.pkl
 	@touch $@
 
 # The targets below run notebooks and tests two at a time, with one thread each.

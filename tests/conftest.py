@@ -102,6 +102,15 @@ def tiny_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_session(tmp_path_factory.mktemp("sessions") / "tiny", size="tiny")
 
 
+@pytest.fixture(scope="session")
+def allensdk() -> None:
+    "Skip what reads a session as a real one where allensdk is not installed."
+    wish = "needs allensdk, which ends at Python 3.11"
+    pytest.importorskip(
+        "allensdk", reason=f'{wish}: pip install "cortexlit[allen]" in an environment of 3.11'
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "data: reads real files, which `cortexlit data` lists; skipped without them"

@@ -434,7 +434,6 @@ def readers(root: Path, study: Path, cache: Path) -> dict[str, Reader]:
     split.save(root / "split.json")
     out, responses = root / "out", np.random.default_rng(1).random((9, 2))
 
-    allen._sdk()  # its import takes seconds: once, for all processes that are forked
     session = sorted(allen.synthetic_sessions(cache))[0]
     shutil.copytree(cache, root / "allen")
     for sums in (root / "allen").rglob("*.sha256.json"):

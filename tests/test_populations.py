@@ -143,10 +143,9 @@ def test_fast_gratings_equal_the_film(mouse):
 # ---------------------------------------------------------------- a session of the same kind
 
 
-def test_allensdk_reads_it_and_all_truths_are_there(root):
+def test_it_opens_and_all_truths_are_there(root):
     from cortexlit.data.allen import open_session
 
-    pytest.importorskip("allensdk.core.brain_observatory_cache", reason="needs allensdk")
     session = open_session(A, cache_dir=root)
     truth = syn.load_truth(root, A)
     assert session.n_neurons == 8 and (truth["cell_id"] >= 970_000_000).all()

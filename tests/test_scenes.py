@@ -447,7 +447,6 @@ def test_missing_stimulus_lists_what_there_is(tmp_path):
 
 
 def test_embedded_session_b(tiny_cache, tmp_path):
-    pytest.importorskip("allensdk", reason="reads an NWB file")
     from cortexlit.data.allen import open_session
     from cortexlit.data.synthetic import load_truth
 

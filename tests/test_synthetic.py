@@ -27,9 +27,9 @@ def root(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def boc(root):
-    cache = pytest.importorskip("allensdk.core.brain_observatory_cache", reason="needs allensdk")
+def boc(allensdk, root):
     from allensdk.api.queries.brain_observatory_api import BrainObservatoryApi
+    from allensdk.core import brain_observatory_cache as cache
 
     class Offline(BrainObservatoryApi):
         def template_query(self, template_name, entry_name, **kwargs):

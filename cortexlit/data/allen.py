@@ -272,14 +272,18 @@ def _sdk() -> SimpleNamespace:
         raise MissingError(
             f"allensdk cannot be used: {error}",
             expected="allensdk 2.16.2 with its pins, on Python 3.11",
-            fix='pip install "cortexlit[allen]" in a Python 3.11 environment',
+            fix='pip install "cortexlit[allen]" in a Python 3.11 environment; embedded sessions open without it',
         ) from error
     return SimpleNamespace(
-        queries=queries,
-        errors=errors,
-        stimulus_info=stimulus_info,
-        cache=cache,
+        name="allensdk",
+        Api=queries.BrainObservatoryApi,
+        Cache=cache.BrainObservatoryCache,
         DataSet=BrainObservatoryNwbDataSet,
+        NoEyeTracking=errors.NoEyeTrackingException,
+        MissingStimulus=errors.MissingStimulusException,
+        cre_line=queries.find_specimen_cre_line,
+        stimuli=stimulus_info.SESSION_STIMULUS_MAP,
+        ids=cache.ophys_experiment_session_id_map,
     )
 
 
@@ -313,25 +317,13 @@ def open_cache(
 ) -> Any:  # a `BrainObservatoryCache`
     "allensdk's cache object with timeouts and checked downloads; offline on an embedded folder."
     sdk = _sdk()
-    manifest = _manifest(cache_dir)
-    base_uri = encrypted(base_uri or "https://api.brain-map.org")
-    if manifest.exists() and not isinstance(read_json(manifest), dict):
-        raise DataError(
-            "not a manifest", path=manifest, expected="a JSON object", fix="move it away: it is made anew"
-        )
-    root, marker = manifest.parent, synthetic_sessions(manifest.parent)
-    if (root / "card.json").exists():
-        fix = "name the folder of the sessions; one that does not exist is made"
-        raise DataError("this is a dataset folder, not a cache of allensdk", "a cache folder", fix, root)
+    manifest, base_uri, marker = _checked(cache_dir, base_uri)
+    root = manifest.parent
 
-    class Api(sdk.queries.BrainObservatoryApi):
+    class Api(sdk.Api):
         def retrieve_parsed_json_over_http(self, url: str, post: bool = False) -> dict[str, Any]:
             if marker is not None:
-                raise MissingError(
-                    "this embedded folder does not have what was asked for, and nothing is fetched into it",
-                    expected=f"one of the sessions {sorted(marker)}",
-                    path=root,
-                )
+                raise _not_embedded(root, marker)
             return _ask(requests.utils.quote(url, ";/?:@&=+$,"), timeout)
 
         def retrieve_file_over_http(self, url: str, file_path: str, zipped: bool = False) -> None:
@@ -341,18 +333,47 @@ def open_cache(
             if entry != "all_eye_mapping_files":
                 return super().template_query(template, entry, **kwargs)
             if marker is not None:
-                found = [s["ophys_session_id"] for s in marker.values() if s["eye_tracking"]]
-                return [{"attachable_id": i, "attachable_type": "OphysSession"} for i in found]
+                return _tracked(marker)
             kept = root / "eye_mapping_files.json"
             if not kept.exists():
                 write_json(kept, super().template_query(template, entry, **kwargs))
             return read_json(kept)
 
     for session, about in (marker or {}).items():  # allensdk knows eye tracking by a table of session ids
-        sdk.cache.ophys_experiment_session_id_map.setdefault(session, about["ophys_session_id"])
+        sdk.ids.setdefault(session, about["ophys_session_id"])
     with reading(manifest, "a manifest of allensdk", "move it away: it is made anew"):
         manifest.parent.mkdir(parents=True, exist_ok=True)
-        return sdk.cache.BrainObservatoryCache(manifest_file=str(manifest), api=Api(base_uri=base_uri))
+        return sdk.Cache(manifest_file=str(manifest), api=Api(base_uri=base_uri))
+
+
+def _checked(
+    cache_dir: str | Path | None, base_uri: str | None
+) -> tuple[Path, str, dict[int, dict[str, Any]] | None]:
+    "The manifest, the address of the API, and the sessions if the folder is an embedded one."
+    manifest, base_uri = _manifest(cache_dir), encrypted(base_uri or "https://api.brain-map.org")
+    if manifest.exists() and not isinstance(read_json(manifest), dict):
+        raise DataError(
+            "not a manifest", path=manifest, expected="a JSON object", fix="move it away: it is made anew"
+        )
+    if (manifest.parent / "card.json").exists():
+        fix = "name the folder of the sessions; one that does not exist is made"
+        wrong = "this is a dataset folder, not a cache of allensdk"
+        raise DataError(wrong, "a cache folder", fix, manifest.parent)
+    return manifest, base_uri, synthetic_sessions(manifest.parent)
+
+
+def _not_embedded(root: Path, marker: Mapping[int, Any]) -> MissingError:
+    return MissingError(
+        "this embedded folder does not have what was asked for, and nothing is fetched into it",
+        expected=f"one of the sessions {sorted(marker)}",
+        path=root,
+    )
+
+
+def _tracked(marker: Mapping[int, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    "The sessions with eye tracking, as records of the database."
+    found = [s["ophys_session_id"] for s in marker.values() if s["eye_tracking"]]
+    return [{"attachable_id": i, "attachable_type": "OphysSession"} for i in found]
 
 
 def _cached(cache: Any, key: str, *ids: int) -> Path:
@@ -383,6 +404,198 @@ def synthetic_sessions(
     with reading(marker, "the sessions of an embedded folder", "write the folder again"):
         return {int(k): v for k, v in read_json(marker)["sessions"].items()}
 
+# %% ../../neuro_nbs/01_allen.ipynb #5c7e01a3
+_PIPELINE = "processing/brain_observatory_pipeline"
+_LIGHT, _FIELD = f"{_PIPELINE}/Fluorescence/imaging_plane_1", f"{_PIPELINE}/ImageSegmentation"
+_SESSIONS = {  # longest pause inside a block (two-photon frames), and what is shown
+    "three_session_A": (39, ["drifting_gratings", "natural_movie_one", "natural_movie_three", "spontaneous"]),
+    "three_session_B": (15, ["static_gratings", "natural_scenes", "natural_movie_one", "spontaneous"]),
+}
+_TEXTS = {
+    "identifier": "identifier",
+    "session": "general/session_id",
+    "container": "general/experiment_container_id",
+    "session_type": "general/session_type",
+    "fov": "general/fov",
+    "genotype": "general/subject/genotype",
+    "sex": "general/subject/sex",
+    "age": "general/subject/age",
+    "device": "general/devices/2-photon microscope",
+    "started": "session_start_time",
+    "depth": "general/optophysiology/imaging_plane_1/imaging depth",
+    "targeted_structure": "general/optophysiology/imaging_plane_1/location",
+    "indicator": "general/optophysiology/imaging_plane_1/indicator",
+}
+
+# %% ../../neuro_nbs/01_allen.ipynb #5c7e01a4
+class _EmbeddedFile:
+    "A session written by `cortexlit.data.synthetic`, through those methods of allensdk's reader that are used here."
+
+    def __init__(self, nwb_file: str):
+        self.nwb_file = nwb_file
+
+    def _read(self, *names: str) -> list[Any]:
+        with h5py.File(self.nwb_file, "r") as file:
+            return [file[name][()] for name in names]
+
+    def get_metadata(self) -> dict[str, Any]:
+        about = {key: text.decode() for key, text in zip(_TEXTS, self._read(*_TEXTS.values()), strict=True)}
+        mark = about.pop("identifier")
+        if not mark.startswith("cortexlit-synthetic-"):
+            raise ValueError(
+                f"its identifier is {mark[:40]!r}, not the mark of an embedded session; a real session belongs "
+                "in a folder without cortexlit.json"
+            )
+        return about | {
+            "ophys_experiment_id": int(about["session"]),
+            "experiment_container_id": int(about["container"]),
+            "cre_line": about["genotype"].split(";")[0],
+            "imaging_depth_um": int(about["depth"].split()[0]),
+            "age_days": int(about["age"].removesuffix(" days")),
+            "device": about["device"].split(". ")[0],
+            "pipeline_version": self._read("general/generated_by")[0][-1].decode(),
+            "session_start_time": pd.Timestamp(about["started"]).to_pydatetime(),
+        }
+
+    def get_fluorescence_timestamps(self) -> np.ndarray:
+        return self._read(f"{_LIGHT}/timestamps")[0]
+
+    def _series(self, name: str) -> list[np.ndarray]:
+        return self._read(f"{name}/timestamps", f"{name}/data")
+
+    def get_fluorescence_traces(self) -> list[np.ndarray]:
+        return self._series(_LIGHT)
+
+    def get_demixed_traces(self) -> list[np.ndarray]:
+        return self._series(f"{_LIGHT}_demixed_signal")
+
+    def get_dff_traces(self) -> list[np.ndarray]:
+        return self._series(f"{_PIPELINE}/DfOverF/imaging_plane_1")
+
+    def get_corrected_fluorescence_traces(self) -> tuple[np.ndarray, np.ndarray]:
+        (times, cells), around = self.get_demixed_traces(), f"{_LIGHT}_neuropil_response"
+        neuropil, share = self._read(f"{around}/data", f"{around}/r")
+        for cell, glow, part in zip(cells, neuropil, share[:, None], strict=True):
+            cell[:] = cell - glow * part  # in float64, rounded once
+        return times, cells
+
+    def get_pupil_size(self) -> list[np.ndarray]:
+        return self._series(f"{_PIPELINE}/PupilTracking/pupil_size")
+
+    def get_pupil_location(self) -> list[np.ndarray]:
+        return self._series(f"{_PIPELINE}/EyeTracking/pupil_location_spherical")
+
+    def get_running_speed(self) -> tuple[np.ndarray, np.ndarray]:
+        times, speed = self._series(f"{_PIPELINE}/BehavioralTimeSeries/running_speed")
+        clock = self.get_fluorescence_timestamps()
+        before = np.flatnonzero(clock == times[0])[0]  # IndexError: the times are not the clock's
+        after = max(len(clock) - before - len(times), 0)
+        speed = np.concatenate([np.full(before, np.nan), speed, np.full(after, np.nan)])
+        return speed, np.concatenate([clock[:before], times, clock[len(clock) - after :]])
+
+    def get_cell_specimen_ids(self) -> np.ndarray:
+        return self._read(f"{_FIELD}/cell_specimen_ids")[0]
+
+    @property
+    def number_of_cells(self) -> int:
+        return len(self.get_cell_specimen_ids())
+
+    def get_roi_ids(self) -> np.ndarray:
+        return self._read(f"{_FIELD}/roi_ids")[0]
+
+    def get_roi_mask_array(self) -> np.ndarray:
+        plane = f"{_FIELD}/imaging_plane_1"
+        (names,) = self._read(f"{plane}/roi_list")
+        return np.stack(self._read(*(f"{plane}/{name.decode()}/img_mask" for name in names)))
+
+    def get_max_projection(self) -> np.ndarray:
+        image = "reference_images/maximum_intensity_projection_image/data"
+        return self._read(f"{_FIELD}/imaging_plane_1/{image}")[0]
+
+    def list_stimuli(self) -> list[str]:
+        with h5py.File(self.nwb_file, "r") as file:
+            return [name.removesuffix("_stimulus") for name in file["stimulus/presentation"]]
+
+    def get_stimulus_table(self, stimulus: str) -> pd.DataFrame:
+        base, columns = f"stimulus/presentation/{stimulus}_stimulus", ["frame"]
+        shown, frames = self._read(f"{base}/data", f"{base}/frame_duration")
+        if not np.isfinite(frames).all():
+            raise ValueError("rows outside the recording: a start or an end is not a number")
+        frames = frames.astype(np.int64)
+        if stimulus == "spontaneous":
+            table = pd.DataFrame({"start": frames[shown == 1, 0], "end": frames[shown == -1, 0]})
+            return table.sort_values(["start", "end"])
+        if "gratings" in stimulus:
+            columns = [name.decode() for name in self._read(f"{base}/features")[0]]
+        table = pd.DataFrame(shown, columns=columns).assign(start=frames[:, 0], end=frames[:, 1])
+        table = table.sort_values(["start", "end"])
+        if "movie" in stimulus:
+            length = table["frame"].nunique()
+            if len(table) % length:
+                raise ValueError(f"{len(table)} rows are not whole repeats of {length} frames")
+            table["repeat"] = np.repeat(np.arange(len(table) // length), length)
+        return table
+
+    def get_stimulus_epoch_table(self) -> pd.DataFrame:
+        longest, _ = _SESSIONS[self._read("general/session_type")[0].decode()]
+        blocks = []
+        for stimulus in self.list_stimuli():
+            table = self.get_stimulus_table(stimulus)
+            start, end = table["start"].to_numpy(), table["end"].to_numpy()
+            new = np.flatnonzero(start[1:] - end[:-1] > longest) + 1
+            if len(new) > 2:
+                raise ValueError(f"{stimulus} falls into {len(new) + 1} blocks")
+            ends = zip(start[[0, *new]], end[[*(new - 1), -1]], strict=True)
+            blocks += [(stimulus, first, last) for first, last in ends]
+        table = pd.DataFrame(blocks, columns=["stimulus", "start", "end"])
+        return table.sort_values("start", kind="stable", ignore_index=True)
+
+# %% ../../neuro_nbs/01_allen.ipynb #5c7e01a6
+class _EmbeddedFolder:
+    "Lists and paths of an embedded folder, under the names of allensdk's cache object that are used here."
+
+    EXPERIMENTS_KEY, CELL_SPECIMENS_KEY = "EXPERIMENTS", "CELL_SPECIMENS"
+    EXPERIMENT_DATA_KEY, EVENTS_DATA_KEY = "EXPERIMENT_DATA", "EVENTS_DATA"
+
+    def __init__(self, manifest: Path, marker: dict[int, dict[str, Any]]):
+        self.manifest_path, self.marker, self.api = manifest, marker, self
+
+    def get_cache_path(self, _: None, key: str, *ids: int) -> Path:
+        entries = read_json(self.manifest_path)["manifest"]
+        (spec,) = (entry["spec"] for entry in entries if entry.get("key") == key)
+        return self.manifest_path.parent / (spec % ids)
+
+    def get_ophys_experiments(self, path: str, **_: Any) -> list[dict[str, Any]]:
+        return read_json(path)
+
+    def template_query(self, template: str, entry: str, **_: Any) -> list[dict[str, Any]]:
+        if entry != "all_eye_mapping_files":
+            raise _not_embedded(self.manifest_path.parent, self.marker)
+        return _tracked(self.marker)
+
+
+def _line(specimen: Mapping[str, Any]) -> str | None:
+    "The Cre line of a mouse."
+    lines = specimen["donor"]["transgenic_lines"]
+    return next((k["name"] for k in lines if "Cre" in k["name"]), None)
+
+
+def _source(cache_dir: str | Path | None, base_uri: str | None) -> tuple[SimpleNamespace, Any]:
+    "What reads a folder: h5py what cortexlit wrote, allensdk everything else."
+    manifest, _, marker = _checked(cache_dir, base_uri)
+    if marker is None:
+        return _sdk(), open_cache(cache_dir, base_uri)
+    reader = SimpleNamespace(
+        name="cortexlit",
+        DataSet=_EmbeddedFile,
+        NoEyeTracking=KeyError,
+        MissingStimulus=KeyError,
+        cre_line=_line,
+        stimuli={kind: shown for kind, (_, shown) in _SESSIONS.items()},
+        ids={session: about["ophys_session_id"] for session, about in marker.items()},
+    )
+    return reader, _EmbeddedFolder(manifest, marker)
+
 # %% ../../neuro_nbs/01_allen.ipynb #9ceab287
 def _eye_sessions(cache: Any) -> set[int] | None:
     "Sessions for which the database has a file of the later eye tracking; None if that cannot be found out."
@@ -406,7 +619,7 @@ def _cells_in_file(path: Path) -> int | None:
 def _row(sdk: SimpleNamespace, cache: Any, e: Mapping[str, Any]) -> dict[str, Any]:
     "One line of the table, from one record of the database."
     path = _cached(cache, cache.EXPERIMENT_DATA_KEY, e["id"])
-    line, acronym = sdk.queries.find_specimen_cre_line(e["specimen"]), e["targeted_structure"]["acronym"]
+    line, acronym = sdk.cre_line(e["specimen"]), e["targeted_structure"]["acronym"]
     return {
         "session_id": e["id"],
         "area": acronym,
@@ -415,7 +628,7 @@ def _row(sdk: SimpleNamespace, cache: Any, e: Mapping[str, Any]) -> dict[str, An
         "cre_line": line,
         "labelled_cells": describe_cre_line(line),
         "session_type": e["stimulus_name"],
-        "stimuli": tuple(sdk.stimulus_info.SESSION_STIMULUS_MAP[e["stimulus_name"]]),
+        "stimuli": tuple(sdk.stimuli[e["stimulus_name"]]),
         "downloaded": path.exists(),
         "cells": _cells_in_file(path),
         "date": (e.get("date_of_acquisition") or "")[:10] or None,
@@ -454,12 +667,12 @@ def list_sessions(
     base_uri: str | None = None,  # address of the API; default: api.brain-map.org
 ) -> pd.DataFrame:  # one row per session, index session_id
     "Sessions of Visual Coding 2P that match all filters; `MissingError` names the allowed values."
-    sdk, cache = _sdk(), open_cache(cache_dir, base_uri)
+    sdk, cache = _source(cache_dir, base_uri)
     listed = _cached(cache, cache.EXPERIMENTS_KEY)
     records = cache.api.get_ophys_experiments(
         path=str(listed), strategy="lazy", writer=write_json, reader=read_json
     )
-    eye, ids = _eye_sessions(cache), sdk.cache.ophys_experiment_session_id_map
+    eye, ids = _eye_sessions(cache), sdk.ids
     cells, again = _cached(cache, cache.CELL_SPECIMENS_KEY), "delete it: it is fetched again"
     with reading(cells, "a list of cells", again):
         per_container = (
@@ -473,7 +686,7 @@ def list_sessions(
                 "container_cells": per_container.get(e["experiment_container_id"]),
             }
             for e in records
-            if e["stimulus_name"] in sdk.stimulus_info.SESSION_STIMULUS_MAP
+            if e["stimulus_name"] in sdk.stimuli
         ]
     if not rows:
         raise MissingError("the list holds no Visual Coding session", path=cache.manifest_path)
@@ -515,9 +728,8 @@ class StimulusTemplates(Mapping):
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self.shapes:
             raise KeyError(f"{name!r} has no template, only {sorted(self.shapes)} have")
-        dataset = _sdk().DataSet(self.nwb_file)
-        with reading(self.nwb_file, f"the template of {name}"):
-            return type(dataset).get_stimulus_template.__wrapped__(dataset, name)  # past allensdk's store
+        with reading(self.nwb_file, f"the template of {name}"), h5py.File(self.nwb_file, "r") as file:
+            return file[f"stimulus/templates/{name}_image_stack/data"][()]
 
     def __contains__(self, name: object) -> bool:
         return name in self.shapes
@@ -673,17 +885,19 @@ def _stimulus_tables(
                     f"the table names {table['frame'].max() + 1} frames, the template has {shapes[name][0]}"
                 )
             tables[name] = table
-        except (sdk.errors.MissingStimulusException, LookupError, ValueError, TypeError, OSError) as error:
+        except (sdk.MissingStimulus, LookupError, ValueError, TypeError, OSError) as error:
             skipped[name] = f"{type(error).__name__}: {error}"
     return tables, skipped
 
 
-def _epochs(dataset: Any, skipped: Mapping[str, str]) -> tuple[pd.DataFrame | None, str]:
+def _epochs(
+    sdk: SimpleNamespace, dataset: Any, skipped: Mapping[str, str]
+) -> tuple[pd.DataFrame | None, str]:
     "Blocks of stimuli, and where they come from."
-    if skipped:  # allensdk builds the blocks from all tables
+    if skipped:  # the blocks are built from all tables
         return None, f"none: the tables of {', '.join(skipped)} cannot be used"
     try:
-        return dataset.get_stimulus_epoch_table(), "allensdk"
+        return dataset.get_stimulus_epoch_table(), sdk.name
     except Exception as error:  # it raises bare exceptions of many kinds, some for good sessions
         return None, f"none: {type(error).__name__}: {error}"
 
@@ -722,7 +936,7 @@ def _pupil(
     ):
         try:
             times, values = read()
-        except sdk.errors.NoEyeTrackingException:
+        except sdk.NoEyeTracking:
             found.append(None)
             continue
         try:
@@ -749,13 +963,13 @@ def _pupil(
 
 # %% ../../neuro_nbs/01_allen.ipynb #bd5a0284
 def _open(sdk: SimpleNamespace, path: Path, session_id: int) -> tuple[Any, dict[str, Any]]:
-    "allensdk's reader on a file, and the file's own description."
+    "The reader on a file, and the file's own description."
     try:
         dataset = sdk.DataSet(str(path))
         about = dataset.get_metadata()
     except (AttributeError, LookupError, ValueError, OSError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise DataError(f"allensdk cannot read the file: {reason}", path=path) from error
+        raise DataError(f"{sdk.name} cannot read the file: {reason}", path=path) from error
     if about.get("ophys_experiment_id") != session_id:
         found = f"the file holds session {about.get('ophys_experiment_id')}"
         raise DataError(found, expected=str(session_id), path=path)
@@ -824,7 +1038,8 @@ def open_session(
     base_uri: str | None = None,  # address of the API; default: api.brain-map.org
 ) -> Recording:
     "Read a session, fetching its file first if need be; `MissingError` or `DataError` say what is wrong."
-    sdk, cache, session_id = _sdk(), open_cache(cache_dir, base_uri), int(session_id)
+    sdk, cache = _source(cache_dir, base_uri)
+    session_id = int(session_id)
     if signal not in SIGNALS:
         raise DataError(f"signal={signal!r}", expected=f"one of {sorted(SIGNALS)}")
     place(np.empty((0, 2)), coordinates, 1.0)  # a wrong name is refused before a long download
@@ -843,7 +1058,7 @@ def open_session(
         same_length("cells", {"traces": len(traces), "masks": len(masks)}, path)
         templates = StimulusTemplates(path)
         tables, skipped = _stimulus_tables(sdk, dataset, len(clock), templates.shapes)
-        epochs, epochs_source = _epochs(dataset, skipped)
+        epochs, epochs_source = _epochs(sdk, dataset, skipped)
         running, running_source = _running(dataset, clock)
         pupil_area, pupil_center, pupil_source = _pupil(sdk, dataset, clock)
         projection = dataset.get_max_projection()

@@ -656,7 +656,7 @@ def _read_table(path: Path) -> pd.DataFrame:
             "the table has no rows", path=path, expected="a header and rows", fix="fetch the file again"
         )
     for column in table.columns.difference(_TEXT):
-        if table[column].dtype == object and sep != ",":  # 1,25 of a spreadsheet
+        if not pd.api.types.is_numeric_dtype(table[column]) and sep != ",":  # 1,25 of a spreadsheet
             given = table[column].dropna().astype(str)
             if len(given) and given.str.fullmatch(r"\s*-?\d+(,\d+)?\s*").all():
                 table[column] = pd.to_numeric(table[column].str.replace(",", ".", regex=False))
@@ -1274,7 +1274,7 @@ def _table_rois(table: pd.DataFrame, path: Path) -> pd.DataFrame:  # (voxels, RO
         if _is_measure(column):
             continue
         values = table[column]
-        if values.dtype == object:
+        if not pd.api.types.is_numeric_dtype(values):
             values = values.map(
                 lambda v: {**dict.fromkeys(_YES, 1), **dict.fromkeys(_NO, 0)}.get(
                     str(v).strip().lower(), np.nan
