@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -140,15 +141,15 @@ def score(
     wanted = [r for r in runs if isinstance(r, str)]
     given = [(None, r) for r in runs if not isinstance(r, str)] + list(named.items())
     if hasattr(data, "trials"):
-        sheet = _score_subject(data, given, split)
+        sheet, more = _score_subject(data, given, split), ()
     elif isinstance(data, (str, Path)):
-        sheet = _score_folder(Path(data), given)
+        sheet, more = _score_folder(Path(data), given, wanted)
     else:
         wish = "a dataset folder, or a ThingsDataset with ratings"
         raise DataError(
             f"data: a {type(data).__name__}", wish, "cx.build, or cx.open_dataset(folder, ratings=...)"
         )
-    known = list(dict.fromkeys(row.model for row in sheet.rows))
+    known = list(dict.fromkeys([*(row.model for row in sheet.rows), *more]))
     ours = {name if isinstance(name, str) else name[0] for name in _names(given)}
     if unknown := [name for name in wanted if name not in known]:
         raise DataError(
@@ -190,7 +191,10 @@ def _called(run: Any, name: str | None) -> str | tuple[str, int]:
     return (name, plan["seed"]) if "seed" in plan else name
 
 
-def _score_folder(root: Path, given: list[tuple[str | None, Any]]) -> Any:
+def _score_folder(
+    root: Path, given: list[tuple[str | None, Any]], wanted: list[str]
+) -> tuple[Any, tuple[str, ...]]:
+    "The sheet, of clips with no other baselines than those wanted; and which ones there are."
     from cortexlit.data.checks import read_card
 
     kind, found = read_card(root).get("kind", "clips"), {}
@@ -203,10 +207,11 @@ def _score_folder(root: Path, given: list[tuple[str | None, Any]]) -> Any:
     if kind == "scenes":
         from cortexlit.evaluation.scenes import score_scenes
 
-        return score_scenes(root, found)
-    from cortexlit.evaluation.baselines import score_dataset
+        return score_scenes(root, found), ()
+    from cortexlit.evaluation.baselines import BASELINES, REFERENCES, clip_baselines, score_dataset
 
-    return score_dataset(root, models=found)
+    fitted = clip_baselines(root, {*REFERENCES, *wanted} & {*BASELINES}) if wanted else None
+    return score_dataset(root, models=found, baselines=fitted), BASELINES
 
 
 def _predicted(run: Any, root: Path, kind: str) -> Any:
@@ -228,7 +233,19 @@ def _predicted(run: Any, root: Path, kind: str) -> Any:
     test = open_for(run.model, root, "test")
     check_trained_on(run.folder, test)
     last = scored_frames(test[0]["labels"].shape[-1])
-    return comparable(test, predict(run.model, test, last, batch_size=8))
+    with tempfile.TemporaryDirectory() as folder:
+        return comparable(
+            test, predict(run.model, _films_once(run.model, test, last, folder), last, batch_size=8)
+        )
+
+
+def _films_once(model: Any, test: Any, last: int, folder: str) -> Any:
+    "The tier with the core's output in place of films, where repeats of a film are one to the core."
+    from cortexlit.training.features import cached_features, core_inputs
+
+    if not hasattr(model, "embed") or len(set(core_inputs(model, test))) == len(test):
+        return test
+    return cached_features(model, test, folder, last, "float32", batch_size=8, progress=False)
 
 
 def _score_subject(data: Any, given: list[tuple[str | None, Any]], split: Any) -> Any:

@@ -664,7 +664,8 @@ def _plan(
     frames = np.stack(
         [index[s.movie][s.repeat, s.start : s.start + clip_frames] for s in samples.itertuples()]
     )
-    usual = np.array([_frame_step(recording, index[movie]) for movie in samples["movie"]])
+    steps = {movie: _frame_step(recording, index[movie]) for movie in samples["movie"].unique()}
+    usual = samples["movie"].map(steps).to_numpy(float)
     broken = np.array(
         [jumps(recording.timestamps[f][None], u)[0] for f, u in zip(frames, usual, strict=True)]
     )

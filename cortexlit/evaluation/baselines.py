@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +30,9 @@ from cortexlit.metrics import (
 )
 
 # %% auto #0
-__all__ = ['ALPHAS', 'WINDOWS', 'ORACLE', 'TRUTH', 'SPLIT_HALVES', 'train_mean', 'repeat_mean', 'blind_mean', 'validated_ridge',
-           'behaviour_ridge', 'gabor_bank', 'motion_energy_ridge', 'clip_baselines', 'scored_frames', 'score_dataset',
-           'true_response']
+__all__ = ['ALPHAS', 'WINDOWS', 'BASELINES', 'REFERENCES', 'ORACLE', 'TRUTH', 'SPLIT_HALVES', 'train_mean', 'repeat_mean',
+           'blind_mean', 'validated_ridge', 'behaviour_ridge', 'gabor_bank', 'motion_energy_ridge', 'clip_baselines',
+           'scored_frames', 'score_dataset', 'true_response']
 
 # %% ../../neuro_nbs/05_baseline.ipynb #d137e960
 def train_mean(
@@ -298,26 +298,39 @@ def _metrics(
     return found | {m: (v, each) for m, v in zip(_REPEATED, (average, explained, squared), strict=True)}
 
 # %% ../../neuro_nbs/05_baseline.ipynb #4d4ff7ba
+BASELINES = ("train mean", "stimulus-blind mean", "repeat mean", "behaviour ridge", "motion-energy ridge")
+REFERENCES = (
+    "repeat mean",
+    "behaviour ridge",
+    "stimulus-blind mean",
+)  # the first there is stands beside every score
+
+
 def clip_baselines(
     root: str | Path,  # a dataset folder, or one by `build_folds`
+    names: Iterable[str] | None = None,  # of `BASELINES`, which ones; None: all
 ) -> dict[
     str, np.ndarray | str
 ]:  # name -> (samples, neurons, frames) predictions of the test tier, or why there are none
-    "Fit all baselines on train, choose penalties on validation, predict the test tier."
+    "Fit baselines on train, choose penalties on validation, predict the test tier."
+    wanted = set(BASELINES if names is None else names)
+    if unknown := sorted(wanted - set(BASELINES)):
+        raise DataError(f"no baseline {unknown[0]!r}", expected=f"one of {', '.join(BASELINES)}")
     card = check_folder(root)
     if card.get("kind") == "folds":
-        return _pooled_baselines(root)
+        return _pooled_baselines(root, wanted)
     rate = card["rate"] or 30.0
     train, validation, test = (load_tier(root, tier) for tier in ("train", "validation", "test"))
-    predictions: dict[str, np.ndarray | str] = {
-        "train mean": train_mean(train, test),
-        "stimulus-blind mean": blind_mean(train, test),
-    }
+    predictions: dict[str, np.ndarray | str] = {}
     for label, fit in {
+        "train mean": lambda: train_mean(train, test),
+        "stimulus-blind mean": lambda: blind_mean(train, test),
         "repeat mean": lambda: repeat_mean(train, test),
         "behaviour ridge": lambda: behaviour_ridge(train, validation, test)[0],
         "motion-energy ridge": lambda: motion_energy_ridge(train, validation, test, rate=rate)[0],
     }.items():
+        if label not in wanted:
+            continue
         try:
             predictions[label] = fit()
         except MissingError as error:
@@ -325,9 +338,9 @@ def clip_baselines(
     return predictions
 
 
-def _pooled_baselines(root: str | Path) -> dict[str, np.ndarray | str]:
+def _pooled_baselines(root: str | Path, names: Iterable[str]) -> dict[str, np.ndarray | str]:
     "Baselines fitted in every fold, each sample predicted by the fold that tests it."
-    each = [clip_baselines(folder) for folder in fold_folders(root)]
+    each = [clip_baselines(folder, names) for folder in fold_folders(root)]
     none = {name: next((e[name] for e in each if isinstance(e[name], str)), None) for name in each[0]}
     return {name: pool(root, [e[name] for e in each]) if why is None else why for name, why in none.items()}
 
@@ -407,9 +420,7 @@ def _sheet(
         label: None if isinstance(t, str) else {m: mean_score(v[0]) for m, v in t.items() if v is not None}
         for label, t in tables.items()
     }
-    reference = next(
-        label for label in ("repeat mean", "behaviour ridge", "stimulus-blind mean") if means.get(label)
-    )
+    reference = next(label for label in REFERENCES if means.get(label))
     sheet = ScoreSheet()
     known = dict.fromkeys(
         ("single-trial correlation", "flattened correlation", "correlation to average"), np.nan
