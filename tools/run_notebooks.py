@@ -11,6 +11,7 @@ Exit status 1 if a notebook fails; the others run all the same.
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import re
@@ -323,6 +324,17 @@ def _execute(path: Path, flags: set[str], missing: set[str], options: dict[str, 
     return execute(path, flags, missing, **options)
 
 
+def _site() -> None:
+    "The pages of the site and their links; `Problem` with what is wrong."
+    import check_docs
+
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        wrong = check_docs.main()
+    if wrong:
+        raise jobs.Problem(said.getvalue())
+
+
 def failures(done: list[jobs.Done]) -> str:
     "One block that says what failed; empty if nothing did."
     bad = [d for d in done if d.problem is not None]
@@ -361,6 +373,9 @@ def main(argv: list[str] | None = None) -> int:
         "--save", action="store_true", help="write the outputs into the notebooks, and clean them"
     )
     parser.add_argument("--pages", type=Path, help="also write each notebook as HTML into this folder")
+    parser.add_argument(
+        "--site", action="store_true", help="also build the site's pages and check their links"
+    )
     parser.add_argument("--times", type=Path, default=LAST, help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
     environment()
@@ -383,8 +398,9 @@ def main(argv: list[str] | None = None) -> int:
         print(line, flush=True)
     began = time.monotonic()
     page = given.pages.resolve() if given.pages else None
+    site = [jobs.Job("pages and links of the site", _site, (), 40.0)] if given.site else []
     done = jobs.run(
-        jobs_of(paths, flags, missing, given.times, page=page, save=given.save),
+        site + jobs_of(paths, flags, missing, given.times, page=page, save=given.save),
         workers=given.workers,
         preload=jobs.preload(len(paths)),
     )
