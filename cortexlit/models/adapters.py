@@ -133,7 +133,8 @@ def check_targets(
     for end in adapters.layers:
         if not any(name == end or name.endswith("." + end) for name in names):
             kinds = sorted({re.sub(r"^.*\.\d+\.", "", name) for name in names})
-            raise DataError(f"no linear layer is called {end!r}", expected=f"one of {', '.join(kinds)}")
+            told = f"one of {', '.join(kinds)}" if kinds else "a model with linear layers"
+            raise DataError(f"no linear layer is called {end!r}", expected=told)
     layers = [
         part
         for name, part in model.named_modules()
