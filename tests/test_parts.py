@@ -297,7 +297,7 @@ def test_what_other_parts_lack_is_refused_plainly(tmp_path):
         "readout 'factorised' has no positions": pictures.reading_points,
         "readout 'factorised' has no set_coordinates": lambda: model.set_coordinates("A", np.eye(5)),
         "readout 'factorised' has no reading points": lambda: reverse_correlate(model, *tiers(), LAST),
-        "no linear layer is called 'fused_linear'": lambda: fit(
+        "the core has no linear layer that adapters could correct": lambda: fit(
             model, tiers(), adapt="lora", adapters=Adapters(), out=tmp_path, **QUICK
         ),
     }
