@@ -713,7 +713,7 @@ class V1T(Heads, PreTrainedModel):
         mouse, shifts = self._mouse(mouse_id), None
         if len(self.shifters):
             shifts = self.shifters[mouse](self._state(pupil_center=pupil_center)[..., None])
-        return self.readouts[mouse](features[:, :, None], shifts)[..., 0]
+        return self.readouts[mouse](features[:, :, None], shifts, None)[..., 0]
 
     def forward(
         self,
