@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from math import isnan
 from pathlib import Path
@@ -568,6 +568,9 @@ def scenes_fit(
             help="Training session of the study, 1 to 6 (1 to 3 take pictures of 144 x 256); default the recipe that does better."
         ),
     ] = None,
+    model: Annotated[
+        str, typer.Option(help="v1t, or conv: a few convolutions with a factorised readout.")
+    ] = "v1t",
     epochs: Annotated[int | None, typer.Option(help="In place of those of the session or recipe.")] = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate, likewise.")] = None,
     seed: Annotated[int, typer.Option(help="Of the weights, the drawn presentations and their order.")] = 0,
@@ -579,13 +582,15 @@ def scenes_fit(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Train V1T by the library's recipe, or as in one of the study's six sessions; the same call again goes on where it stopped.
+    """Train V1T or the convolutional baseline by the library's recipe, or V1T as in one of the study's six sessions; the same call again goes on where it stopped.
 
     Examples:
       cortexlit scenes fit _data/scenes --epochs 10
+      cortexlit scenes fit _data/scenes --model conv
       cortexlit scenes fit _data/scenes --session 4
       cortexlit scenes fit _data/501559087 --session 5 --scale paper
     """
+    from cortexlit.models.parts import CONV_RECIPE
     from cortexlit.training.scenes import RECIPE, STUDY, at_scale, train_scenes
 
     if session is not None and not 1 <= session <= len(STUDY):
@@ -594,8 +599,12 @@ def scenes_fit(
         raise core.DataError(
             f"--scale {scale} without --session", "the recipe has one size; sessions have two: demo, paper"
         )
+    if model not in ("v1t", "conv") or (model == "conv" and session is not None):
+        told = "v1t or conv" if session is None else "v1t, which the sessions are of"
+        raise core.DataError(f"--model {model}", expected=told)
     core.check_out(out)
-    (chosen,) = [RECIPE] if session is None else at_scale([STUDY[session - 1]], scale)
+    recipe = replace(RECIPE, **CONV_RECIPE) if model == "conv" else RECIPE
+    (chosen,) = [recipe] if session is None else at_scale([STUDY[session - 1]], scale)
     given = {k: v for k, v in {"epochs": epochs, "lr": lr}.items() if v is not None}
     done = train_scenes(dataset, chosen, seed=seed, out=out, progress=not as_json, **given)
     _tell_run(chosen.name, done, as_json)

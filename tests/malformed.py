@@ -653,7 +653,7 @@ def commands(root: Path) -> dict[str, tuple[list[str], dict[str, list[str]]]]:
         "scenes build": (["900000002", *embedded, "--out", out], {
             "0": sessions, "--split": NAME, "--signal": NAME, "--delay": REAL, "--window": [*REAL, "0"],
             "--size": ["0 0", "-3 5", "100000 100000", "x 3"], "--constant-neurons": NAME, "--out": outs}),
-        "scenes fit": ([pictures], {"0": not_(pictures), "--session": [*WHOLE, "0", "7"], "--seed": WHOLE, "--out": outs, "--scale": NAME}),
+        "scenes fit": ([pictures], {"0": not_(pictures), "--model": NAME, "--session": [*WHOLE, "0", "7"], "--seed": WHOLE, "--out": outs, "--scale": NAME}),
         "scenes score": ([pictures], {"0": not_(pictures), "--run": not_(), "--out": outs[:4]}),
         "things build": ([str(study), "--out", out], {"0": not_(), "--subject": [*NAME, "04"], "--layout": NAME, "--zscore": NAME, "--out": outs}),
         "things fit": ([cache, "--ratings", ratings, "--out", out], things_options | {

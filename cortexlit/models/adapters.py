@@ -130,6 +130,9 @@ def check_targets(
     if _adapted(model):
         raise DataError("the model has adapters already", fix="merged(...) makes them part of its weights")
     names = [name for name, part in model.named_modules() if isinstance(part, nn.Linear)]
+    if hasattr(model, "core") and not any(name.startswith("core.") for name in names):
+        problem = "the core has no linear layer that adapters could correct"
+        raise DataError(problem, fix='adapt="full" trains all weights, adapt="head" the head')
     for end in adapters.layers:
         if not any(name == end or name.endswith("." + end) for name in names):
             kinds = sorted({re.sub(r"^.*\.\d+\.", "", name) for name in names})

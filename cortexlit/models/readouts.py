@@ -5,19 +5,24 @@
 # %% ../../neuro_nbs/05a_readouts.ipynb #30605b61
 from __future__ import annotations
 
+import copy
+import hashlib
+import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..core import DataError
+from ..core import CortexlitError, DataError
 
 # %% auto #0
-__all__ = ['OUTPUTS', 'MODULATORS', 'sample_map', 'standard_coordinates', 'Gaussian2dReadout', 'Shifter', 'elu1', 'output_named',
-           'initial_bias', 'MLPModulator', 'MLP2Modulator', 'MLP3Modulator']
+__all__ = ['OUTPUTS', 'MODULATORS', 'CORES', 'READOUTS', 'sample_map', 'standard_coordinates', 'Gaussian2dReadout', 'Shifter',
+           'elu1', 'output_named', 'initial_bias', 'MLPModulator', 'MLP2Modulator', 'MLP3Modulator', 'register_core',
+           'register_readout', 'part_named', 'check_parts', 'parts_told', 'own_code', 'make_core', 'make_readout']
 
 # %% ../../neuro_nbs/05a_readouts.ipynb #d2866020
 def sample_map(
@@ -326,3 +331,194 @@ MODULATORS: dict[str, type[nn.Module]] = {
     "mlp-v2": MLP2Modulator,
     "mlp-v3": MLP3Modulator,
 }
+
+# %% ../../neuro_nbs/05a_readouts.ipynb #5a0c0002
+CORES: dict[str, type[nn.Module]] = {}  # name -> class
+READOUTS: dict[str, type[nn.Module]] = {"gaussian": Gaussian2dReadout}
+
+
+def register_core(
+    name: str,  # for `ViV1TConfig(core=name)` or `V1TConfig(core=name)`
+) -> Callable[[type[nn.Module]], type[nn.Module]]:  # a decorator of the class
+    """Give a core a name: `@register_core("mine")` above a class that keeps this contract.
+
+    `cls(config, **core_options)` gets the model's config: `config.emb_dim` channels go out, `config.core_shape`
+    comes in, (1, T, H, W) for movies, (channels, H, W) for pictures, and `config.core_state_channels` channels of
+    behaviour and pupil beside it. `forward(video, state)` takes (B, *core_shape) and (B, state channels, T), or None
+    where there are none, and gives the map (B, emb_dim, T', H', W'), for pictures (B, emb_dim, H', W'). The T' frames
+    belong to the last T' frames of the video. It is tried once without data (device "meta") when a model is made.
+    `takes = ("image",)` in the class says that it is for pictures only. `penalty()`, if it is there, is added to the
+    loss in training.
+    """
+
+    def add(cls: type[nn.Module]) -> type[nn.Module]:
+        _check_class("core", name, cls, ("forward",))
+        CORES[name] = cls
+        return cls
+
+    return add
+
+
+def register_readout(
+    name: str,  # for `ViV1TConfig(readout=name)` or `V1TConfig(readout=name)`
+) -> Callable[[type[nn.Module]], type[nn.Module]]:  # a decorator of the class
+    """Give a readout a name: `@register_readout("mine")` above a class that keeps this contract.
+
+    `cls(channels, neurons, size, state_channels, **readout_options)`: the map has `channels` and size (H', W').
+    `forward(features, shifts, state)` takes the map (B, channels, T', H', W'), where the eye has moved it (B, 2, T') or
+    None, and behaviour and pupil (B, state_channels, T') or None; it gives (B, neurons, T') before the output
+    nonlinearity. A picture is a map of one frame. `set_bias((neurons,))` sets the answer to an empty map.
+    `penalty()`, if it is there, is added to the loss in training.
+    """
+
+    def add(cls: type[nn.Module]) -> type[nn.Module]:
+        _check_class("readout", name, cls, ("forward", "set_bias"))
+        READOUTS[name] = cls
+        return cls
+
+    return add
+
+# %% ../../neuro_nbs/05a_readouts.ipynb #5a0c0003
+_BUILT_IN = ("vivit", "vit", "gaussian")  # made and checked by their models
+
+
+def _check_class(kind: str, name: Any, cls: Any, methods: tuple[str, ...]) -> None:
+    "Raise unless it can be registered."
+    if not isinstance(name, str) or not name or name in _BUILT_IN:
+        raise DataError(f"{kind} named {name!r}", expected=f"a name other than {', '.join(_BUILT_IN)}")
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise DataError(f"{kind} {name!r}: {cls!r}", expected="a class made from torch.nn.Module")
+    for method in methods:
+        if method not in dir(cls) or (method == "forward" and cls.forward is nn.Module.forward):
+            raise DataError(f"{kind} {name!r}: {cls.__name__} has no {method}", expected="as in the contract",
+                            fix=f"help(register_{kind}) says what it takes and gives")  # fmt: skip
+
+
+def part_named(
+    kind: str,  # "core" or "readout"
+    name: str,
+) -> type[nn.Module]:
+    "The class of that name; `DataError` with the names there are."
+    known = {"core": CORES, "readout": READOUTS}[kind]
+    if name not in known:
+        raise DataError(
+            f"there is no {kind} {name!r}", expected=f"one of {', '.join(known)}",
+            fix=f'put @register_{kind}("{name}") above its class, and import the file in which it stands',
+        )  # fmt: skip
+    return known[name]
+
+
+def check_parts(
+    config: Any,  # of a model
+    takes: str,  # "video" or "image"
+) -> None:
+    "Raise at a core or a readout that there is not, or at options that cannot be theirs."
+    for kind in ("core", "readout"):
+        name, options = getattr(config, kind), getattr(config, f"{kind}_options")
+        cls = part_named(kind, name)
+        if takes not in getattr(cls, "takes", (takes,)):
+            raise DataError(f"{kind} {name!r} takes no {takes}", expected=f"one for a {takes}")
+        if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in options):
+            raise DataError(f"{kind}_options={options!r}", expected="names and values")
+        if options and name in _BUILT_IN:
+            problem = (
+                f"{kind}_options={dict(options)} of the {kind} {name!r}, which has its own in the config"
+            )
+            raise DataError(problem, fix=f"{kind}_options is for the other {kind}s")
+
+
+def parts_told(
+    options: Mapping[str, Any],  # of a config that is about to be written
+    core: str,  # the published one
+) -> dict[
+    str, Any
+]:  # without the parts, if they are the published ones: files and hashes stay what they were
+    "Options without those of core and readout that say nothing new."
+    known = {"core": core, "core_options": {}, "readout": "gaussian", "readout_options": {}}
+    return {name: value for name, value in options.items() if name not in known or value != known[name]}
+
+
+def own_code(
+    config: Any,  # of a model
+) -> dict[str, str]:  # empty for parts of the library
+    "Hash of the source of parts that are not the library's: a change there is another model."
+    found = {}
+    for kind, known in (("core", CORES), ("readout", READOUTS)):
+        cls = known.get(getattr(config, kind, None))
+        if cls is None or getattr(config, kind) in _BUILT_IN or cls.__module__.startswith("cortexlit."):
+            continue
+        text = []
+        for name, part in sorted(vars(cls).items()):
+            if inspect.isfunction(part):
+                try:
+                    text.append(name + inspect.getsource(part))
+                except OSError:  # typed where no source is kept
+                    text.append(name + part.__code__.co_code.hex() + repr(part.__code__.co_consts))
+        found[f"{kind} code"] = hashlib.sha256("".join(text).encode()).hexdigest()[:16]
+    return found
+
+# %% ../../neuro_nbs/05a_readouts.ipynb #5a0c0005
+def _made(kind: str, config: Any, *given: Any) -> nn.Module:
+    "A core or a readout with its options; `DataError` for options it does not take."
+    name, options = getattr(config, kind), dict(getattr(config, f"{kind}_options"))
+    cls = part_named(kind, name)
+    names = list(inspect.signature(cls).parameters)
+    try:
+        inspect.signature(cls).bind(*given, **options)
+    except TypeError as error:
+        told = f"options {', '.join(names[len(given) :]) or '(it has none)'}, after {', '.join(names[: len(given)])}"
+        raise DataError(f"{kind} {name!r}, {kind}_options={options}: {error}", expected=told) from error
+    return cls(*given, **options)
+
+
+def _tried(kind: str, name: str, part: nn.Module, *shapes: tuple[int, ...] | None) -> tuple[int, ...]:
+    "The shape that a part gives for such inputs, found without data."
+    with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.no_grad():
+        given = [None if shape is None else torch.zeros(shape) for shape in shapes]
+        try:
+            found = copy.deepcopy(part).to("meta").eval()(*given)
+        except CortexlitError:
+            raise
+        except Exception as error:  # whatever a class of one's own may raise
+            told = "; ".join("None" if shape is None else str(shape) for shape in shapes)
+            raise DataError(f"{kind} {name!r} cannot take {told}: {type(error).__name__}: {error}",
+                            expected="as in the contract", fix=f"help(register_{kind})") from error  # fmt: skip
+    return tuple(found.shape) if isinstance(found, torch.Tensor) else (type(found).__name__,)
+
+
+def make_core(
+    config: Any,  # of a model
+) -> tuple[nn.Module, tuple[int, int]]:  # the core, and height and width of its map
+    "The core that a config names, tried without data."
+    core = _made("core", config, config)
+    if config.core in _BUILT_IN:
+        return core, tuple(config.grid[-2:])
+    shape, channels = config.core_shape, config.core_state_channels
+    frames = shape[1:-2]  # () of a picture
+    found = _tried("core", config.core, core, (2, *shape), (2, channels, *frames) if channels else None)
+    fits = len(found) == 4 + len(frames) and found[:2] == (2, config.emb_dim) and min(found) > 0
+    if not fits or (frames and found[2] > frames[0]):
+        moments = f"1 to {frames[0]} frames, " if frames else ""
+        raise DataError(f"core {config.core!r} gives {found} for 2 inputs of {tuple(shape)}",
+                        expected=f"(2, emb_dim={config.emb_dim}, {moments}rows, columns)",
+                        fix="help(register_core)")  # fmt: skip
+    return core, found[-2:]
+
+
+def make_readout(
+    config: Any,  # of a model
+    neurons: int,
+    size: tuple[int, int],  # height and width of the map
+    state_channels: int = 0,  # of behaviour and pupil that it is told
+    shifts: bool = False,  # whether the eye moves the map
+) -> nn.Module:
+    "The readout of a mouse that a config names, tried without data."
+    readout = _made("readout", config, config.emb_dim, neurons, size, state_channels)
+    told = (2, 2, 3) if shifts else None, (2, state_channels, 3) if state_channels else None
+    found = _tried("readout", config.readout, readout, (2, config.emb_dim, 3, *size), *told)
+    if found != (2, neurons, 3):
+        raise DataError(
+            f"readout {config.readout!r} gives {found} for a map of (2, {config.emb_dim}, 3, {size[0]}, {size[1]})",
+            expected=f"(2, {neurons} neurons, 3 frames)", fix="help(register_readout)",
+        )  # fmt: skip
+    return readout

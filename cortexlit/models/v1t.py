@@ -31,7 +31,17 @@ from .attention import attend, share
 from .efficient import rotary_angles, rotate
 from .layers import DropPath
 from .losses import LOSSES, loss_named
-from .readouts import OUTPUTS, Gaussian2dReadout, Shifter, sample_map
+from cortexlit.models.readouts import (
+    CORES,
+    OUTPUTS,
+    Gaussian2dReadout,
+    Shifter,
+    check_parts,
+    make_core,
+    make_readout,
+    parts_told,
+    sample_map,
+)
 from .viv1t import Heads, Layout, _check_mice, _check_sizes, _named_options, _refuse_unknown
 
 # %% ../../neuro_nbs/11_v1t.ipynb #e26d79cc
@@ -88,7 +98,10 @@ def _check_options(c: PretrainedConfig) -> None:
             f'token_positions="rotary" with emb_dim={c.emb_dim}',
             expected="4 or more: a plane for x and for y",
         )
-    if min(c.seen) < c.patch:
+    check_parts(c, "image")
+    if c.core != "vit" and c.behavior not in ("none", "channels"):
+        raise DataError(f"behavior={c.behavior!r} with core={c.core!r}", expected="none, channels")
+    if c.core == "vit" and min(c.seen) < c.patch:
         raise DataError(f"patches of {c.patch} pixels in an image of {c.seen}", fix="make patch smaller")
     _check_mice(c.neurons)
     if "share" in c.neurons:
@@ -141,6 +154,10 @@ class V1TConfig(PretrainedConfig):
         positions: str = "predicted",  # reading points from cortical coordinates, or "free"
         output: str = "elu1",  # "exp", "softplus" (models.readouts)
         loss: str = "poisson",  # a name in models.losses.LOSSES
+        core: str = "vit",  # a name in models.readouts.CORES, e.g. "conv"
+        core_options: Mapping[str, Any] | None = None,  # of another core than "vit"
+        readout: str = "gaussian",  # a name in models.readouts.READOUTS, e.g. "factorised"
+        readout_options: Mapping[str, Any] | None = None,  # of another readout than "gaussian"
         **kwargs,  # options every Hugging Face config has
     ):
         self.neurons = {"A": 174} if neurons is None else dict(neurons)
@@ -154,6 +171,8 @@ class V1TConfig(PretrainedConfig):
         self.behavior, self.shift, self.image_sampling = behavior, shift, image_sampling
         self.behavior_channels, self.pupil_channels = behavior_channels, pupil_channels
         self.positions, self.output, self.loss = positions, output, loss
+        self.core, self.readout = core, readout
+        self.core_options, self.readout_options = dict(core_options or {}), dict(readout_options or {})
         _check_options(self)
         _refuse_unknown(self, kwargs)
         super().__init__(**kwargs)
@@ -165,7 +184,7 @@ class V1TConfig(PretrainedConfig):
 
     @property
     def grid(self) -> tuple[int, int]:  # H', W'
-        "Patches in rows and columns."
+        "Patches in rows and columns; of the core vit."
         return tuple((length - self.patch) // self.stride + 1 for length in self.seen)
 
     @property
@@ -173,6 +192,20 @@ class V1TConfig(PretrainedConfig):
         "Inputs of the networks that tell the blocks about the animal; 0: there are none."
         pupil = self.pupil_channels * (self.behavior in ("block-mlp+pupil", "per-mouse"))
         return self.behavior_channels + pupil if self.behavior not in ("none", "channels") else 0
+
+    @property
+    def core_shape(self) -> tuple[int, int, int]:  # channels, H, W
+        "A picture as the core takes it: grey levels, and behaviour if it enters as channels."
+        return (1 + self.behavior_channels * (self.behavior == "channels"), *self.seen)
+
+    @property
+    def core_state_channels(self) -> int:
+        "Channels that a core takes beside the picture: none, behaviour is in the picture."
+        return 0
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        "Options that differ from the defaults, as they are saved."
+        return parts_told(super().to_diff_dict(), "vit")
 
 # %% ../../neuro_nbs/11_v1t.ipynb #c4647c65
 class _TokensLast(nn.Module):
@@ -456,6 +489,8 @@ class Block(nn.Module):
 class ViT(nn.Module):
     "The core: tokens, blocks, and the tokens back on the grid they came from."
 
+    takes = ("image",)
+
     def __init__(
         self,
         config: V1TConfig,
@@ -503,6 +538,9 @@ class ViT(nn.Module):
             x = block(x, state, angles)
         return torch.stack(maps)
 
+
+CORES["vit"] = ViT
+
 # %% ../../neuro_nbs/11_v1t.ipynb #c48024c1
 def seen_part(
     image: torch.Tensor,  # (B, 1, H, W)
@@ -524,14 +562,21 @@ def seen_part(
 _PARTS = ("shifters", "image_shifters", "readouts", "behaviors")  # where the model keeps each mouse's head
 
 
-def _new_head(c: V1TConfig, neurons: int) -> dict[str, nn.Module]:
-    "The parts of a fresh head, by the dictionary of the model that takes them."
+def _new_readout(c: V1TConfig, neurons: int, size: tuple[int, int]) -> nn.Module:
+    "A fresh readout; a Gaussian one is nearer to the centre than in ViV1T."
+    if c.readout != "gaussian":
+        return make_readout(c, neurons, size, shifts=c.shift in ("core", "both", "both+behavior"))
     readout = Gaussian2dReadout(c.emb_dim, neurons, positions=c.positions)
-    with torch.no_grad():  # nearer to the centre than in ViV1T
+    with torch.no_grad():
         readout.sigma.uniform_(-0.1, 0.1)
         if c.positions == "free":
             readout._mu.uniform_(-0.3, 0.3)
-    head = {"readouts": readout}
+    return readout
+
+
+def _new_head(c: V1TConfig, neurons: int, size: tuple[int, int] = (1, 1)) -> dict[str, nn.Module]:
+    "The parts of a fresh head, by the dictionary of the model that takes them."
+    head = {"readouts": _new_readout(c, neurons, size)}
     if c.shift in ("core", "both", "both+behavior"):
         head["shifters"] = Shifter()
     if c.shift in ("image", "both", "both+behavior"):
@@ -576,12 +621,12 @@ class V1T(Heads, PreTrainedModel):
         config: V1TConfig,
     ):
         super().__init__(config)
-        self.core = ViT(config)
+        self.core, self.map_size = make_core(config)
         self._add_heads(_PARTS)
         self.post_init()
 
     def _new_head(self, neurons: int) -> dict[str, nn.Module]:
-        return _new_head(self.config, neurons)
+        return _new_head(self.config, neurons, self.map_size)
 
     def to_published(self) -> dict[str, torch.Tensor]:
         "A copy of the weights under the names of the published code; an option that it does not have is an error."
@@ -611,8 +656,8 @@ class V1T(Heads, PreTrainedModel):
         behavior: torch.Tensor | None,
         pupil_center: torch.Tensor | None,
         mouse_id: str | None,
-    ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-        "What the core gets: the seen part of the image with its channels, and one state for each block."
+    ) -> tuple[torch.Tensor, list[torch.Tensor | None] | None]:
+        "What the core gets: the seen part of the image with its channels, and one state for each block of a ViT."
         c, shifts = self.config, None
         if image.ndim != 4 or list(image.shape[1:]) != [1, *c.size]:
             raise DataError(
@@ -626,6 +671,8 @@ class V1T(Heads, PreTrainedModel):
         if c.behavior == "channels":
             state = self._state(behavior=behavior)
             image = torch.cat([image, state[..., None, None].expand(-1, -1, *image.shape[-2:])], 1)
+        if c.core != "vit":
+            return image, None
         if not c.state_channels:
             return image, [None] * c.depth
         pupil = {} if c.behavior == "block-mlp" else {"pupil_center": pupil_center}
@@ -650,7 +697,7 @@ class V1T(Heads, PreTrainedModel):
     ) -> torch.Tensor:  # (B, N, 2), B = 1 without a core shifter: x (left -1, right 1), y (top -1, bottom 1)
         "Where on the map the neurons read: their own points, moved by the eye."
         mouse = self._mouse(mouse_id)
-        points = self.readouts[mouse].positions()[None]
+        points = self._able("readout", self.readouts[mouse], "positions")()[None]
         if not len(self.shifters):
             return points
         pupil = self._state(pupil_center=pupil_center)
@@ -666,7 +713,7 @@ class V1T(Heads, PreTrainedModel):
         mouse, shifts = self._mouse(mouse_id), None
         if len(self.shifters):
             shifts = self.shifters[mouse](self._state(pupil_center=pupil_center)[..., None])
-        return self.readouts[mouse](features[:, :, None], shifts)[..., 0]
+        return self.readouts[mouse](features[:, :, None], shifts, None)[..., 0]
 
     def forward(
         self,
@@ -688,7 +735,7 @@ class V1T(Heads, PreTrainedModel):
         if labels.shape != responses.shape:
             raise DataError(f"labels of shape {tuple(labels.shape)}", expected=f"{tuple(responses.shape)}")
         loss = loss_named(self.config.loss)(_over_images(responses), _over_images(labels))
-        return V1TOutput(loss=loss, logits=responses)
+        return V1TOutput(loss=loss + self._penalty(mouse_id), logits=responses)
 
     @staticmethod
     def correlation(
@@ -707,7 +754,8 @@ class V1T(Heads, PreTrainedModel):
     ) -> torch.Tensor:  # (depth, B, heads, tokens, tokens): each row sums to 1
         "The attention weights of every block, CLS first: 175 MB per image at the published size."
         with torch.no_grad():
-            return self.core.attention_maps(*self._core_inputs(image, behavior, pupil_center, mouse_id))
+            maps = self._able("core", self.core, "attention_maps")
+            return maps(*self._core_inputs(image, behavior, pupil_center, mouse_id))
 
     @torch.no_grad()
     def attention_rollout(

@@ -26,6 +26,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+import cortexlit.models.parts  # noqa: F401 - the names "conv" and "factorised"
 from cortexlit.core import (
     CortexlitError,
     DataError,
@@ -39,7 +40,18 @@ from cortexlit.core import (
 )
 from .layers import Transformer
 from .losses import LOSSES, loss_named
-from .readouts import MODULATORS, OUTPUTS, Gaussian2dReadout, Shifter, initial_bias
+from cortexlit.models.readouts import (
+    CORES,
+    MODULATORS,
+    OUTPUTS,
+    Gaussian2dReadout,
+    Shifter,
+    check_parts,
+    initial_bias,
+    make_core,
+    make_readout,
+    parts_told,
+)
 from .tubelets import Tubelets
 
 # %% ../../neuro_nbs/06_viv1t.ipynb #d67ae012
@@ -119,6 +131,7 @@ def _check_options(c: PretrainedConfig) -> None:
         if not 0 <= getattr(c, name) < 1:
             raise DataError(f"{name}={getattr(c, name)!r}", expected="a probability, 0 <= p < 1")
     _check_fed(c)
+    check_parts(c, "video")
     names = {"output": OUTPUTS, "loss": LOSSES, "positions": ("predicted", "free")}
     for name, allowed in (names | {"modulator": (None, *MODULATORS)}).items():
         if getattr(c, name) not in allowed:
@@ -126,7 +139,7 @@ def _check_options(c: PretrainedConfig) -> None:
                 f"{name}={getattr(c, name)!r}", expected=f"one of {', '.join(map(repr, allowed))}"
             )
     for axis, length, patch in zip(("frames", "rows", "columns"), (c.frames, *c.size), c.patch, strict=True):
-        if length < patch:
+        if length < patch and c.core == "vivit":
             raise DataError(f"a tubelet of {patch} {axis} in a clip of {length}", fix="make patch smaller")
     if c.frames > c.max_frames:
         raise DataError(f"frames={c.frames} is more than max_frames={c.max_frames}", fix="raise max_frames")
@@ -180,6 +193,10 @@ class ViV1TConfig(PretrainedConfig):
         normalisation: str | None = "range",  # what it is fed: a scheme of `data.clips`; None: nobody knows
         channels: Iterable[str] | None = None,  # names of the behaviour channels, in order; None: not told
         rate: float | None = None,  # frames per second of what it is fed, Hz; None: not told
+        core: str = "vivit",  # a name in models.readouts.CORES, e.g. "conv"
+        core_options: Mapping[str, Any] | None = None,  # of another core than "vivit"
+        readout: str = "gaussian",  # a name in models.readouts.READOUTS, e.g. "factorised"
+        readout_options: Mapping[str, Any] | None = None,  # of another readout than "gaussian"
         **kwargs,  # options every Hugging Face config has
     ):
         self.neurons = {"A": 227} if neurons is None else dict(neurons)
@@ -196,19 +213,37 @@ class ViV1TConfig(PretrainedConfig):
         self.modulator, self.output, self.loss, self.loss_frames = modulator, output, loss, loss_frames
         self.normalisation, self.rate = normalisation, rate
         self.channels = None if channels is None else list(channels)
+        self.core, self.readout = core, readout
+        self.core_options, self.readout_options = dict(core_options or {}), dict(readout_options or {})
         _check_options(self)
         _refuse_unknown(self, kwargs)
         super().__init__(**kwargs)
 
     @property
     def grid(self) -> tuple[int, int, int]:  # T', H', W'
-        "Tubelets in time, rows and columns for a clip of `frames` frames."
+        "Tubelets in time, rows and columns for a clip of `frames` frames; of the core vivit."
         ends = zip((self.frames, *self.size), self.patch, self.stride, strict=True)
         return tuple((length - patch) // stride + 1 for length, patch, stride in ends)
+
+    @property
+    def core_shape(self) -> tuple[int, int, int, int]:  # 1, T, H, W
+        "A clip as the core takes it."
+        return (1, self.frames, *self.size)
+
+    @property
+    def core_state_channels(self) -> int:
+        "Channels of behaviour and pupil that the core takes beside the clip; 0: none."
+        return (self.behavior_channels + self.pupil_channels) * self.core_state
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        "Options that differ from the defaults, as they are saved."
+        return parts_told(super().to_diff_dict(), "vivit")
 
 # %% ../../neuro_nbs/06_viv1t.ipynb #2555afc1
 class ViViT(nn.Module):
     "The core: tubelets, then attention across space at each moment, then across time at each place."
+
+    takes = ("video",)
 
     def __init__(
         self,
@@ -249,6 +284,9 @@ class ViViT(nn.Module):
         x = self.spatial_transformer(x).unflatten(0, (-1, t)).transpose(1, 2).flatten(0, 1)
         x = self.temporal_transformer(x)  # (B H' W', T', emb)
         return x.unflatten(0, (-1, h, w)).permute(0, 4, 3, 1, 2)
+
+
+CORES["vivit"] = ViViT
 
 # %% ../../neuro_nbs/06_viv1t.ipynb #7b0f14c3
 def _for_mice(config: PretrainedConfig, neurons: Mapping[str, int]) -> PretrainedConfig:
@@ -413,6 +451,7 @@ class Heads(Saved):
     "The side of a model that knows mice, and where its weights come from: one core, one head per mouse."
 
     layout: Layout  # how the published code stores this model
+    map_size: tuple[int, int]  # height and width of the core's map
 
     def _new_head(self, neurons: int) -> dict[str, nn.Module]:
         "The parts of a fresh head, by the dictionary of the model that takes them."
@@ -420,7 +459,11 @@ class Heads(Saved):
         channels = c.behavior_channels + c.pupil_channels
         encoder = {"state_channels": channels * c.state_encoder, "dropout": c.readout_dropout}
         head = {"shifters": Shifter(c.shifter_hidden, c.shifter_layers)} if c.shifter else {}
-        head |= {"readouts": Gaussian2dReadout(c.emb_dim, neurons, positions=c.positions, **encoder)}
+        if c.readout == "gaussian":
+            head |= {"readouts": Gaussian2dReadout(c.emb_dim, neurons, positions=c.positions, **encoder)}
+        else:
+            told = encoder["state_channels"]
+            head |= {"readouts": make_readout(c, neurons, self.map_size, told, shifts=c.shifter)}
         return head | ({"modulators": MODULATORS[c.modulator](neurons, channels)} if c.modulator else {})
 
     def _add_heads(self, parts: Iterable[str]) -> None:
@@ -450,32 +493,46 @@ class Heads(Saved):
             )
         return mouse_id
 
+    def _able(self, kind: str, part: nn.Module, method: str) -> Any:
+        "A method that not every core or readout has."
+        if not hasattr(part, method):
+            raise DataError(f"the {kind} {getattr(self.config, kind)!r} has no {method}")
+        return getattr(part, method)
+
+    def _penalty(self, mouse_id: str | None) -> torch.Tensor | float:
+        "What core and readout add to the loss in training, if they have a `penalty`."
+        parts = (self.core, self.readouts[self._mouse(mouse_id)])
+        return sum(part.penalty() for part in parts if self.training and hasattr(part, "penalty"))
+
     def set_coordinates(
         self,
         mouse_id: str | None,  # None: the only mouse
         coordinates: np.ndarray | torch.Tensor,  # (neurons, 2 or more): x, y (, depth), um
     ) -> None:
         "Where the neurons lie, standardised as published, for the network that predicts their reading points."
-        self.readouts[self._mouse(mouse_id)].set_coordinates(coordinates)
+        self._able("readout", self.readouts[self._mouse(mouse_id)], "set_coordinates")(coordinates)
 
     def add_mouse(
         self,
         mouse_id: str,  # a name the model does not have yet
         n_neurons: int,
-        coordinates: np.ndarray | torch.Tensor | None = None,  # (n_neurons, 2 or more): x, y (, depth), um
+        coordinates: np.ndarray
+        | torch.Tensor
+        | None = None,  # (n_neurons, 2 or more): x, y (, depth), um; of no effect on a readout without positions
         mean_response: np.ndarray | torch.Tensor | None = None,  # (n_neurons,) mean label in training
     ) -> None:
         "A fresh head for a new mouse."
         if mouse_id in self.config.neurons:
             raise DataError(f"the model has a mouse {mouse_id!r} already", fix="choose another name")
         config = _for_mice(self.config, {**self.config.neurons, mouse_id: n_neurons})
-        if self.config.positions == "predicted" and coordinates is None:
+        gaussian = self.config.readout == "gaussian"
+        if gaussian and self.config.positions == "predicted" and coordinates is None:
             raise DataError(
                 f"positions of mouse {mouse_id!r} are predicted from coordinates, but none were given",
                 fix='give coordinates, or make the model with positions="free"',
             )
         head = self._new_head(n_neurons)
-        if coordinates is not None:
+        if coordinates is not None and hasattr(head["readouts"], "set_coordinates"):
             head["readouts"].set_coordinates(coordinates)
         if mean_response is not None:
             head["readouts"].set_bias(initial_bias(mean_response, self.config.output))
@@ -510,6 +567,10 @@ class Heads(Saved):
 
     def to_published(self) -> dict[str, torch.Tensor]:
         "A copy of the weights under the names of the published code, with the constants it keeps beside them."
+        c = self.config
+        if c.core != self.layout.config({}).core or c.readout != "gaussian":
+            problem = f"core={c.core!r}, readout={c.readout!r}: the published code stores no such model"
+            raise DataError(problem, fix="save_pretrained")
         own = {name: value.detach().cpu().clone() for name, value in self.state_dict().items()}
         return self.layout.published(own) | self.layout.constants(self.config)
 
@@ -572,7 +633,7 @@ class ViV1T(Heads, PreTrainedModel):
         config: ViV1TConfig,
     ):
         super().__init__(config)
-        self.core = ViViT(config)
+        self.core, self.map_size = make_core(config)
         self._add_heads(_HEADS)
         self.post_init()
 
@@ -593,8 +654,8 @@ class ViV1T(Heads, PreTrainedModel):
         trace: torch.Tensor,  # (..., T): one value for each frame of the clip
         frames: int,  # how many response frames
     ) -> torch.Tensor:  # (..., frames)
-        "The last response frames: each tubelet answers for its last frame."
-        step = self.config.stride[0]
+        "The last response frames: each tubelet answers for its last frame, another core for the last frames."
+        step = self.config.stride[0] if self.config.core == "vivit" else 1
         if step > 1 and trace.shape[-1] != frames:
             trace = trace[..., self.config.patch[0] - 1 :: step]
         if trace.shape[-1] < frames:
@@ -609,7 +670,7 @@ class ViV1T(Heads, PreTrainedModel):
     ) -> torch.Tensor:  # (B, T', H' W', emb_dim)
         "The clip's tokens, before dropout and positions."
         state = self._state(behavior, pupil_center) if self.config.core_state else None
-        return self.core.tokenizer.embed(video, state)
+        return self._able("core", self.core, "tokenizer").embed(video, state)
 
     def encode(
         self,
@@ -628,7 +689,7 @@ class ViV1T(Heads, PreTrainedModel):
             state = self._state(behavior, pupil_center) if self.config.core_state else None
             features = self.core(given, state)
         else:
-            features = self.core.mix(given)
+            features = self._able("core", self.core, "mix")(given)
         if shared:
             features = features.expand(len(video if tokens is None else tokens), -1, -1, -1, -1)
         if last is not None and not 1 <= last <= features.shape[2]:
@@ -681,7 +742,7 @@ class ViV1T(Heads, PreTrainedModel):
             )
         labels = self.align(labels, responses.shape[-1])
         loss = loss_named(self.config.loss)(responses[..., -frames:], labels[..., -frames:])
-        return ViV1TOutput(loss=loss, logits=responses)
+        return ViV1TOutput(loss=loss + self._penalty(mouse_id), logits=responses)
 
 # %% ../../neuro_nbs/06_viv1t.ipynb #f8a59722
 def _published_name(name: str) -> str:

@@ -36,6 +36,7 @@ from cortexlit.core import (
 )
 from ..data.inputs import check_inputs
 from ..models.adapters import tensors_digest
+from ..models.readouts import own_code
 
 # %% auto #0
 __all__ = ['STATE', 'STAGES', 'core_inputs', 'fingerprint', 'weights_digest', 'config_options', 'source', 'CachedFeatures',
@@ -127,7 +128,15 @@ def weights_digest(
 
 
 _INCIDENTAL = ("transformers_version", "architectures", "dtype", "use_cache", "loss", "loss_frames")
-_HEAD = ("neurons", "shifter", "positions", "state_encoder", "modulator", "output")  # and what begins so
+_HEAD = (
+    "neurons",
+    "shifter",
+    "positions",
+    "state_encoder",
+    "readout",
+    "modulator",
+    "output",
+)  # and what begins so
 
 
 def config_options(
@@ -142,7 +151,10 @@ def _core_options(model: Any) -> dict[str, Any] | None:
     if not hasattr(model, "config"):
         return None
     given = config_options(model).items()
-    return {k: v for k, v in given if not k.startswith(_HEAD) and "drop" not in k}  # dropout: never here
+    own = {k: v for k, v in own_code(model.config).items() if k.startswith("core")}
+    return own | {
+        k: v for k, v in given if not k.startswith(_HEAD) and "drop" not in k
+    }  # dropout: never here
 
 # %% ../../neuro_nbs/06a_features.ipynb #5d2e8c63
 def source(

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from ..core import DataError, rng, seeded
 from ..data.clips import MouseDataset
 from ..data.inputs import comparable, open_for
+from ..models.readouts import Gaussian2dReadout
 from ..models.viv1t import ViV1T, ViV1TConfig
 from .features import cached_features
 from .pretraining import demo_core
@@ -70,7 +71,8 @@ def fresh_head(
             name, len(train.neurons), coordinates if config.positions == "predicted" else None, mean
         )
     with torch.no_grad():
-        model.readouts[name].sigma.mul_(0.1)
+        if config.readout == "gaussian":
+            model.readouts[name].sigma.mul_(0.1)
         if config.shifter:
             model.shifters[name].mlp[-2].weight.zero_()
             model.shifters[name].mlp[-2].bias.zero_()
@@ -127,6 +129,8 @@ def reverse_correlate(
     "Start the readout where, and with what, the responses correlate with the core's map."
     (mouse,) = model.config.neurons
     readout = model.readouts[mouse]
+    if not isinstance(readout, Gaussian2dReadout):
+        raise DataError(f"the readout {model.config.readout!r} has no reading points to start", "gaussian")
     maps, responses = _clip_means(model, train, last)
     x, y = maps.flatten(3), responses - responses.mean(-1, keepdim=True)
     x = x - x.mean(2, keepdim=True)

@@ -77,6 +77,7 @@ from ..data.inputs import check_inputs, open_for
 from ..metrics import single_trial_correlation
 from ..models.adapters import Adapters, add_adapters, check_targets, merged, save_adapters
 from ..models.losses import LOSSES
+from ..models.readouts import own_code
 from cortexlit.training.features import (
     cached_features,
     config_options,
@@ -642,7 +643,7 @@ def model_content(
 ) -> dict[str, Any]:  # JSON-able
     "A model by content: hash of its weights, and its configuration."
     config = {f"model.{k}": v for k, v in config_options(model).items()}
-    return {"starting weights": weights_digest(model), **config}
+    return {"starting weights": weights_digest(model), **config, **own_code(model.config)}
 
 
 class _Looked:
