@@ -634,7 +634,8 @@ def scenes_score(
     for folder in run or ():
         best = best_folder(folder)
         check_trained_on(folder, test)
-        found[f"V1T {folder.name}"] = predict(V1T.from_pretrained(best).eval(), test, batch_size=32)
+        trained = V1T.from_pretrained(best).eval()
+        found[f"{trained.label} {folder.name}"] = predict(trained, test, batch_size=32)
     _tell_sheet(score_scenes(dataset, found), out, as_json, _show_scenes)
 
 

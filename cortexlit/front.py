@@ -186,7 +186,9 @@ def _called(run: Any, name: str | None) -> str | tuple[str, int]:
     if name is None and not plan and path is None:
         raise DataError(f"a {type(run).__name__} without a name", "a run, or name=array")
     kind = {"head": "head only", "lora": "LoRA", "full": "all weights"}.get(plan.get("adapt"), "")
-    model = type(run.model).__name__ if hasattr(run, "model") else path.name if path else ""
+    model = path.name if path else ""
+    if hasattr(run, "model"):
+        model = getattr(run.model, "label", type(run.model).__name__)
     name = name or f"{model}, {kind}".strip(", ")
     return (name, plan["seed"]) if "seed" in plan else name
 

@@ -48,6 +48,10 @@ def test_from_a_folder_to_scores(tmp_path, capsys, monkeypatch):
     )
     assert code == 0 and {"pixel ridge", "V1T run"} <= {r["model"] for r in rows}
     assert json.loads((tmp_path / "scores" / "scores.json").read_text())["rows"] == rows
+    words = ["fit", folder, "--model", "conv", "--epochs", "1", "--out", tmp_path / "other"]
+    assert run(capsys, monkeypatch, *words)[0] == 0
+    code, rows = run(capsys, monkeypatch, "score", folder, "--run", tmp_path / "other")
+    assert code == 0 and "V1T (conv, factorised) other" in {r["model"] for r in rows}
 
 
 @pytest.mark.parametrize(
@@ -57,6 +61,8 @@ def test_from_a_folder_to_scores(tmp_path, capsys, monkeypatch):
         (["fit", "FOLDER", "--session", "1"], "(144, 256)"),
         (["fit", "FOLDER", "--session", "4", "--scale", "big"], "demo, paper"),
         (["fit", "FOLDER", "--scale", "demo"], "without --session"),
+        (["fit", "FOLDER", "--model", "cnn"], "v1t or conv"),
+        (["fit", "FOLDER", "--model", "conv", "--session", "4"], "v1t, which the sessions are of"),
         (["fit", "FOLDER", "--lr", "-1"], "lr"),
         (["score", "FOLDER", "--run", "FOLDER"], "no finished run"),
         (["build", "park_230809", "--out", "x"], "Allen session id"),

@@ -316,11 +316,11 @@ def test_resumed_to_the_same_bits(tmp_path, adapt):
         if len(history) == 2:
             raise KeyboardInterrupt
 
-    model = movie_model()
-    whole = fit(model, tiers(), adapt=adapt, out=tmp_path / "whole", epochs=4, **QUICK)
+    model, quick = movie_model(), QUICK | {"cache": False}  # the core runs on every batch
+    whole = fit(model, tiers(), adapt=adapt, out=tmp_path / "whole", epochs=4, **quick)
     with pytest.raises(KeyboardInterrupt):
-        fit(model, tiers(), adapt=adapt, out=tmp_path / "cut", epochs=4, on_epoch=cut, **QUICK)
-    again = fit(model, tiers(), adapt=adapt, out=tmp_path / "cut", epochs=4, **QUICK)
+        fit(model, tiers(), adapt=adapt, out=tmp_path / "cut", epochs=4, on_epoch=cut, **quick)
+    again = fit(model, tiers(), adapt=adapt, out=tmp_path / "cut", epochs=4, **quick)
     a, b = weights(whole.best), weights(again.best)
     assert whole.best_epoch == again.best_epoch and a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -349,7 +349,8 @@ def test_movies_from_fit_to_the_sheet(tmp_path, register_both):
     head = fit(run.model, root, adapt="head", epochs=1, **QUICK | {"last": 6})  # on kept features
     rows = cx.score(root, head, full=run).rows
     values = {row.model: row.value for row in rows if row.metric == "single-trial correlation"}
-    assert {"ViV1T, head only", "full", "train mean"} <= values.keys() and np.isfinite(values["full"])
+    name = f"ViV1T ({config.core}, {config.readout}), head only"
+    assert {name, "full", "train mean"} <= values.keys() and np.isfinite(values["full"])
 
 
 @pytest.mark.parametrize("register_both", [False, True])
@@ -366,7 +367,8 @@ def test_pictures_from_fit_to_the_sheet(tmp_path, register_both):
     assert np.array_equal(
         predict(V1T.from_pretrained(best_folder(run.folder)), test), predict(run.model, test)
     )
-    assert "V1T, all weights" in {row.model for row in cx.score(root, run).rows}
+    name = f"V1T ({parts['core']}, {parts['readout']}), all weights"
+    assert name in {row.model for row in cx.score(root, run).rows}
 
 
 def test_code_that_changed_is_another_model(tmp_path):

@@ -12,6 +12,7 @@ __all__ = ['record_attention', 'gradient_times_input', 'occlusion', 'enrichment'
 # %% ../../neuro_nbs/14_attention_maps.ipynb #5bd56160
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import nibabel as nib
@@ -249,6 +250,13 @@ def random_maps(
     return noise[:, : mask.shape[0], : mask.shape[1], : mask.shape[2]][:, mask].astype(np.float32)
 
 
+@lru_cache(maxsize=64)
+def _usual_steps(shape: tuple[int, int, int], mask: bytes, width: float, seed: int) -> np.ndarray:
+    "(steps,) of random maps in a mask, which many maps are compared with."
+    inside = np.frombuffer(mask, bool).reshape(shape)
+    return _steps(random_maps(inside, width, 60, seed), inside).mean(0)
+
+
 def as_smooth_as(
     values: np.ndarray,  # (voxels,) a map without gaps
     mask: np.ndarray,  # (x, y, z) bool: its voxels
@@ -264,7 +272,8 @@ def as_smooth_as(
             expected="one finite value for each voxel of the mask",
         )
     own = _steps(values[None], mask)[0]
-    apart = [np.square(_steps(random_maps(mask, w, 60, seed), mask).mean(0) - own).sum() for w in widths]
+    usual = [_usual_steps(mask.shape, mask.tobytes(), float(w), seed) for w in widths]
+    apart = [np.square(steps - own).sum() for steps in usual]
     width = float(widths[int(np.argmin(apart))])
     return random_maps(mask, width, draws, seed), width
 

@@ -453,6 +453,13 @@ class Heads(Saved):
     layout: Layout  # how the published code stores this model
     map_size: tuple[int, int]  # height and width of the core's map
 
+    @property
+    def label(self) -> str:
+        "What it is called in a table: its class, and its parts if they are not the published ones."
+        c, core = self.config, self.layout.config({}).core
+        own = (c.core, c.readout) != (core, "gaussian")
+        return f"{type(self).__name__} ({c.core}, {c.readout})" if own else type(self).__name__
+
     def _new_head(self, neurons: int) -> dict[str, nn.Module]:
         "The parts of a fresh head, by the dictionary of the model that takes them."
         c = self.config
