@@ -23,15 +23,16 @@ from rich.table import Table
 
 from . import __version__, core
 
-if TYPE_CHECKING:  # a command that prints no table starts without them
-    import numpy as np
-    import pandas as pd
-
 # %% auto #0
 __all__ = ['app', 'Json', 'Cache', 'Embedded', 'METRICS', 'Scale', 'Core', 'Last', 'scenes', 'things', 'Rois', 'Ratings',
            'Properties', 'Folds', 'Cached', 'PARK', 'DEMO', 'sessions', 'build', 'score', 'fit', 'grid', 'design',
            'folds', 'scenes_build', 'scenes_fit', 'scenes_score', 'things_build', 'things_fit', 'things_score',
            'real_files', 'data', 'clear_demo', 'run_demo', 'show_demo', 'demo', 'pretrain', 'main']
+
+# %% ../neuro_nbs/19_cli.ipynb #5b9f17b6
+if TYPE_CHECKING:  # a command that prints no table starts without them
+    import numpy as np
+    import pandas as pd
 
 # %% ../neuro_nbs/19_cli.ipynb #797b884d
 app = typer.Typer(

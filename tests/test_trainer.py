@@ -24,7 +24,7 @@ from cortexlit.metrics import single_trial_correlation
 from cortexlit.models.adapters import Adapters, load_adapters
 from cortexlit.models.losses import LOSSES
 from cortexlit.models.viv1t import ViV1T, ViViT
-from cortexlit.training.trainer import Fit, _Batches, _correlation, _last_checkpoint, fit, predict
+from cortexlit.training.trainer import Fit, _Batches, _last_checkpoint, fit, predict
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 CURVES = Fit.curves
@@ -38,19 +38,6 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 # --- scores
-
-
-def test_correlation_is_that_of_the_metrics():
-    draw = rng(0, "scores")
-    p, y = draw.normal(size=(7, 5, 9)).astype("float32"), draw.normal(size=(7, 5, 9)).astype("float32")
-    p[0, 1] = 0.3  # constant prediction
-    y[2] = 1.0  # a sample without any defined neuron
-    p[3, 0] = y[3, 0] * 1e-6  # variance below the limit
-    y[4, 0] = p[4, 0] + 1e4  # far from zero
-    assert _correlation(p, y) == pytest.approx(single_trial_correlation(p, y), abs=1e-9)
-    for sample in range(7):
-        ours = _correlation(p[[sample]], y[[sample]])
-        assert np.isnan(ours) == (sample == 2)
 
 
 def test_the_best_model_has_the_score_in_the_history(tmp_path):
