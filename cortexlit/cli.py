@@ -380,8 +380,8 @@ def _configurations(ranks: list[int] | None, targets: list[str] | None) -> list:
     from cortexlit.training.lora import STUDY, configuration
 
     own = [(c.adapters.rank, c.adapters.targets) for c in STUDY]
-    ranks = ranks or sorted({rank for rank, _ in own})
-    targets = targets or sorted({layers for _, layers in own})
+    ranks = dict.fromkeys(ranks or sorted({rank for rank, _ in own}))  # each once
+    targets = dict.fromkeys(targets or sorted({layers for _, layers in own}))
     return [
         configuration(r, tuple(t.split(",")) if "," in t or "." in t else t) for r in ranks for t in targets
     ]

@@ -66,6 +66,11 @@ def test_fit_and_again(inputs, tmp_path, capsys, monkeypatch, adapt):
     assert code == 1 and "there is a run in this folder" in refused["error"]
 
 
+def test_a_rank_that_is_given_twice_is_run_once():
+    assert [c.name for c in cli._configurations([4, 8, 4], ["all", "all"])] == ["r4-all", "r8-all"]
+    assert len(cli._configurations(None, None)) == 6
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

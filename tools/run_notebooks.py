@@ -282,9 +282,9 @@ SHARED = {  # job that makes what many notebooks read -> how they ask for it, an
 }
 
 
-def shared(paths: list[Path], last: Path = LAST) -> dict[jobs.Job, set[Path]]:
+def shared(paths: list[Path], typical: Mapping[str, float]) -> dict[jobs.Job, set[Path]]:
     "Jobs for what two or more of the notebooks read, so that none waits while another makes it; and these notebooks."
-    typical, texts, found = expected_seconds(last), {path: path.read_text("utf-8") for path in paths}, {}
+    texts, found = {path: path.read_text("utf-8") for path in paths}, {}
     for name, (words, make) in SHARED.items():
         readers = {path for path, text in texts.items() if words in text}
         if len(readers) > 1:
@@ -303,7 +303,8 @@ def jobs_of(
     **options: Any,  # of `execute`
 ) -> list[jobs.Job]:
     "One job for each notebook, and those that make what they share."
-    typical, first = expected_seconds(last), shared(paths, last)
+    typical = expected_seconds(last)
+    first = shared(paths, typical)
     needs = {path: frozenset(job.name for job, readers in first.items() if path in readers) for path in paths}
     return [
         *first,

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from ..core import DataError
-from .readouts import register_core, register_readout
+from .readouts import Gaussian2dReadout, register_core, register_readout
 
 # %% auto #0
 __all__ = ['CONV', 'CONV_RECIPE', 'ConvCore', 'FactorisedReadout']
@@ -87,16 +86,7 @@ class FactorisedReadout(nn.Module):
         if self.state is not None:
             nn.init.zeros_(self.state.weight)
 
-    @torch.no_grad()
-    def set_bias(
-        self,
-        bias: np.ndarray | torch.Tensor,  # (N,) e.g. from `initial_bias`
-    ) -> None:
-        "Replace the bias."
-        bias = torch.as_tensor(np.asarray(bias), dtype=self.bias.dtype)
-        if bias.shape != self.bias.shape:
-            raise DataError(f"bias of shape {tuple(bias.shape)}", expected=f"({len(self.bias)},)")
-        self.bias.copy_(bias)
+    set_bias = Gaussian2dReadout.set_bias
 
     def penalty(self) -> torch.Tensor:  # scalar
         "What is added to the loss in training."

@@ -139,7 +139,7 @@ class Gaussian2dReadout(nn.Module):
         "Replace the bias."
         bias = torch.as_tensor(np.asarray(bias), dtype=self.bias.dtype)
         if bias.shape != self.bias.shape:
-            raise DataError(f"bias of shape {tuple(bias.shape)}", expected=f"({self.neurons},)")
+            raise DataError(f"bias of shape {tuple(bias.shape)}", expected=f"({len(self.bias)},)")
         self.bias.copy_(bias)
 
     def positions(self) -> torch.Tensor:  # (N, 2): x (left -1, right 1), y (top -1, bottom 1)
