@@ -54,6 +54,7 @@ from cortexlit.data.checks import (
     whole,
 )
 from .recordings import Recording
+from ..shown import Shown, picture_html
 
 # %% auto #0
 __all__ = ['TIERS', 'NORMALISATIONS', 'frame_index', 'split_clips', 'audit_samples', 'resize_frames', 'build_dataset',
@@ -859,7 +860,7 @@ def _frame_terms(name: str, x: np.ndarray, weight: np.ndarray, scheme: str) -> t
 _AGAIN = "build the dataset again (overwrite=True)"
 
 
-class _Tier:
+class _Tier(Shown):
     "One tier of a dataset folder: its tables, its memory-mapped arrays, its items as tensors."
 
     _seen, _unit, _key = (
@@ -954,6 +955,30 @@ class _Tier:
     def channels(self) -> dict[str, list[str]]:
         "Names of the behaviour channels of an item, in its order; a field that was not measured is absent."
         return {k: [self.card["channels"][k][i] for i in rows] for k, rows in self._in_order.items()}
+
+    def _told(self) -> tuple[str, dict[str, Any]]:
+        seen, shown = self._arrays[self._seen[1]], self.samples[self._key].nunique()
+        size = " x ".join(map(str, seen.shape[-2:]))
+        if seen.ndim == 4:
+            rate = self.card.get("rate")
+            size = f"{seen.shape[1]} frames{f' at {rate:.1f} Hz' if rate else ''}, {size}"
+        facts = {
+            "folder": self.root,
+            "recording": self.card.get("name"),
+            f"{self._unit}s": f"{len(self)}, of {shown} {self._seen[1]} of {size} pixels",
+            "neurons": len(self.neurons),
+            "behaviour": ", ".join(n for names in self.channels.values() for n in names) or "not measured",
+            "split": self.card.get("options", {}).get("split"),
+            "warning": " ".join(self.card.get("warnings") or ()),
+        }
+        facts = {name: fact for name, fact in facts.items() if fact not in (None, 0, "")}
+        return f"{type(self).__name__}, tier {self.tier}", facts
+
+    def _picture(self) -> str:
+        first = self.read(0, self._seen[1])
+        return picture_html(
+            first[len(first) // 2] if first.ndim == 3 else first, f"one of the {self._seen[1]}"
+        )
 
     def __len__(self) -> int:
         return len(self.samples)

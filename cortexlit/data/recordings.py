@@ -14,6 +14,7 @@ import pandas as pd
 
 from ..core import DataError, MissingError
 from .checks import described, finite, increasing, whole
+from ..shown import Shown
 
 # %% auto #0
 __all__ = ['Recording']
@@ -98,8 +99,8 @@ def _clock(timestamps: np.ndarray) -> None:
         )
 
 # %% ../../neuro_nbs/00_recordings.ipynb #76ee017f
-@dataclass(frozen=True, eq=False)
-class Recording:
+@dataclass(frozen=True, eq=False, repr=False)
+class Recording(Shown):
     """One two-photon session, every series on the two-photon clock; validated when made, read-only after.
 
     Parameters
@@ -218,14 +219,15 @@ class Recording:
             )
         return self.stimulus_tables[stimulus]
 
-    def __repr__(self) -> str:
-        def has(x: Any) -> str:
-            return "no" if x is None else "yes"
-
-        return (
-            f"Recording {self.name} ({self.source}): {self.n_neurons} neurons x {self.n_frames} frames at {self.rate:.3f} Hz, "
-            f"{self.n_frames / self.rate / 60:.1f} min of {self.signal}\n"
-            f"  stimuli: {', '.join(self.stimulus_tables) or 'none'}\n"
-            f"  running: {has(self.running)}, pupil area: {has(self.pupil_area)}, pupil centre: {has(self.pupil_center)}, "
-            f"masks: {has(self.roi_masks)}"
-        )
+    def _told(self) -> tuple[str, dict[str, str]]:
+        minutes = self.n_frames / self.rate / 60
+        measured = {name: getattr(self, name.replace(" ", "_")) is not None
+                    for name in ("running", "pupil area", "pupil center", "roi masks")}  # fmt: skip
+        facts = {
+            "responses": f"{self.n_neurons} neurons x {self.n_frames} frames at {self.rate:.3f} Hz, "
+            f"{minutes:.1f} min of {self.signal}",
+            "stimuli": ", ".join(self.stimulus_tables) or "none",
+            "also": ", ".join(name for name, there in measured.items() if there),
+            "not measured": ", ".join(name for name, there in measured.items() if not there),
+        }
+        return f"Recording {self.name} ({self.source})", {name: fact for name, fact in facts.items() if fact}

@@ -55,6 +55,7 @@ from cortexlit.data.checks import (
 )
 from .clips import _need_space, check_folder
 from .opendata import OpenFile, fetch
+from ..shown import Shown, picture_html
 
 # %% auto #0
 __all__ = ['SUBJECT_SIZES', 'PROPERTIES', 'THINGS_TABLES', 'LAYOUTS', 'ROLES', 'ROI_SETS', 'ThingsSize', 'things_table',
@@ -1574,7 +1575,7 @@ def _check_cache(
         )
 
 
-class ThingsDataset:
+class ThingsDataset(Shown):
     "Trials of a cached subject with the ratings of their concepts, for decoding."
 
     def __init__(
@@ -1672,6 +1673,24 @@ class ThingsDataset:
             whole = len(self._columns) == values.shape[1]
             out[start : start + step] = values[rows] if whole else values[np.ix_(rows, self._columns)]
         return out
+
+    def _told(self) -> tuple[str, dict[str, Any]]:
+        roles = self.trials["role"].value_counts()
+        facts = {
+            "folder": self.folder,
+            "subject": self.card.get("subject"),
+            "trials": f"{len(self)} ({', '.join(f'{n} {role}' for role, n in roles.items())}) "
+            f"of {self.trials['concept'].nunique()} concepts in {self.trials['session'].nunique()} sessions",
+            "voxels": f"{len(self._columns)} of {self._values.shape[1]}, in {' x '.join(map(str, self.mask.shape))}",
+            "z-scored": self.card.get("zscore"),
+            "ratings": f"{len(self.properties)} properties" if self.properties else "none given",
+        }
+        return f"{type(self).__name__}, items as {self.form}", facts
+
+    def _picture(self) -> str:
+        return picture_html(
+            self.brain.max(2).T[::-1] + 2.0 * self.mask.max(2).T[::-1], "the voxels, from above"
+        )
 
     def __len__(self) -> int:
         return len(self.trials)

@@ -34,6 +34,7 @@ from cortexlit.core import (
     write_json,
 )
 from ..data.things import Split, audit_concepts
+from ..shown import Shown
 from .augmentation import augment as with_made
 from .augmentation import check_augmentation
 from .features import fingerprint, source
@@ -76,8 +77,8 @@ class _More(torch.utils.data.Dataset):
 _COLUMNS = ["fold", "train", "validation", "test", "best epoch", "validation correlation", "slope", "seconds"]
 
 
-@dataclass(frozen=True)
-class FoldFits:
+@dataclass(frozen=True, repr=False)
+class FoldFits(Shown):
     """A decoder trained on every fold.
 
     Parameters
@@ -94,6 +95,15 @@ class FoldFits:
     predictions: np.ndarray
     table: pd.DataFrame
     folder: Path
+
+    def _told(self) -> tuple[str, dict[str, Any]]:
+        scores = self.table["validation correlation"]
+        trials, outputs = self.predictions.shape
+        return f"FoldFits of {len(self.table)} folds", {
+            "predictions": f"{int(np.isfinite(self.predictions).all(1).sum())} of {trials} trials, {outputs} outputs",
+            "validation": f"{scores.min():.3f} to {scores.max():.3f}, correlation at the best epoch",
+            "folder": self.folder,
+        }
 
     @classmethod
     def load(

@@ -78,6 +78,7 @@ from ..metrics import single_trial_correlation
 from ..models.adapters import Adapters, add_adapters, check_targets, merged, save_adapters
 from ..models.losses import LOSSES
 from ..models.readouts import own_code
+from ..shown import Shown, curve_html
 from cortexlit.training.features import (
     cached_features,
     config_options,
@@ -427,8 +428,8 @@ def best_folder(
     return folder / "best"
 
 # %% ../../neuro_nbs/06b_trainer.ipynb #9ca20895
-@dataclass(frozen=True)
-class Fit:
+@dataclass(frozen=True, repr=False)
+class Fit(Shown):
     """A finished training run.
 
     Parameters
@@ -459,6 +460,19 @@ class Fit:
     def correlation(self) -> float:
         "Its single-trial correlation on the validation tier (mean over mice): an optimistic number, it was chosen."
         return float(self.history["validation_correlation"].max())
+
+    def _told(self) -> tuple[str, dict[str, Any]]:
+        weights = sum(p.numel() for p in self.model.parameters())
+        return f"Fit of {type(self.model).__name__}", {
+            "best": f"after epoch {self.best_epoch} of {int(self.history['epoch'].iloc[-1])}: "
+            f"{self.correlation:.3f} on validation, which chose it",
+            "weights": f"{weights:,}",
+            "folder": self.folder,
+        }
+
+    def _picture(self) -> str:
+        score = self.history["validation_correlation"].to_numpy()
+        return curve_html(score, "validation correlation by epoch", int(score.argmax()))
 
     def curves(self) -> Figure:
         "Losses and validation correlation by epoch."
