@@ -49,7 +49,7 @@ def card_html(
 ) -> str:
     "Title, facts and picture as one block of HTML, with all that is text escaped."
     rows = "".join(_ROW.format(escape(str(name)), escape(str(fact))) for name, fact in facts.items())
-    text = f"<div><strong>{escape(title)}</strong><table style='margin:0.4em 0'>{rows}</table></div>"
+    text = f"<div style='flex:1 1 18em;min-width:0'><strong>{escape(title)}</strong><table style='margin:0.4em 0'>{rows}</table></div>"
     return f"<div style='display:flex;flex-wrap:wrap;gap:1em;align-items:flex-start'>{picture}{text}</div>"
 
 # %% ../nbs/00c_shown.ipynb #0c500008

@@ -962,12 +962,15 @@ class _Tier(Shown):
         if seen.ndim == 4:
             rate = self.card.get("rate")
             size = f"{seen.shape[1]} frames{f' at {rate:.1f} Hz' if rate else ''}, {size}"
+        measured = list(self.channels.get("behavior", ())) + ["pupil centre"] * (
+            "pupil_center" in self.channels
+        )
         facts = {
             "folder": self.root,
             "recording": self.card.get("name"),
             f"{self._unit}s": f"{len(self)}, of {shown} {self._seen[1]} of {size} pixels",
             "neurons": len(self.neurons),
-            "behaviour": ", ".join(n for names in self.channels.values() for n in names) or "not measured",
+            "behaviour": ", ".join(measured) or "not measured",
             "split": self.card.get("options", {}).get("split"),
             "warning": " ".join(self.card.get("warnings") or ()),
         }

@@ -1689,7 +1689,7 @@ class ThingsDataset(Shown):
 
     def _picture(self) -> str:
         return picture_html(
-            self.brain.max(2).T[::-1] + 2.0 * self.mask.max(2).T[::-1], "the voxels, from above"
+            self.mask.sum(2).T[::-1], "how many voxels lie behind each point, from above", 120
         )
 
     def __len__(self) -> int:
