@@ -756,7 +756,7 @@ def things_fit(
     augment: Annotated[
         str,
         typer.Option(
-            help="Adds made trials to the training trials of each fold: none, noise, mixing, normal, vae, gan, diffusion or flow; not to the study's."
+            help="Adds made trials to the training trials of each fold, by a generator fitted to them alone: none, normal, vae or gan; not to the study's."
         ),
     ] = "none",
     ratio: Annotated[float, typer.Option(help="Of --augment: made trials for each recorded one.")] = 1.0,
@@ -780,15 +780,16 @@ def things_fit(
       cortexlit things fit _data/things-02 --ratings ~/THINGSplus --out _runs/parcels-02
       cortexlit things fit _data/things-02 --ratings ~/THINGSplus --model study --rois all --patch 12 13 15 --lr 1e-4 --out _runs/study-02
       cortexlit things fit _data/things-02 --ratings ~/THINGSplus --properties lives --properties size --out _runs/two-02
-      cortexlit things fit _data/things-02 --ratings ~/THINGSplus --augment normal --ratio 1 --out _runs/normal-02
+      cortexlit things fit _data/things-02 --ratings ~/THINGSplus --augment gan --ratio 1 --out _runs/gan-02
     """
     from cortexlit.data.things import split_by_concept
     from cortexlit.models.vit3d import decoder
-    from cortexlit.training.augmentation import check_augmentation
+    from cortexlit.training.augmentation import check_augmentation, check_worthwhile
     from cortexlit.training.decoders import fit_folds
     from cortexlit.training.trainer import check_options
 
     core.check_out(out)
+    check_worthwhile(augment)
     check_augmentation(augment, ratio, seed)
     if augment != "none" and model == "study":
         raise core.DataError(

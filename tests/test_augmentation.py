@@ -12,9 +12,11 @@ from cortexlit.models.vit3d import ViT3D, ViT3DConfig
 from cortexlit.training.augmentation import (
     AUGMENTATIONS,
     PRETRAINING,
+    WORTHWHILE,
     augment,
     augmenter,
     check_augmentation,
+    check_worthwhile,
     pretrain_decoder,
 )
 
@@ -217,3 +219,21 @@ def test_what_cannot_be_pretrained_is_refused(call, text):
 
 def test_names_are_told_apart():
     assert all(a != b for a, b in itertools.combinations(AUGMENTATIONS + PRETRAINING[1:], 2))
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_what_the_study_does_not_advise_is_refused_by_name_and_still_made_for_research(name):
+    if name in WORTHWHILE:
+        assert check_worthwhile(name) is None
+    else:
+        with pytest.raises(DataError, match=f"augmentation '{name}', which the study") as found:
+            check_worthwhile(name)
+        assert "13b_augmentation.ipynb" in str(found.value) and f"augment='{name}'" in str(found.value)
+    assert len(augment(name, *trials())[0]) == (60 if name == "none" else 120)
+
+
+@pytest.mark.parametrize("name", ["vea", None, "jepa", ""])
+def test_an_unknown_name_is_no_research(name):
+    with pytest.raises(DataError, match=f"augmentation {name!r}") as found:
+        check_worthwhile(name)
+    assert "one of none, normal, vae, gan" in str(found.value) and "study" not in str(found.value)

@@ -196,6 +196,8 @@ def test_layers_and_patience(study, cache, tmp_path, capsys, monkeypatch, model,
     ("words", "error"),
     [
         (["--augment", "vea"], "augmentation 'vea', perhaps vae"),
+        (["--augment", "flow"], "augmentation 'flow', which the study does not find worth having"),
+        (["--augment", "noise"], "augmentation 'noise', which the study does not find worth having"),
         (["--augment", "vae", "--ratio", "-1"], "ratio=-1.0"),
         (["--augment", "vae", "--model", "study"], "--augment with --model study"),
     ],
@@ -204,6 +206,10 @@ def test_made_trials_that_cannot_be_are_refused(study, cache, tmp_path, capsys, 
     common = [cache, "--ratings", study / "ratings", "--out", tmp_path / "net"]
     code, found = run(capsys, monkeypatch, "fit", *common, *words)
     assert code == 1 and found["error"].startswith(error) and not (tmp_path / "net").exists()
+    if "study does not" in error:
+        assert (
+            "one of none, normal, vae, gan" in found["error"] and "13b_augmentation.ipynb" in found["error"]
+        )
 
 
 @pytest.mark.parametrize(
@@ -211,6 +217,7 @@ def test_made_trials_that_cannot_be_are_refused(study, cache, tmp_path, capsys, 
     [
         ([], None),
         (["--augment", "normal"], ("normal", 1.0)),
+        (["--augment", "vae"], ("vae", 1.0)),
         (["--augment", "gan", "--ratio", "0.5"], ("gan", 0.5)),
     ],
 )

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['AUGMENTATIONS', 'PRETRAINING', 'check_augmentation', 'augmenter', 'augment', 'pretrain_decoder']
+__all__ = ['AUGMENTATIONS', 'PRETRAINING', 'WORTHWHILE', 'check_augmentation', 'check_worthwhile', 'augmenter', 'augment',
+           'pretrain_decoder']
 
 # %% ../../neuro_nbs/13b_augmentation.ipynb #13b00006
 import copy
@@ -29,6 +30,12 @@ from ..models.vit3d import EncoderBlock, ViT3D
 # %% ../../neuro_nbs/13b_augmentation.ipynb #13b00015
 AUGMENTATIONS = ("none", "noise", "mixing", "normal", "vae", "gan", "diffusion", "flow")
 PRETRAINING = ("none", "masked", "jepa")
+WORTHWHILE = (
+    "none",
+    "normal",
+    "vae",
+    "gan",
+)  # a transformer gained on validation; the others are for research
 
 
 def _named(what: str, name: object, allowed: tuple[str, ...]) -> None:
@@ -61,6 +68,17 @@ def check_augmentation(
     if not isinstance(ratio, int | float | np.number) or isinstance(ratio, bool) or not 0 <= ratio <= 100:
         raise DataError(f"ratio={ratio!r}", expected="made trials for each recorded one, 0 to 100")
     check_seed(seed, 2**32 - 1)
+
+
+def check_worthwhile(
+    name: str,  # one of `WORTHWHILE`
+) -> None:
+    "`DataError` for an unknown name, or one that the study does not advise (`augment` takes those)."
+    if name in AUGMENTATIONS and name not in WORTHWHILE:
+        raise DataError(f"augmentation {name!r}, which the study does not find worth having",
+                        expected=f"one of {', '.join(WORTHWHILE)}",
+                        fix=f"neuro_nbs/13b_augmentation.ipynb says why; for research, fit_folds(..., augment={name!r}) takes it")  # fmt: skip
+    _named("augmentation", name, WORTHWHILE)
 
 # %% ../../neuro_nbs/13b_augmentation.ipynb #13b00016
 def _noise(
