@@ -23,6 +23,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+from unittest import mock
 
 import jobs
 from project import ROOT, notebooks
@@ -139,7 +140,9 @@ def execute(
     if page is None and not save:  # nobody will see the figures
         shell.display_formatter.formatters["image/png"].for_type(Figure, _lay_out)
     ran, failure = 0, None
-    with contextlib.chdir(path.parent):
+    with contextlib.chdir(path.parent), contextlib.ExitStack() as undo:
+        if page is None and not save:  # what is written goes with the run: only a power failure would tell
+            undo.enter_context(mock.patch.object(os, "fsync", lambda number: None))
         for number, cell in enumerate(nb.cells):
             if why_not(cell, flags, missing, skip):
                 continue
