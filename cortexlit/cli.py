@@ -25,9 +25,9 @@ from . import __version__, core
 
 # %% auto #0
 __all__ = ['app', 'Json', 'Cache', 'Embedded', 'METRICS', 'Scale', 'Core', 'Last', 'scenes', 'things', 'Rois', 'Ratings',
-           'Properties', 'Folds', 'Cached', 'PARK', 'DEMO', 'sessions', 'build', 'score', 'fit', 'grid', 'design',
-           'folds', 'scenes_build', 'scenes_fit', 'scenes_score', 'things_build', 'things_fit', 'things_score',
-           'real_files', 'data', 'clear_demo', 'run_demo', 'show_demo', 'demo', 'pretrain', 'main']
+           'Properties', 'Folds', 'Cached', 'DEMO_RECORDING', 'DEMO', 'sessions', 'build', 'score', 'fit', 'grid',
+           'design', 'folds', 'scenes_build', 'scenes_fit', 'scenes_score', 'things_build', 'things_fit',
+           'things_score', 'real_files', 'data', 'clear_demo', 'run_demo', 'show_demo', 'demo', 'pretrain', 'main']
 
 # %% ../neuro_nbs/19_cli.ipynb #5b9f17b6
 if TYPE_CHECKING:  # a command that prints no table starts without them
@@ -592,10 +592,10 @@ def scenes_fit(
       cortexlit scenes fit _data/501559087 --session 5 --scale paper
     """
     from cortexlit.models.parts import CONV_RECIPE
-    from cortexlit.training.scenes import RECIPE, STUDY, at_scale, train_scenes
+    from cortexlit.training.scenes import SCENE_RECIPE, SESSIONS, sessions_at_scale, train_scenes
 
-    if session is not None and not 1 <= session <= len(STUDY):
-        raise core.DataError(f"--session {session}", expected=f"1 to {len(STUDY)}")
+    if session is not None and not 1 <= session <= len(SESSIONS):
+        raise core.DataError(f"--session {session}", expected=f"1 to {len(SESSIONS)}")
     if session is None and scale is not None:
         raise core.DataError(
             f"--scale {scale} without --session", "the recipe has one size; sessions have two: demo, paper"
@@ -604,8 +604,8 @@ def scenes_fit(
         told = "v1t or conv" if session is None else "v1t, which the sessions are of"
         raise core.DataError(f"--model {model}", expected=told)
     core.check_out(out)
-    recipe = replace(RECIPE, **CONV_RECIPE) if model == "conv" else RECIPE
-    (chosen,) = [recipe] if session is None else at_scale([STUDY[session - 1]], scale)
+    recipe = replace(SCENE_RECIPE, **CONV_RECIPE) if model == "conv" else SCENE_RECIPE
+    (chosen,) = [recipe] if session is None else sessions_at_scale([SESSIONS[session - 1]], scale)
     given = {k: v for k, v in {"epochs": epochs, "lr": lr}.items() if v is not None}
     done = train_scenes(dataset, chosen, seed=seed, out=out, progress=not as_json, **given)
     _tell_run(chosen.name, done, as_json)
@@ -928,7 +928,7 @@ def data(
         _show("real files, below the folder that CORTEXLIT_DATA names", rows)
 
 # %% ../neuro_nbs/19_cli.ipynb #73a21bb4
-PARK = "park_230809"  # the real recording of the demonstration
+DEMO_RECORDING = "park_230809"  # the real recording of the demonstration
 
 
 def _scored(
@@ -966,10 +966,19 @@ def _demo_real(out: Path) -> Any:
     from cortexlit.training.heads import at_rate
     from cortexlit.training.pretraining import demo_core
 
-    park = open_recording(PARK)
+    park = open_recording(DEMO_RECORDING)
     at_16 = at_rate(demo_core(), park.rate, out / "core-at-16-Hz")  # taught at 30 Hz: said, not hidden
     sheets = [
-        _scored(park, out / "datasets" / f"park-{split}", PARK, 33, (0,), at_16, split=split, clip_frames=49)
+        _scored(
+            park,
+            out / "datasets" / f"park-{split}",
+            DEMO_RECORDING,
+            33,
+            (0,),
+            at_16,
+            split=split,
+            clip_frames=49,
+        )
         for split in ("repeats", "stimuli")
     ]
     return ScoreSheet(row for sheet in sheets for row in sheet.rows)
@@ -1083,10 +1092,10 @@ def show_demo(out: Path) -> None:
             table = ScoreSheet.load(folder).table()
             names += table["dataset"].tolist()
             show(table)
-    if PARK not in names:
-        entry = real_files()[PARK]
+    if DEMO_RECORDING not in names:
+        entry = real_files()[DEMO_RECORDING]
         _out.print(
-            f"{PARK}, a real recording, is left out: {entry.path} is not in {core.data_home()}; "
+            f"{DEMO_RECORDING}, a real recording, is left out: {entry.path} is not in {core.data_home()}; "
             f"cortexlit data --fetch (or make data) downloads it, {entry.bytes / 1e6:.1f} MB from {entry.url}",
             markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip

@@ -566,7 +566,7 @@ def readers(root: Path, study: Path, cache: Path) -> dict[str, Reader]:
     shutil.copy(study / "things.json", root / "subjects")
     found["truth of a subject"] = Reader(
         root / "subjects/truth/sub-01.npz",
-        lambda: things.load_truth(root / "subjects", "01"),
+        lambda: things.load_subject_truth(root / "subjects", "01"),
         card=root / "subjects/things.json",
     )
     found["open recording"] = Reader(park(root / "park.mat"), lambda: opendata._read_park(root / "park.mat"))

@@ -15,7 +15,7 @@ from cortexlit.training.augmentation import (
     augment,
     augmenter,
     check_augmentation,
-    pretrain,
+    pretrain_decoder,
 )
 
 MADE = AUGMENTATIONS[1:]
@@ -170,7 +170,7 @@ def test_all_but_the_head_learns_and_repeats(how, options):
     if options.get("pad") is False:
         options["patch"] = (1, 2, 2)  # two tokens, and voxels in none
     state = torch.random.get_rng_state()
-    one, two = (pretrain(model(**options), regions(), how, steps=3, seed=1) for _ in range(2))
+    one, two = (pretrain_decoder(model(**options), regions(), how, steps=3, seed=1) for _ in range(2))
     before = model(**options).state_dict()
     for name, value in one.state_dict().items():
         assert torch.equal(value, two.state_dict()[name]), name
@@ -188,7 +188,7 @@ def test_hidden_voxels_are_expected_better_than_their_mean(monkeypatch):
     monkeypatch.setattr(
         module.torch.Tensor, "square", lambda v: lost.append(float((v * v).mean().detach())) or square(v)
     )
-    pretrain(model(), regions(), "masked", steps=150, rate=1e-2)
+    pretrain_decoder(model(), regions(), "masked", steps=150, rate=1e-2)
     whole = np.square(
         regions()
     ).mean()  # two of five tokens are hidden; the rest is compared with nothing but a mean
@@ -198,16 +198,16 @@ def test_hidden_voxels_are_expected_better_than_their_mean(monkeypatch):
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda m, x: pretrain(m, x, "mask"), "pretraining 'mask', perhaps masked"),
-        (lambda m, x: pretrain(m, x[:, :5]), r"voxels of shape \(400, 5\)"),
-        (lambda m, x: pretrain(m, x * math.nan), "not finite"),
-        (lambda m, x: pretrain(m, x, hidden=0.0), "hidden=0.0 of 5 tokens"),
-        (lambda m, x: pretrain(m, x, hidden=1.0), "hidden=1.0 of 5 tokens"),
-        (lambda m, x: pretrain(m, x, steps=0), "steps=0"),
-        (lambda m, x: pretrain(m, x, rate=math.nan), "rate=nan"),
-        (lambda m, x: pretrain(m, x, average=1.0), "average=1.0"),
-        (lambda m, x: pretrain(m, x, seed=-1), "seed=-1"),
-        (lambda m, x: pretrain(model(attention="linear"), x), "attention='linear'"),
+        (lambda m, x: pretrain_decoder(m, x, "mask"), "pretraining 'mask', perhaps masked"),
+        (lambda m, x: pretrain_decoder(m, x[:, :5]), r"voxels of shape \(400, 5\)"),
+        (lambda m, x: pretrain_decoder(m, x * math.nan), "not finite"),
+        (lambda m, x: pretrain_decoder(m, x, hidden=0.0), "hidden=0.0 of 5 tokens"),
+        (lambda m, x: pretrain_decoder(m, x, hidden=1.0), "hidden=1.0 of 5 tokens"),
+        (lambda m, x: pretrain_decoder(m, x, steps=0), "steps=0"),
+        (lambda m, x: pretrain_decoder(m, x, rate=math.nan), "rate=nan"),
+        (lambda m, x: pretrain_decoder(m, x, average=1.0), "average=1.0"),
+        (lambda m, x: pretrain_decoder(m, x, seed=-1), "seed=-1"),
+        (lambda m, x: pretrain_decoder(model(attention="linear"), x), "attention='linear'"),
     ],
 )
 def test_what_cannot_be_pretrained_is_refused(call, text):

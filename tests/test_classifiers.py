@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from cortexlit.core import DataError, rng
 from cortexlit.evaluation.identification import score_identification
 from cortexlit.models.classifiers import (
-    KINDS,
+    CLASSIFIERS,
     ClassifierConfig,
     ConceptClassifier,
     ConceptTrials,
@@ -40,7 +40,7 @@ def test_cnn_takes_any_grid(shape, pooled, norm):
     assert logits.shape == (3, 4) and torch.isfinite(logits).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CLASSIFIERS)
 def test_loss_is_cross_entropy_and_gradients_reach_every_weight(kind):
     model, volume, labels = small(kind).train(), torch.randn(6, 1, 5, 6, 4), torch.tensor([0, 1, 2, 3, 0, 1])
     torch.manual_seed(1)
@@ -67,7 +67,7 @@ def test_published_architecture():
     assert sum(p.numel() for p in linear.parameters()) == 512 * 4 + 4
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CLASSIFIERS)
 def test_names_travel_with_the_weights(kind, tmp_path):
     model, volume = small(kind, noise=0.2, pooled=(2, 1, 2)), torch.randn(2, 1, 5, 6, 4)
     model.save_pretrained(tmp_path)

@@ -16,7 +16,14 @@ from cortexlit.core import DataError, rng
 from cortexlit.data.clips import build_dataset, load_tier
 from cortexlit.data.folds import build_folds
 from cortexlit.evaluation import design as module
-from cortexlit.evaluation.design import Components, components, design, error_of, power_of, smallest_effect
+from cortexlit.evaluation.design import (
+    VarianceComponents,
+    components,
+    design,
+    error_of,
+    power_of,
+    smallest_effect,
+)
 from cortexlit.evaluation.intervals import paired_difference
 
 SMALL = {"clip_frames": 20, "size": (10, 14), "gap": 5}
@@ -51,17 +58,17 @@ def folder(tmp_path_factory):
 # --- components
 
 
-@pytest.mark.parametrize("alone", Components._fields)
+@pytest.mark.parametrize("alone", VarianceComponents._fields)
 def test_each_component_is_found_alone(alone):
-    parts = Components(*(0.04 * (name == alone) for name in Components._fields))
+    parts = VarianceComponents(*(0.04 * (name == alone) for name in VarianceComponents._fields))
     draw = rng(0, alone)
     found = np.mean([components(*made_up(parts, 12, 12, 4, 0.3, draw)) for _ in range(60)], 0)
-    for name, value in zip(Components._fields, found, strict=True):
+    for name, value in zip(VarianceComponents._fields, found, strict=True):
         assert value == pytest.approx(0.04 * (name == alone), abs=0.006), name
 
 
 def test_sums_over_pairs_are_those_of_two_loops():
-    table, clip = made_up(Components(0.1, 0.1, 0.1, 0.1, 0.4), 5, 3, 2, 0.3, rng(0, "loops"))
+    table, clip = made_up(VarianceComponents(0.1, 0.1, 0.1, 0.1, 0.4), 5, 3, 2, 0.3, rng(0, "loops"))
     found = dict.fromkeys(module._sums_of_pairs(table, clip), 0.0)
     for s, r in itertools.product(range(10), repeat=2):
         for n, m in itertools.product(range(3), repeat=2):
@@ -76,7 +83,7 @@ def test_sums_over_pairs_are_those_of_two_loops():
 
 
 def test_gaps_and_unequal_repeats_leave_components_in_place():
-    parts, draw, found = Components(0.01, 0.01, 0.02, 0.01, 0.09), rng(0, "gaps"), []
+    parts, draw, found = VarianceComponents(0.01, 0.01, 0.02, 0.01, 0.09), rng(0, "gaps"), []
     for _ in range(60):
         table, clip = made_up(parts, 15, 15, 5, 0.0, draw)
         keep = np.flatnonzero(draw.random(len(clip)) > 0.2)
@@ -89,7 +96,7 @@ def test_one_repeat_per_clip_counts_trials_as_clips():
     draw = rng(0, "single")
     found = np.mean(
         [
-            components(*made_up(Components(0.02, 0.01, 0.0, 0.02, 0.05), 20, 20, 1, 0.0, draw))
+            components(*made_up(VarianceComponents(0.02, 0.01, 0.0, 0.02, 0.05), 20, 20, 1, 0.0, draw))
             for _ in range(60)
         ],
         0,
@@ -100,7 +107,7 @@ def test_one_repeat_per_clip_counts_trials_as_clips():
 @settings(max_examples=30)
 @given(st.floats(-3, 3), st.floats(0.1, 10))
 def test_components_know_neither_the_level_nor_the_order_and_scale_with_the_square(level, factor):
-    table, clip = made_up(Components(0.01, 0.01, 0.01, 0.01, 0.04), 6, 4, 3, 0.0, rng(1, "scale"))
+    table, clip = made_up(VarianceComponents(0.01, 0.01, 0.01, 0.01, 0.04), 6, 4, 3, 0.0, rng(1, "scale"))
     order = rng(2, "order").permutation(len(clip))
     base = np.array(components(table, clip))
     np.testing.assert_allclose(
@@ -127,7 +134,7 @@ def test_nothing_defined_is_refused():
 )
 @pytest.mark.parametrize(("clips", "neurons"), [(8, 40), (25, 40)])
 def test_power_told_is_power_realised(sizes, clips, neurons):
-    parts, draw, n = Components(*np.square(sizes)), rng(0, f"{sizes} {clips}"), 120
+    parts, draw, n = VarianceComponents(*np.square(sizes)), rng(0, f"{sizes} {clips}"), 120
     effect = 2.6 * error_of(parts, clips, neurons, 3)[0]
     hits = 0
     for _ in range(n):
@@ -139,13 +146,13 @@ def test_power_told_is_power_realised(sizes, clips, neurons):
 
 
 def test_error_is_the_spread_of_means():
-    parts, draw = Components(0.02**2, 0.03**2, 0.08**2, 0.03**2, 0.2**2), rng(0, "error")
+    parts, draw = VarianceComponents(0.02**2, 0.03**2, 0.08**2, 0.03**2, 0.2**2), rng(0, "error")
     means = [made_up(parts, 9, 30, 4, 0.0, draw)[0].mean() for _ in range(1500)]
     assert np.std(means) == pytest.approx(error_of(parts, 9, 30, 4)[0], rel=0.06)
 
 
 def test_power_without_effect_is_the_error_rate_and_grows_to_one():
-    parts = Components(0.02**2, 0.03**2, 0.08**2, 0.03**2, 0.2**2)
+    parts = VarianceComponents(0.02**2, 0.03**2, 0.08**2, 0.03**2, 0.2**2)
     assert power_of(parts, 0.0, 20, 60) == pytest.approx(0.05, abs=1e-6)
     powers = [power_of(parts, e, 20, 60) for e in (0.001, 0.01, 0.03, 0.1, 1.0)]
     assert powers == sorted(powers) and powers[-1] > 0.999
@@ -160,7 +167,7 @@ def test_power_without_effect_is_the_error_rate_and_grows_to_one():
     st.floats(1e-4, 0.1), st.floats(1e-4, 0.1), st.floats(0, 0.3), st.integers(5, 80), st.integers(10, 300)
 )
 def test_the_smallest_effect_has_the_power(clip, neuron, rest, clips, neurons):
-    parts = Components(clip**2, neuron**2, 0.0, 0.0, rest**2)
+    parts = VarianceComponents(clip**2, neuron**2, 0.0, 0.0, rest**2)
     least = smallest_effect(parts, clips, neurons, power=0.8)
     assert power_of(parts, least, clips, neurons) == pytest.approx(0.8, abs=0.01)
     assert smallest_effect(parts, clips + 40, neurons) <= least * 1.02
@@ -178,7 +185,7 @@ def test_a_plan_answers_and_its_numbers_agree(folder):
     }
     assert plan.neurons == 5 and plan.repeats == 4 and plan.protocol in ("single split", "folds", "neither")
     for row in plan.table.to_dict("records"):
-        parts = Components(*(row[name] ** 2 for name in Components._fields))
+        parts = VarianceComponents(*(row[name] ** 2 for name in VarianceComponents._fields))
         told = power_of(parts, row["effect"], plan.clips["folds"], 5, 4)
         assert row["power, folds"] == pytest.approx(told)
         if not math.isnan(row["clips needed"]):

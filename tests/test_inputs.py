@@ -11,7 +11,7 @@ from toys import toy_recording
 from cortexlit.core import DataError
 from cortexlit.data.clips import MouseDataset, build_dataset, load_tier
 from cortexlit.data.inputs import InputScheme, check_inputs, comparable, open_for, scheme_of
-from cortexlit.models.viv1t import ViV1T, ViV1TConfig, published_config
+from cortexlit.models.viv1t import ViV1T, ViV1TConfig, published_viv1t_config
 from cortexlit.training.features import cached_features
 from cortexlit.training.heads import at_rate, fresh_head, train_head
 from cortexlit.training.lora import Configuration, Grid, clip_folds
@@ -62,7 +62,7 @@ def opened(monkeypatch) -> list[str]:
     ],
 )
 def test_published_options_say_what_was_fed(given, name):
-    config = published_config(given)
+    config = published_viv1t_config(given)
     assert (config.normalisation, config.channels, config.rate) == (name, ["pupil_area", "running"], 30.0)
 
 

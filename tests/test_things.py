@@ -17,17 +17,17 @@ from cortexlit.data import things as module
 from cortexlit.data.things import (
     LAYOUTS,
     PROPERTIES,
-    SIZES,
+    SUBJECT_SIZES,
     THINGS_TABLES,
     Split,
     ThingsDataset,
     TrialIndex,
-    audit_split,
+    audit_concepts,
     build_things,
     concept_of,
     find_layout,
     load_properties,
-    load_truth,
+    load_subject_truth,
     open_things,
     read_nifti,
     reliability,
@@ -74,7 +74,7 @@ def values_by_hand(root, session, run, volume):
     "One volume, read with nothing but gzip and NumPy."
     path = next(root.rglob(f"sub-01_ses-things{session:02d}_run-{run:02d}_betas.nii.gz"))
     raw = gzip.decompress(path.read_bytes())
-    shape = SIZES["tiny"].grids["01"]
+    shape = SUBJECT_SIZES["tiny"].grids["01"]
     numbers = np.frombuffer(raw, "<f8", offset=352)
     return numbers.reshape((*shape, -1), order="F")[..., volume]
 
@@ -844,9 +844,9 @@ def test_sessions_leave_test_images_apart(trials):
 def test_leaks_are_refused(trials):
     order = rng(0, "order").permutation(96)
     with pytest.raises(SplitLeak, match="of the test trials are concerned"):
-        audit_split(trials, order[:80], order[80:])
+        audit_concepts(trials, order[:80], order[80:])
     with pytest.raises(SplitLeak, match="1 trials are in train and test"):
-        audit_split(trials, order[:81], order[80:], forbid=())
+        audit_concepts(trials, order[:81], order[80:], forbid=())
     fold = split_by_concept(trials).fold.copy()
     fold[0] = (fold[0] + 1) % 5
     with pytest.raises(SplitLeak, match="concepts"):
@@ -868,7 +868,7 @@ def test_a_concept_is_not_hidden_by_capitals_or_blanks(trials):
         if column == "image":
             hidden.loc[rows[1:], "image"] = hide(trials["image"].iloc[rows[0]])
         with pytest.raises(SplitLeak, match=f"share 1 {column}"):
-            audit_split(hidden, train, test, forbid=(column,))
+            audit_concepts(hidden, train, test, forbid=(column,))
     hidden = trials.copy()
     hidden.loc[rows[1:], "concept"] = name.upper()
     fold = split_by_concept(hidden).fold
@@ -892,7 +892,7 @@ def test_z_scores_from_training_rows_do_not_see_the_others(root, tmp_path):
     assert honest.card["zscore_statistics"] == f"{used.sum()} of {len(used)} trials"
     train, test = np.flatnonzero(used), np.flatnonzero(~used)
     for data, seen in ((everything, len(test)), (honest, 0)):
-        report = audit_split(data.trials, train, test, forbid=(), statistics=data.statistics).set_index(
+        report = audit_concepts(data.trials, train, test, forbid=(), statistics=data.statistics).set_index(
             "what"
         )
         assert report.loc["z-score", "shared"] == seen
@@ -904,7 +904,7 @@ def test_z_scores_from_training_rows_do_not_see_the_others(root, tmp_path):
 
 def test_audit_counts(trials):
     train, test = np.flatnonzero(trials["session"] < 3), np.flatnonzero(trials["session"] == 3)
-    report = audit_split(trials, train, test, forbid=()).set_index("what")
+    report = audit_concepts(trials, train, test, forbid=()).set_index("what")
     assert report.loc["image"].tolist() == [56, 32, 8, 0.25]
     assert report.loc["concept", "shared"] == 24 and report.loc["session", "shared"] == 0
 
@@ -945,7 +945,7 @@ def test_reliability_looks_at_training_concepts_only(trials):
 
 
 def test_truth_describes_the_data(root):
-    truth, things = load_truth(root), open_things(root)
+    truth, things = load_subject_truth(root), open_things(root)
     voxels = len(things.voxels)
     assert truth["concept_loadings"].shape == (voxels, 6) and truth["concepts"].shape == (24,)
     signal = np.einsum(
@@ -964,4 +964,4 @@ def test_truth_describes_the_data(root):
     assert np.allclose((truth["smooth_noise"] ** 2).sum(1) + stray + truth["white_noise"], 1)
     assert truth["white_noise"].min() > 0.1
     with pytest.raises(MissingError, match="no ground truth"):
-        load_truth(root / "figshare")
+        load_subject_truth(root / "figshare")

@@ -358,7 +358,12 @@ def test_a_demonstration_without_the_real_recording_says_so_in_one_line(tmp_path
     capsys.readouterr()
     cli.show_demo(tmp_path)
     lines = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
-    assert len(lines) == 1 and cli.PARK in lines[0] and "make data" in lines[0] and "https://" in lines[0]
+    assert (
+        len(lines) == 1
+        and cli.DEMO_RECORDING in lines[0]
+        and "make data" in lines[0]
+        and "https://" in lines[0]
+    )
 
 
 def test_results_of_an_earlier_demonstration_do_not_pass_for_new(tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from cortexlit.models.v1t import (
     V1TConfig,
     attention,
     attention_centre,
-    published_config,
+    published_v1t_config,
     rollout,
     seen_part,
 )
@@ -74,7 +74,7 @@ def published(request) -> dict:
         "output_dir": "runs/v1t",
     }
     args |= {"input_shape": [1, sizes["height"], sizes["width"]], "output_shapes": {"A": [sizes["neurons"]]}}
-    return parts | {"args": args, "config": published_config(args), "kind": request.param}
+    return parts | {"args": args, "config": published_v1t_config(args), "kind": request.param}
 
 
 def inputs(published: dict) -> tuple[torch.Tensor, ...]:
@@ -284,21 +284,21 @@ def test_what_does_not_fit_is_named(published, change, words):
 )
 def test_published_options_without_counterpart_are_refused(published, name, value):
     with pytest.raises(DataError, match=f"{name} is {value!r}"):
-        published_config(published["args"] | {name: value})
+        published_v1t_config(published["args"] | {name: value})
 
 
 def test_published_numbers_get_their_names(published):
     for number, name in enumerate(("unfold", "convolution", "shifted", "normalised")):
-        assert published_config(published["args"] | {"patch_mode": number}).patch_mode == name
+        assert published_v1t_config(published["args"] | {"patch_mode": number}).patch_mode == name
     for number, name in enumerate(("none", "channels", "block-mlp", "block-mlp+pupil", "per-mouse")):
-        assert published_config(published["args"] | {"behavior_mode": number}).behavior == name
+        assert published_v1t_config(published["args"] | {"behavior_mode": number}).behavior == name
     for number, name in enumerate(("none", "image", "core", "both", "both+behavior")):
-        assert published_config(published["args"] | {"shift_mode": number}).shift == name
+        assert published_v1t_config(published["args"] | {"shift_mode": number}).shift == name
     whole = published["args"] | {"input_shape": [1, 144, 256], "resize_image": 1}
-    assert published_config(whole).grid == (29, 57) and published_config(whole).resize == [36, 64]
-    assert published_config(whole | {"ds_name": "franke2022"}).resize is None
-    assert published_config(whole | {"resize_image": 0}).grid == (137, 249)
-    assert published_config({}).to_dict() == V1TConfig().to_dict()
+    assert published_v1t_config(whole).grid == (29, 57) and published_v1t_config(whole).resize == [36, 64]
+    assert published_v1t_config(whole | {"ds_name": "franke2022"}).resize is None
+    assert published_v1t_config(whole | {"resize_image": 0}).grid == (137, 249)
+    assert published_v1t_config({}).to_dict() == V1TConfig().to_dict()
 
 
 def test_core_only_starts_fresh_heads_for_new_neurons(published, tmp_path):

@@ -14,13 +14,13 @@ from cortexlit.data.synthetic import scene
 from cortexlit.models.v1t import V1T, V1TConfig
 from cortexlit.training.scenes import (
     CORE,
-    RECIPE,
     REPORTED,
-    STUDY,
-    Configuration,
-    at_scale,
+    SCENE_RECIPE,
+    SESSIONS,
+    SceneConfiguration,
     fresh_model,
     locate,
+    sessions_at_scale,
     simulated_core,
     simulated_responses,
     train_scenes,
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("no_curves")
 
 BLIND = {"behavior": "none", "behavior_channels": 0, "pupil_channels": 0, "shift": "none"}
 SMALL = {"patch": 8, "stride": 7, "emb_dim": 8, "heads": 1, "mlp_dim": 16, "depth": 1, "patch_dropout": 0.0, "dropout": 0.0}  # fmt: skip
-TINY = Configuration("tiny", 0.01, batch_size=16, epochs=4, schedule="cosine", core=SMALL)
+TINY = SceneConfiguration("tiny", 0.01, batch_size=16, epochs=4, schedule="cosine", core=SMALL)
 QUIET = {"progress": False}
 AT = rng(0, "places").uniform(0.25, 0.75, (6, 2))  # x, y of what each planted neuron sees
 
@@ -65,7 +65,8 @@ def weights(run) -> torch.Tensor:
 
 def test_the_studys_sessions():
     numbers = [
-        (c.samples, c.batch_size, c.lr, c.core_lr, c.loss, c.beta2, c.eps, c.size, c.behavior) for c in STUDY
+        (c.samples, c.batch_size, c.lr, c.core_lr, c.loss, c.beta2, c.eps, c.size, c.behavior)
+        for c in SESSIONS
     ]
     large, small = (144, 256), (36, 64)
     assert numbers == [
@@ -80,27 +81,27 @@ def test_the_studys_sessions():
         ("session 1", 0.0760), ("session 2", 0.0245), ("session 3", 0.0402),
         ("session 4", 0.1402), ("session 5", 0.1633), ("session 6", 0.1529),
     ]  # fmt: skip
-    assert {c.epochs for c in STUDY} == {300} and {c.schedule for c in STUDY} == {"plateau"}
-    assert not any(c.core for c in STUDY)  # the published core
+    assert {c.epochs for c in SESSIONS} == {300} and {c.schedule for c in SESSIONS} == {"plateau"}
+    assert not any(c.core for c in SESSIONS)  # the published core
 
 
 def test_paper_scale_is_the_published_core(root):
     "Parameters of the session without behaviour, counted for 174 neurons."
     model = V1T(V1TConfig({"A": 174}, **BLIND))
     assert model.num_parameters() == 2_442_984
-    ours = fresh_model(root, STUDY[4])
+    ours = fresh_model(root, SESSIONS[4])
     assert sum(p.numel() for p in ours.core.parameters()) == sum(p.numel() for p in model.core.parameters())
 
 
 def test_scales(monkeypatch):
-    assert at_scale(STUDY, "paper") == list(STUDY)
-    demo = at_scale(STUDY, "demo")
+    assert sessions_at_scale(SESSIONS, "paper") == list(SESSIONS)
+    demo = sessions_at_scale(SESSIONS, "demo")
     assert {c.epochs for c in demo} == {3} and all(c.core == CORE for c in demo)
-    assert [replace(c, epochs=300, core={}) for c in demo] == list(STUDY)
+    assert [replace(c, epochs=300, core={}) for c in demo] == list(SESSIONS)
     monkeypatch.setenv("CORTEXLIT_SCALE", "paper")
-    assert at_scale(STUDY) == list(STUDY)
+    assert sessions_at_scale(SESSIONS) == list(SESSIONS)
     with pytest.raises(DataError, match="one of demo, paper"):
-        at_scale(STUDY, "large")
+        sessions_at_scale(SESSIONS, "large")
 
 
 @pytest.mark.parametrize(
@@ -119,7 +120,7 @@ def test_scales(monkeypatch):
 )
 def test_what_no_session_can_have(change, words):
     with pytest.raises(DataError, match=words):
-        replace(STUDY[0], **change)
+        replace(SESSIONS[0], **change)
 
 
 # --- models and runs
@@ -220,7 +221,7 @@ def test_samples_are_drawn_from_train_with_the_seed(root, monkeypatch):
     assert given["data"][0].dataset.tier == "train" and given["data"][1].tier == "validation"
     train_scenes(root, replace(TINY, samples=10_000))
     assert len(given["data"][0]) == len(ScenesDataset(root, "train"))
-    train_scenes(root, STUDY[4], lr=1.0)
+    train_scenes(root, SESSIONS[4], lr=1.0)
     assert (
         given["lr"] == 1.0
         and given["core_lr"] == 0.007
@@ -279,7 +280,7 @@ def test_locate_finds_planted_places(root):
 
 def test_a_given_core_is_used(root, simulated):
     core, _ = simulated
-    recipe = replace(RECIPE, core={k: getattr(core.config, k) for k in RECIPE.core})
+    recipe = replace(SCENE_RECIPE, core={k: getattr(core.config, k) for k in SCENE_RECIPE.core})
     for behavior in (False, True):
         model = fresh_model(root, replace(recipe, behavior=behavior), core)
         own = model.core.state_dict()
@@ -334,4 +335,4 @@ def test_a_named_session_still_takes_its_own_size_only(tmp_path):
     draw = rng(0, "another size")
     folder = import_arrays(draw.random((20, 20, 30)), draw.random((20, 3)), tmp_path / "lab")
     with pytest.raises(DataError, match=r"session 5 takes pictures of \(36, 64\)"):
-        train_scenes(folder, STUDY[4], **QUIET)
+        train_scenes(folder, SESSIONS[4], **QUIET)

@@ -19,10 +19,10 @@ from cortexlit.models.vit3d import (
     EncoderBlock,
     LinearAttention,
     ParcelEmbedding,
-    PatchEmbedding,
     SoftmaxAttention,
     ViT3D,
     ViT3DConfig,
+    VolumeEmbedding,
     patch_voxels,
 )
 from cortexlit.models.viv1t import ViV1TConfig
@@ -143,7 +143,7 @@ def test_every_voxel_is_in_the_patch_of_its_place(grid, patch, pad, seed):
 
 @pytest.mark.parametrize("pad", [True, False])
 def test_embedding_is_a_convolution(pad):
-    embedding = PatchEmbedding(patch_voxels(np.ones(GRID, bool), PATCH, pad)[0], 8)
+    embedding = VolumeEmbedding(patch_voxels(np.ones(GRID, bool), PATCH, pad)[0], 8)
     volume = volumes()
     padded = F.pad(volume, [0, 2, 0, 2, 0, 1]) if pad else volume
     weight = embedding.linear.weight.view(8, 1, *PATCH)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from cortexlit.core import CortexlitError, DataError, MissingError
 from cortexlit.models import viv1t
 from cortexlit.models.losses import LOSSES
-from cortexlit.models.viv1t import ViV1T, ViV1TConfig, published_config
+from cortexlit.models.viv1t import ViV1T, ViV1TConfig, published_viv1t_config
 
 FIXTURE = Path(__file__).parent / "fixtures" / "viv1t_tiny.safetensors"
 SENSORIUM = dict(
@@ -70,7 +70,7 @@ def published() -> dict:
         "input_shapes": {"video": [1, sizes["frames"], sizes["height"], sizes["width"]]},
         "output_shapes": {"A": [sizes["neurons"], sizes["frames"]]},
     }
-    config = published_config(args)
+    config = published_viv1t_config(args)
     config.loss_frames = None
     return parts | {"args": args, "config": config}
 
@@ -467,19 +467,19 @@ def test_incomplete_folders_and_unknown_names(published, tmp_path):
 )
 def test_published_options_without_counterpart_are_refused(published, name, value):
     with pytest.raises(DataError) as error:
-        published_config(published["args"] | {name: value})
+        published_viv1t_config(published["args"] | {name: value})
     assert f"{name} is {value!r}" in str(error.value)
 
 
 def test_published_options_get_their_names(published):
-    config = published_config(
+    config = published_viv1t_config(
         {"input_shapes": {"video": [1, 140, 36, 64]}, "output_shapes": {"A": [227, 140]}}
     )
     fed = {"normalisation": None, "channels": ["pupil_area", "running"], "rate": 30.0}  # it does not say how
     assert {k: v for k, v in config.to_dict().items() if k != "transformers_version"} == {
         k: v for k, v in (ViV1TConfig().to_dict() | fed).items() if k != "transformers_version"
     }
-    other = published_config(
+    other = published_viv1t_config(
         {"modulator_mode": 4, "output_mode": 0, "shifter_mode": 0, "readout_grid_mode": 0}
     )
     assert (other.modulator, other.output, other.shifter, other.positions) == (

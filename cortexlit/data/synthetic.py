@@ -36,7 +36,7 @@ from cortexlit.core import (
 from .checks import consistent, load_arrays
 
 # %% auto #0
-__all__ = ['SIZES', 'SESSION_A', 'SESSION_B', 'FRAME_RATE', 'REFRESH', 'GRATING_DIRECTIONS', 'GRATING_RATES',
+__all__ = ['SESSION_SIZES', 'SESSION_A', 'SESSION_B', 'FRAME_RATE', 'REFRESH', 'GRATING_DIRECTIONS', 'GRATING_RATES',
            'STATIC_ORIENTATIONS', 'STATIC_FREQUENCIES', 'STATIC_PHASES', 'WORLD', 'DEGREES_PER_PX', 'FIELD',
            'DEGREES_PER_FIELD_PX', 'FIELD_OF_VIEW', 'UM_PER_PX', 'GAZE_STEP', 'GAZES', 'LATENCY', 'MEMORY', 'DECAY',
            'RISE', 'GABORS', 'Size', 'size_named', 'protocol', 'Timeline', 'session_timeline', 'resize', 'texture',
@@ -100,7 +100,7 @@ _REAL = dict(
     first=735.6,
     tail=212,
 )
-SIZES = {
+SESSION_SIZES = {
     "tiny": Size(
         cells=8,
         movie_frames={"natural_movie_one": 150, "natural_movie_three": 290},
@@ -126,9 +126,9 @@ def size_named(
     size: str,  # "tiny", "demo" or "full"
 ) -> Size:
     "The `Size` of that name; `DataError` for another name."
-    if size not in SIZES:
-        raise DataError(f"unknown size {size!r}", expected=", ".join(SIZES))
-    return SIZES[size]
+    if size not in SESSION_SIZES:
+        raise DataError(f"unknown size {size!r}", expected=", ".join(SESSION_SIZES))
+    return SESSION_SIZES[size]
 
 # %% ../../neuro_nbs/02_synthetic_session.ipynb #e157adcb
 SESSION_A, SESSION_B = "three_session_A", "three_session_B"

@@ -57,10 +57,11 @@ from .clips import _need_space, check_folder
 from .opendata import OpenFile, fetch
 
 # %% auto #0
-__all__ = ['SIZES', 'PROPERTIES', 'THINGS_TABLES', 'LAYOUTS', 'ROLES', 'ROI_SETS', 'ThingsSize', 'things_table', 'concept_of',
-           'read_nifti', 'write_nifti', 'write_things', 'embedded_things', 'load_truth', 'load_properties',
-           'TrialIndex', 'Layout', 'find_layout', 'Things', 'open_things', 'select_rois', 'build_things',
-           'ThingsDataset', 'Split', 'audit_split', 'split_by_concept', 'split_by_session', 'reliability']
+__all__ = ['SUBJECT_SIZES', 'PROPERTIES', 'THINGS_TABLES', 'LAYOUTS', 'ROLES', 'ROI_SETS', 'ThingsSize', 'things_table',
+           'concept_of', 'read_nifti', 'write_nifti', 'write_things', 'embedded_things', 'load_subject_truth',
+           'load_properties', 'TrialIndex', 'ThingsLayout', 'find_layout', 'Things', 'open_things', 'select_rois',
+           'build_things', 'ThingsDataset', 'Split', 'audit_concepts', 'split_by_concept', 'split_by_session',
+           'reliability']
 
 # %% ../../neuro_nbs/12_things.ipynb #5a4a8163
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class ThingsSize:
     dtype: str = "float32"
 
 
-SIZES: dict[str, ThingsSize] = {
+SUBJECT_SIZES: dict[str, ThingsSize] = {
     "tiny": ThingsSize(3, 2, 12, 4, 2, {"01": (12, 13, 15), "02": (11, 14, 13)}, "float64"),
     "demo": ThingsSize(10, 4, 45, 5, 4, {"01": (14, 17, 14)}),
     "design": ThingsSize(12, 10, 72, 10, 10, {"01": (18, 22, 18)}),
@@ -522,11 +523,12 @@ def write_things(
     layouts: Sequence[str] = LAYOUTS,  # which of the three to write
 ) -> Path:  # root: a sub-folder for each layout, ratings/, truth/, things.json
     "Write a synthetic study in the published layouts; `design` needs the real tables (`things_table`)."
-    if size not in SIZES or not set(layouts) <= set(LAYOUTS) or not layouts:
+    if size not in SUBJECT_SIZES or not set(layouts) <= set(LAYOUTS) or not layouts:
         raise DataError(
-            f"size {size!r}, layouts {tuple(layouts)}", expected=f"{sorted(SIZES)}, and some of {LAYOUTS}"
+            f"size {size!r}, layouts {tuple(layouts)}",
+            expected=f"{sorted(SUBJECT_SIZES)}, and some of {LAYOUTS}",
         )
-    made_of = SIZES[size]
+    made_of = SUBJECT_SIZES[size]
     if size == "design":
         design = _read_table(things_table("sub-01_StimulusMetadata.csv"))
         sources = [things_table(n) for n in ("animacy.csv", "size_fixed.csv")]
@@ -585,7 +587,7 @@ _TRUTH = {  # array -> its axes
 }  # fmt: skip
 
 
-def load_truth(
+def load_subject_truth(
     root: str | Path,  # a folder made by `write_things`
     subject: str = "01",
 ) -> dict[str, np.ndarray]:  # see the table below
@@ -910,7 +912,7 @@ def _index_from_conditions(runs: Sequence[tuple[int, int, Path, Path]]) -> Trial
 
 # %% ../../neuro_nbs/12_things.ipynb #34e6546e
 @dataclass(frozen=True)
-class Layout:
+class ThingsLayout:
     """The files of one subject.
 
     Parameters
@@ -940,7 +942,7 @@ def find_layout(
     root: str | Path,  # folder with the data anywhere below
     subject: str = "01",
     kind: str | None = None,  # one of `LAYOUTS`; None: the first that is found, in that order
-) -> Layout:
+) -> ThingsLayout:
     "Find the files of a subject; `MissingError` if there is none, `DataError` if there are two."
     root = Path(root)
 
@@ -976,7 +978,7 @@ def find_layout(
             base = responses.name.removesuffix(ending)
             files = {"stimuli": stimuli, "voxels": voxels}
             files = {k: responses.with_name(base + v) for k, v in files.items()}
-            return Layout(name, subject, {"responses": responses, "mask": mask, **files})
+            return ThingsLayout(name, subject, {"responses": responses, "mask": mask, **files})
     if kind in (None, "volumes"):
         runs: dict[tuple[int, int], tuple[Path, Path]] = {}
         for path in sorted(root.rglob(f"sub-{subject}_ses-things*_run-*_betas.nii*")):
@@ -989,7 +991,7 @@ def find_layout(
                 )
             runs[session, run] = path, path.with_name(re.sub(r"_betas\.nii.*", "_conditions.tsv", path.name))
         if runs:
-            return Layout(
+            return ThingsLayout(
                 "volumes", subject, {"mask": mask}, tuple((*k, *v) for k, v in sorted(runs.items()))
             )
     there = sorted({m[1] for f in root.rglob("sub-*") if (m := _SUBJECT_FILE.match(f.name))} - {subject})
@@ -1143,7 +1145,7 @@ def _affordable(trials: int, voxels: int, each: int, path: Path) -> None:
 class Things:
     "One subject on disk: index, voxels, ROIs, mask; responses are read when asked for."
 
-    def __init__(self, layout: Layout, root: str | Path):
+    def __init__(self, layout: ThingsLayout, root: str | Path):
         self.layout, self.subject, self.root = layout, layout.subject, Path(root)
         if layout.kind == "volumes":
             missing = [r for r in layout.runs if not r[3].is_file()]
@@ -1749,7 +1751,7 @@ class Split:
         "Count what the tiers of each fold share; raises `SplitLeak`."
         forbidden = ("image", "concept") if self.kind == "concept" else ("image", "session")
         parts = [
-            audit_split(self.trials, *fold, forbid=forbidden).assign(fold=k) for k, fold in enumerate(self)
+            audit_concepts(self.trials, *fold, forbid=forbidden).assign(fold=k) for k, fold in enumerate(self)
         ]
         return pd.concat(parts, ignore_index=True)
 
@@ -1787,7 +1789,7 @@ class Split:
         return split
 
 # %% ../../neuro_nbs/12_things.ipynb #a913769f
-def audit_split(
+def audit_concepts(
     trials: pd.DataFrame,  # columns session, run, image, concept
     train: np.ndarray,  # rows
     test: np.ndarray,  # rows

@@ -22,11 +22,11 @@ from ..data.checks import read_card
 from .scores import Score, ScoreSheet
 
 # %% auto #0
-__all__ = ['ALPHAS', 'MIN_CONCEPTS', 'MIN_IN_FOLD', 'best_constant', 'huber', 'published_confidence', 'constant_predictions',
-           'Spectrum', 'decompose', 'leave_group_out', 'NestedRidge', 'nested_ridge', 'r2_by_target', 'average_by',
-           'enough_concepts', 'DecodingScores', 'score_decoding', 'permuted_targets', 'permutation_scores', 'p_value',
-           'noise_ceiling', 'decoding_ceiling', 'mixed_bands', 'Components', 'property_components',
-           'identification_ranks', 'decoding_rows', 'score_subject']
+__all__ = ['DECODING_ALPHAS', 'MIN_CONCEPTS', 'MIN_IN_FOLD', 'best_constant', 'huber', 'published_confidence',
+           'constant_predictions', 'Spectrum', 'decompose', 'leave_group_out', 'NestedRidge', 'nested_ridge',
+           'r2_by_target', 'average_by', 'enough_concepts', 'DecodingScores', 'score_decoding', 'permuted_targets',
+           'permutation_scores', 'p_value', 'noise_ceiling', 'decoding_ceiling', 'mixed_bands', 'Decomposition',
+           'property_components', 'identification_ranks', 'decoding_rows', 'score_subject']
 
 # %% ../../neuro_nbs/12a_decoding_baselines.ipynb #575bb6c8
 def best_constant(
@@ -184,14 +184,14 @@ def _checked(spectrum: Spectrum, targets: np.ndarray) -> np.ndarray:
     return targets
 
 # %% ../../neuro_nbs/12a_decoding_baselines.ipynb #9814821c
-ALPHAS: tuple[float, ...] = tuple(float(a) for a in np.geomspace(1e2, 1e6, 9))
+DECODING_ALPHAS: tuple[float, ...] = tuple(float(a) for a in np.geomspace(1e2, 1e6, 9))
 
 
 def leave_group_out(
     spectrum: Spectrum,  # of the features
     targets: np.ndarray,  # (n, targets)
     folds: np.ndarray,  # (n,) fold of each row
-    alphas: Sequence[float] = ALPHAS,  # ridge penalties, as in scikit-learn's Ridge
+    alphas: Sequence[float] = DECODING_ALPHAS,  # ridge penalties, as in scikit-learn's Ridge
 ) -> np.ndarray:  # (alphas, n, targets)
     "Predictions for each row by the ridge regression fitted without its fold: exact, no refit."
     targets, alphas = _checked(spectrum, targets), _alphas(alphas)
@@ -227,7 +227,7 @@ def nested_ridge(
     spectra: Spectrum | Sequence[Spectrum],  # one decomposition, or one for each mixture of bands
     targets: np.ndarray,  # (n, targets)
     folds: np.ndarray,  # (n,) fold of each row; three or more
-    alphas: Sequence[float] = ALPHAS,  # penalties to choose from
+    alphas: Sequence[float] = DECODING_ALPHAS,  # penalties to choose from
 ) -> NestedRidge:
     "Leave-group-out ridge with mixture and penalty per fold and target chosen by the remaining folds."
     spectra = [spectra] if isinstance(spectra, Spectrum) else list(spectra)
@@ -449,7 +449,7 @@ def permutation_scores(
     targets: np.ndarray,  # (n, targets), equal for all rows of a group
     folds: np.ndarray,  # (n,)
     groups: np.ndarray,  # (n,) concepts
-    alphas: Sequence[float] = ALPHAS,
+    alphas: Sequence[float] = DECODING_ALPHAS,
     permutations: int = 100,
     seed: int = 0,
 ) -> np.ndarray:  # (permutations, targets) R2
@@ -532,7 +532,7 @@ def mixed_bands(
 
 # %% ../../neuro_nbs/12a_decoding_baselines.ipynb #bcce594a
 @dataclass(frozen=True)
-class Components:
+class Decomposition:
     """Principal axes of a rating table.
 
     Parameters
@@ -561,7 +561,7 @@ class Components:
 def property_components(
     table: np.ndarray,  # (concepts, properties)
     components: int = 3,
-) -> Components:
+) -> Decomposition:
     "Principal components of the standardised ratings."
     table = _matrix(table, "table")
     mean, spread = table.mean(0), table.std(0)
@@ -569,7 +569,7 @@ def property_components(
         raise DataError("a property is constant", fix="leave it out")
     _, s, axes = np.linalg.svd((table - mean) / spread, full_matrices=False)
     signs = np.sign(axes[np.arange(len(axes)), np.abs(axes).argmax(1)])[:, None]
-    return Components(mean, spread, (axes * signs)[:components], (s**2 / (s**2).sum())[:components])
+    return Decomposition(mean, spread, (axes * signs)[:components], (s**2 / (s**2).sum())[:components])
 
 # %% ../../neuro_nbs/12a_decoding_baselines.ipynb #cada21fc
 def identification_ranks(
@@ -604,7 +604,7 @@ def decoding_rows(
     tier: str = "test",
     ceiling: np.ndarray | None = None,  # (targets,) R2, if known; with `components`, theirs follow
     null: np.ndarray | None = None,  # (permutations, targets) R2 from `permutation_scores`
-    components: Components | None = None,  # adds R2 in component space
+    components: Decomposition | None = None,  # adds R2 in component space
     seed: int | None = None,  # of training
     note: str = "",
 ) -> list[Score]:  # for `ScoreSheet(rows)`: "R2 mean", "r mean", "R2 <property>", "R2 component 1", ...
@@ -708,7 +708,7 @@ def score_subject(
         "median": constant_predictions(targets, folds, "absolute"),
         "Huber constant": constant_predictions(targets, folds, "huber"),
     }
-    ridges = {"ridge": (spectrum, ALPHAS)}
+    ridges = {"ridge": (spectrum, DECODING_ALPHAS)}
     if bands is not None:
         ridges["banded ridge"] = mixed_bands(bands)[0], np.geomspace(1e-1, 1e3, 9) * len(responses) / 2000
     notes = {}

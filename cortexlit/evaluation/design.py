@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['SCORES', 'Components', 'components', 'error_of', 'power_of', 'smallest_effect', 'Design', 'design']
+__all__ = ['SCORES', 'VarianceComponents', 'components', 'error_of', 'power_of', 'smallest_effect', 'Design', 'design']
 
 # %% ../../neuro_nbs/04e_design.ipynb #04e00005
 import math
@@ -56,7 +56,7 @@ def _sums_of_pairs(x: np.ndarray, place: np.ndarray) -> dict[str, float]:
     }
 
 # %% ../../neuro_nbs/04e_design.ipynb #04e00010
-class Components(NamedTuple):
+class VarianceComponents(NamedTuple):
     "Variances of the paired differences of two models (units of the score, squared)."
 
     clip: float  # shared by all entries of a clip
@@ -69,7 +69,7 @@ class Components(NamedTuple):
 def components(
     difference: np.ndarray,  # (samples, neurons) score of one model less that of the other; NaN where undefined
     clip: Sequence | np.ndarray,  # (samples,) clip ids; equal ids are repeats
-) -> Components:  # each 0 or more
+) -> VarianceComponents:  # each 0 or more
     "Method of moments: mean products of two entries that share clip, trial, neuron, some of these, or nothing."
     d, place = np.asarray(difference, float), np.unique(np.asarray(clip), return_inverse=True)[1]
     if d.ndim != 2 or place.shape != d.shape[:1] or place.max(initial=0) + 1 < MIN_CLIPS or d.shape[1] < 2:
@@ -91,11 +91,11 @@ def components(
     both = mean["clip, neuron"] - apart - clip_alone - neuron if pairs["clip, neuron"] else 0.0
     trial = trial_and_clip - clip_alone
     found = clip_alone, neuron, both, trial, mean["entry"] - apart - clip_alone - neuron - both - trial
-    return Components(*(max(float(v), 0.0) for v in found))
+    return VarianceComponents(*(max(float(v), 0.0) for v in found))
 
 # %% ../../neuro_nbs/04e_design.ipynb #04e00015
 def error_of(
-    parts: Components,
+    parts: VarianceComponents,
     clips: float,
     neurons: float,
     repeats: float = 10,  # of each clip
@@ -112,7 +112,7 @@ def error_of(
 
 
 def power_of(
-    parts: Components,
+    parts: VarianceComponents,
     effect: float,  # true difference, in units of the score
     clips: float,
     neurons: float,
@@ -188,7 +188,7 @@ def _needed(enough: Callable[[int], bool], low: int) -> float:  # NaN: more than
 
 
 def smallest_effect(
-    parts: Components,
+    parts: VarianceComponents,
     clips: int,
     neurons: int,
     repeats: float = 10,  # of each clip
@@ -294,9 +294,9 @@ class Design:
         return fig
 
 
-def _of_row(row: pd.Series) -> Components:
+def _of_row(row: pd.Series) -> VarianceComponents:
     "Components from the standard deviations of a row."
-    return Components(*(float(row[name]) ** 2 for name in Components._fields))
+    return VarianceComponents(*(float(row[name]) ** 2 for name in VarianceComponents._fields))
 
 # %% ../../neuro_nbs/04e_design.ipynb #04e00025
 def _by_sample(

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['KINDS', 'STUDY', 'study_split', 'block_mean', 'ClassifierConfig', 'ClassifierOutput', 'ConceptClassifier',
-           'ConceptTrials']
+__all__ = ['CLASSIFIERS', 'CLASSIFIER_STUDY', 'study_split', 'block_mean', 'ClassifierConfig', 'ClassifierOutput',
+           'ConceptClassifier', 'ConceptTrials']
 
 # %% ../../neuro_nbs/16_classifiers.ipynb #a0b92fa4
 import math
@@ -62,8 +62,8 @@ def block_mean(
     return means.reshape(*values.shape[:-1], *shape), share.reshape(shape)
 
 # %% ../../neuro_nbs/16_classifiers.ipynb #8c766192
-KINDS = ("logistic", "mlp", "cnn")
-STUDY = {
+CLASSIFIERS = ("logistic", "mlp", "cnn")
+CLASSIFIER_STUDY = {
     "adapt": "full", "loss": "cross-entropy", "lr": 1e-3, "weight_decay": 0.0, "schedule": "constant", "batch_size": 4,
 }  # the published recipe, Adam, as options of `fit`; with `epochs` 5 and 10  # fmt: skip
 
@@ -75,7 +75,7 @@ class ClassifierConfig(PretrainedConfig):
 
     def __init__(
         self,
-        kind: str = "logistic",  # a name in `KINDS`
+        kind: str = "logistic",  # a name in `CLASSIFIERS`
         shape: Sequence[int] = (36, 46, 38),  # of an input: (x, y, z) of a volume, or (voxels,)
         concepts: Sequence[str] = (),  # names of the outputs, in their order; () when a saved one is read
         hidden: int = 512,  # units of the mlp
@@ -106,7 +106,7 @@ class ClassifierConfig(PretrainedConfig):
     @classmethod
     def study(
         cls,
-        kind: str,  # a name in `KINDS`
+        kind: str,  # a name in `CLASSIFIERS`
         shape: Sequence[int],  # of the volumes
         concepts: Sequence[str],
     ) -> ClassifierConfig:
@@ -134,7 +134,7 @@ class ClassifierConfig(PretrainedConfig):
 def _check_options(c: ClassifierConfig) -> None:
     "Raise at the first option that no classifier can be built from."
     _check_sizes(c)
-    for name, allowed in (("kind", KINDS), ("norm", ("batch", "group"))):
+    for name, allowed in (("kind", CLASSIFIERS), ("norm", ("batch", "group"))):
         if getattr(c, name) not in allowed:
             raise DataError(f"{name}={getattr(c, name)!r}", expected=f"one of {', '.join(allowed)}")
     if len(c.shape) not in ((3,) if c.kind == "cnn" else (1, 3)):

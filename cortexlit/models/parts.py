@@ -119,4 +119,4 @@ CONV_RECIPE = {
     "epochs": 5,
     "located": False,
     "core": CONV,
-}  # what differs from `RECIPE` of `cortexlit.training.scenes`
+}  # what differs from `SCENE_RECIPE` of `cortexlit.training.scenes`

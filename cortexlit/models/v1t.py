@@ -8,7 +8,7 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['PATCHES', 'BEHAVIORS', 'SHIFTS', 'STRIP', 'V1TConfig', 'ShiftedCopies', 'PatchEmbedding', 'attention', 'Attention',
            'behaviour_mlp', 'Block', 'ViT', 'seen_part', 'V1TOutput', 'V1T', 'rollout', 'attention_centre',
-           'published_config']
+           'published_v1t_config']
 
 # %% ../../neuro_nbs/11_v1t.ipynb #22c49e37
 import re
@@ -900,7 +900,7 @@ _SAME = {  # options that are only called otherwise
 }
 
 
-def published_config(
+def published_v1t_config(
     args: Mapping[str, Any],  # content of a published run's args.yaml
 ) -> V1TConfig:
     "The options of a published run under our names; an option we have no counterpart for is an error."
@@ -984,6 +984,6 @@ V1T.layout = Layout(
     published=_published,
     constants=_published_constants,
     mouse=_mouse_of,
-    described=published_config,
+    described=published_v1t_config,
     visible=_visible_config,
 )

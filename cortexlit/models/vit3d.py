@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['ATTENTION', 'TOKEN_POSITIONS', 'SCALES', 'LOSSES', 'DECODERS', 'patch_voxels', 'PatchEmbedding', 'ParcelEmbedding',
-           'TwoScales', 'SoftmaxAttention', 'LinearAttention', 'ViT3DConfig', 'EncoderBlock', 'ViT3DOutput', 'ViT3D',
-           'decoder']
+__all__ = ['ATTENTION', 'TOKEN_POSITIONS', 'PATCH_SCALES', 'DECODER_LOSSES', 'DECODERS', 'patch_voxels', 'VolumeEmbedding',
+           'ParcelEmbedding', 'TwoScales', 'SoftmaxAttention', 'LinearAttention', 'ViT3DConfig', 'EncoderBlock',
+           'ViT3DOutput', 'ViT3D', 'decoder']
 
 # %% ../../neuro_nbs/13_vit3d.ipynb #63bf42ac
 import base64
@@ -53,7 +53,7 @@ def patch_voxels(
     return members[used], np.stack(np.unravel_index(np.flatnonzero(used), counts), 1)
 
 # %% ../../neuro_nbs/13_vit3d.ipynb #c8053801
-class PatchEmbedding(nn.Module):
+class VolumeEmbedding(nn.Module):
     "The same linear map for every patch: a convolution whose stride is its kernel."
 
     def __init__(
@@ -119,7 +119,7 @@ class TwoScales(nn.Module):
 
     def __init__(
         self,
-        fine: PatchEmbedding,  # of the smaller patches
+        fine: VolumeEmbedding,  # of the smaller patches
         places: np.ndarray,  # (tokens, 3) of theirs
         config: PretrainedConfig,  # scales "two" or "fused"
     ):
@@ -129,7 +129,7 @@ class TwoScales(nn.Module):
         if not len(members):
             raise DataError(f"no patch {c.coarse_patch} on the grid {c.grid} is whole, without padding",
                             fix="pad=True, or a smaller coarse patch")  # fmt: skip
-        self.coarse, self.fused = PatchEmbedding(members, c.emb_dim), c.scales == "fused"
+        self.coarse, self.fused = VolumeEmbedding(members, c.emb_dim), c.scales == "fused"
         self.tokens = len(places) + (0 if self.fused else len(members))
         if self.fused:
             self.register_buffer(
@@ -222,8 +222,8 @@ def _unpacked(text: str) -> np.ndarray:
 # %% ../../neuro_nbs/13_vit3d.ipynb #8e3a11dd
 ATTENTION = ("softmax", "local", "linear", "hilo")
 TOKEN_POSITIONS = ("learned", "rotary")
-SCALES = ("one", "two", "fused")
-LOSSES = {"mse": F.mse_loss, "huber": F.huber_loss}  # Huber's turns from squared to linear at 1
+PATCH_SCALES = ("one", "two", "fused")
+DECODER_LOSSES = {"mse": F.mse_loss, "huber": F.huber_loss}  # Huber's turns from squared to linear at 1
 
 
 class ViT3DConfig(PretrainedConfig):
@@ -253,10 +253,10 @@ class ViT3DConfig(PretrainedConfig):
         kv_heads: int
         | None = None,  # heads of keys and values, each shared by heads / kv_heads queries; None: heads
         token_positions: str = "learned",  # a vector for each token; "rotary": queries and keys turned by their place
-        scales: str = "one",  # of patches, a name in `SCALES`; "two": tokens of both sizes, "fused": one token for both
+        scales: str = "one",  # of patches, a name in `PATCH_SCALES`; "two": tokens of both sizes, "fused": one token for both
         coarse: Sequence[int] | None = None,  # voxels of a larger patch along x, y, z; None: twice the patch
         outputs: int = 10,  # properties
-        loss: str = "mse",  # a name in `LOSSES`
+        loss: str = "mse",  # a name in `DECODER_LOSSES`
         **kwargs,  # options every Hugging Face config has
     ):
         self.grid, self.patch, self.pad = list(grid), list(patch), pad
@@ -339,8 +339,8 @@ def _check_options(c: ViT3DConfig) -> None:
     names = {
         "attention": ATTENTION,
         "token_positions": TOKEN_POSITIONS,
-        "scales": SCALES,
-        "loss": tuple(LOSSES),
+        "scales": PATCH_SCALES,
+        "loss": tuple(DECODER_LOSSES),
     }
     for name, allowed in names.items():
         if getattr(c, name) not in allowed:
@@ -466,7 +466,7 @@ class ViT3D(Saved, PreTrainedModel):
 
     config_class = ViT3DConfig
     main_input_name = "volume"
-    losses = tuple(LOSSES)
+    losses = tuple(DECODER_LOSSES)
     correlation = staticmethod(
         V1T.correlation
     )  # over trials, averaged over properties: chooses the best epoch
@@ -480,7 +480,7 @@ class ViT3D(Saved, PreTrainedModel):
         self.register_buffer("inside", torch.tensor(np.flatnonzero(brain)))
         if c.parcels is None:
             members, places = patch_voxels(brain, c.patch, c.pad)
-            self.embedding, self.tokens = PatchEmbedding(members, c.emb_dim), len(members)
+            self.embedding, self.tokens = VolumeEmbedding(members, c.emb_dim), len(members)
             if c.scales != "one":
                 self.embedding = TwoScales(self.embedding, places, c)
                 self.tokens = self.embedding.tokens
@@ -569,7 +569,7 @@ class ViT3D(Saved, PreTrainedModel):
             return ViT3DOutput(logits=logits)
         if labels.shape != logits.shape:
             raise DataError(f"labels of shape {tuple(labels.shape)}", expected=f"{tuple(logits.shape)}")
-        return ViT3DOutput(loss=LOSSES[self.config.loss](logits, labels), logits=logits)
+        return ViT3DOutput(loss=DECODER_LOSSES[self.config.loss](logits, labels), logits=logits)
 
     @torch.no_grad()
     def attention_maps(

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['ViV1TConfig', 'ViViT', 'Layout', 'Saved', 'Heads', 'ViV1TOutput', 'ViV1T', 'published_config']
+__all__ = ['ViV1TConfig', 'ViViT', 'Layout', 'Saved', 'Heads', 'ViV1TOutput', 'ViV1T', 'published_viv1t_config']
 
 # %% ../../neuro_nbs/06_viv1t.ipynb #57fdd199
 import difflib
@@ -875,7 +875,7 @@ def _fed(args: Mapping[str, Any]) -> dict[str, Any]:
     return {"normalisation": told[0] if told else None, "channels": ["pupil_area", "running"], "rate": 30.0}
 
 
-def published_config(
+def published_viv1t_config(
     args: Mapping[str, Any],  # content of a published run's args.yaml
 ) -> ViV1TConfig:
     "The options of a published run under our names; an option we have no counterpart for is an error."
@@ -1056,6 +1056,6 @@ ViV1T.layout = Layout(
     published=lambda weights: {_published_name(name): value for name, value in weights.items()},
     constants=_published_constants,
     mouse=_mouse_of,
-    described=published_config,
+    described=published_viv1t_config,
     visible=_visible_config,
 )

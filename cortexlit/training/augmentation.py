@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['AUGMENTATIONS', 'PRETRAINING', 'check_augmentation', 'augmenter', 'augment', 'pretrain']
+__all__ = ['AUGMENTATIONS', 'PRETRAINING', 'check_augmentation', 'augmenter', 'augment', 'pretrain_decoder']
 
 # %% ../../neuro_nbs/13b_augmentation.ipynb #13b00006
 import copy
@@ -233,7 +233,7 @@ def _learn_hidden(
     model.zero_grad()
 
 # %% ../../neuro_nbs/13b_augmentation.ipynb #13b00027
-def pretrain(
+def pretrain_decoder(
     model: ViT3D,  # fresh; learned positions and softmax attention
     voxels: np.ndarray,  # (trials, voxels) without labels
     how: str = "jepa",  # one of `PRETRAINING`; "masked": expects the voxels of hidden tokens, "jepa": their features

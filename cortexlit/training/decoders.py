@@ -33,7 +33,7 @@ from cortexlit.core import (
     seeded,
     write_json,
 )
-from ..data.things import Split, audit_split
+from ..data.things import Split, audit_concepts
 from .augmentation import augment as with_made
 from .augmentation import check_augmentation
 from .features import fingerprint, source
@@ -161,7 +161,7 @@ def fit_folds(
     for k in wanted:
         tiers = [np.flatnonzero(t) for t in _tiers(split.fold, k)]
         for other in (0, 1), (0, 2), (1, 2):
-            audit_split(data.trials, *(tiers[i] for i in other))
+            audit_concepts(data.trials, *(tiers[i] for i in other))
         with locked(out / f"fold{k}.json"):
             rows.append(_fold(build, data, tiers, out / f"fold{k}", k, plan, options))
         predictions[tiers[2]] = _found(out, k, len(tiers[2]), data.labels.shape[1])

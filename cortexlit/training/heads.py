@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['RECIPE', 'CONTROLS', 'fresh_head', 'reverse_correlate', 'ShuffledLabels', 'train_head', 'head_predictions', 'at_rate']
+__all__ = ['HEAD_RECIPE', 'CONTROLS', 'fresh_head', 'reverse_correlate', 'ShuffledLabels', 'train_head', 'head_predictions',
+           'at_rate']
 
 # %% ../../neuro_nbs/08_head_training.ipynb #114a97cc
 import hashlib
@@ -204,7 +205,14 @@ class ShuffledLabels:
         return {"labels": torch.from_numpy(self.dataset.read(self.source[i], "responses"))}
 
 # %% ../../neuro_nbs/08_head_training.ipynb #b403ddd8
-RECIPE = {"loss": "mse", "lr": 3e-4, "epochs": 6, "batch_size": 8, "weight_decay": 0.01, "schedule": "cosine"}
+HEAD_RECIPE = {
+    "loss": "mse",
+    "lr": 3e-4,
+    "epochs": 6,
+    "batch_size": 8,
+    "weight_decay": 0.01,
+    "schedule": "cosine",
+}
 CONTROLS = ("random core", "shuffled labels")
 
 
@@ -221,7 +229,7 @@ def train_head(
     "Train a fresh head on a frozen core, or on a control."
     if control not in (None, *CONTROLS):
         raise DataError(f"control={control!r}", expected=f"None or one of {CONTROLS}")
-    check_options(**{"adapt": "head", "seed": seed, "last": last, **RECIPE, **options})
+    check_options(**{"adapt": "head", "seed": seed, "last": last, **HEAD_RECIPE, **options})
     model = fresh_head(root, core, seed=seed, random_core=control == "random core")
     train, validation = (open_for(model, root, tier) for tier in ("train", "validation"))
     train = ShuffledLabels(train, seed) if control == "shuffled labels" else train
@@ -229,7 +237,7 @@ def train_head(
         train, validation = keep(model, train), keep(model, validation)
         options = options | {"cache": False}
     reverse_correlate(model, train, validation, last)
-    return fit(model, (train, validation), adapt="head", seed=seed, last=last, **RECIPE | options)
+    return fit(model, (train, validation), adapt="head", seed=seed, last=last, **HEAD_RECIPE | options)
 
 
 def head_predictions(

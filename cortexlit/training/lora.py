@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['STUDY', 'FULL', 'SCALES', 'HEADS', 'Cell', 'Configuration', 'configuration', 'at_scale', 'database', 'open_storage',
-           'fail_lost', 'run_cells', 'Grid', 'clip_folds', 'cross_validate']
+__all__ = ['STUDY', 'FULL', 'SCALES', 'HEADS', 'GridCell', 'Configuration', 'configuration', 'at_scale', 'database',
+           'open_storage', 'fail_lost', 'run_cells', 'Grid', 'clip_folds', 'cross_validate']
 
 # %% ../../neuro_nbs/09_lora_grid.ipynb #54182342
 import copy
@@ -37,7 +37,7 @@ from ..data.clips import MouseDataset
 from ..data.inputs import comparable, open_for
 from ..models.adapters import Adapters, check_targets
 from .features import cached_features, fingerprint, source
-from .heads import RECIPE, fresh_head, reverse_correlate, train_head
+from .heads import HEAD_RECIPE, fresh_head, reverse_correlate, train_head
 from .trainer import Fit, best_folder, check_options, fit, model_content, predict
 
 # %% ../../neuro_nbs/09_lora_grid.ipynb #56ad48fe
@@ -174,11 +174,11 @@ def fail_lost(
                 continue
 
 # %% ../../neuro_nbs/09_lora_grid.ipynb #4f2358f6
-Cell = dict[str, Any]  # values of a trial's parameters
+GridCell = dict[str, Any]  # values of a trial's parameters
 _TAKEN = (TrialState.COMPLETE, TrialState.RUNNING, TrialState.WAITING)
 
 
-def _trials_of(study: optuna.Study, cells: Sequence[Cell]) -> list[list[FrozenTrial]]:
+def _trials_of(study: optuna.Study, cells: Sequence[GridCell]) -> list[list[FrozenTrial]]:
     "For each cell its trials that are done, running or waiting, in the order of their numbers."
     trials = study.get_trials(deepcopy=False, states=_TAKEN)
     of_trial = [t.system_attrs.get("fixed_params") or t.params for t in trials]  # also of one that waits
@@ -187,9 +187,9 @@ def _trials_of(study: optuna.Study, cells: Sequence[Cell]) -> list[list[FrozenTr
 
 def run_cells(
     study: optuna.Study,  # in a storage from `open_storage`
-    cells: Sequence[Cell],  # what is to be run, each once
-    suggest: Callable[[Trial], Cell],  # asks a trial for its parameters
-    work: Callable[[Cell, Trial], float],  # returns the value
+    cells: Sequence[GridCell],  # what is to be run, each once
+    suggest: Callable[[Trial], GridCell],  # asks a trial for its parameters
+    work: Callable[[GridCell, Trial], float],  # returns the value
     wait: float = 2.0,  # seconds between looks at what other workers do
 ) -> None:
     "Run every cell once, together with all other workers on this study; return when all are done."
@@ -259,14 +259,14 @@ class Grid:
         "Options are looked at before anything is trained."
         common = {"last": self.last, "progress": False}
         for seed in self.seeds:
-            check_options(**{**common, "seed": seed, "adapt": "head", **RECIPE, **self.head})
+            check_options(**{**common, "seed": seed, "adapt": "head", **HEAD_RECIPE, **self.head})
         for configuration in self.configurations.values():
             check_options(**{**common, **configuration.options, **self.options})
             if configuration.adapters is not None:
                 check_targets(model, configuration.adapters)
 
     @property
-    def cells(self) -> list[Cell]:
+    def cells(self) -> list[GridCell]:
         "Seeds first, so that an interrupted grid has compared all configurations at least once."
         return [{"configuration": name, "seed": seed} for seed in self.seeds for name in self.configurations]
 
@@ -296,11 +296,11 @@ class Grid:
         "Run what is missing; other processes and machines may do the same at the same time."
         train, validation = (open_for(self._config, self.root, tier) for tier in ("train", "validation"))
 
-        def suggest(trial: Trial) -> Cell:
+        def suggest(trial: Trial) -> GridCell:
             name = trial.suggest_categorical("configuration", list(self.configurations))
             return {"configuration": name, "seed": trial.suggest_int("seed", 0, 2**31 - 1)}
 
-        def work(cell: Cell, trial: Trial) -> float:
+        def work(cell: GridCell, trial: Trial) -> float:
             name, seed = cell["configuration"], cell["seed"]
             started, configuration = time.monotonic(), self.configurations[name]
             options = {
@@ -412,7 +412,7 @@ def cross_validate(
 ):  # one row per fold: samples, correlation on the held-out clips of the head and of the adapted model
     "Train a head and adapt the core on all clips but those of one fold, fold by fold."
     head_options = (
-        {"adapt": "head", "last": last, "seed": seed, "progress": False} | RECIPE | dict(head or {})
+        {"adapt": "head", "last": last, "seed": seed, "progress": False} | HEAD_RECIPE | dict(head or {})
     )
     check_options(**head_options)
     check_options(**{"last": last, "seed": seed, **configuration.options, **options})

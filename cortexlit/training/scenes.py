@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['SIZES', 'STUDY', 'REPORTED', 'CORE', 'RECIPE', 'Configuration', 'at_scale', 'fresh_model', 'train_scenes',
-           'simulated_responses', 'simulated_core', 'locate']
+__all__ = ['SCENE_SIZES', 'SESSIONS', 'REPORTED', 'CORE', 'SCENE_RECIPE', 'SceneConfiguration', 'sessions_at_scale',
+           'fresh_model', 'train_scenes', 'simulated_responses', 'simulated_core', 'locate']
 
 # %% ../../neuro_nbs/11a_v1t_training.ipynb #d0e8b8f2
 from collections.abc import Iterable, Mapping
@@ -43,11 +43,11 @@ from .trainer import Fit, check_options, fit
 
 # %% ../../neuro_nbs/11a_v1t_training.ipynb #ac27c365
 _LOSSES = ("poisson", "correlation")
-SIZES = ((36, 64), (144, 256))
+SCENE_SIZES = ((36, 64), (144, 256))
 
 
 @dataclass(frozen=True)
-class Configuration:
+class SceneConfiguration:
     """One way to train V1T on a folder of scenes.
 
     Parameters
@@ -97,7 +97,7 @@ class Configuration:
     core: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, allowed in (("loss", _LOSSES), ("size", (*SIZES, None))):
+        for name, allowed in (("loss", _LOSSES), ("size", (*SCENE_SIZES, None))):
             if getattr(self, name) not in allowed:
                 raise DataError(
                     f"{name}={getattr(self, name)!r}", expected=f"one of {', '.join(map(repr, allowed))}"
@@ -121,26 +121,28 @@ class Configuration:
 
 
 _large, _small = {"batch_size": 8, "size": (144, 256)}, {"eps": 1e-6}
-STUDY = (
-    Configuration("session 1", 0.005, samples=1000, **_large),
-    Configuration("session 2", 0.005, samples=1000, loss="correlation", **_large),
-    Configuration("session 3", 0.008, samples=3000, loss="correlation", beta2=0.98, **_large),
-    Configuration("session 4", 0.0005, 0.0005, samples=3000, **_small),
-    Configuration("session 5", 0.004, 0.007, **_small),
-    Configuration("session 6", 0.004, 0.007, behavior=True, **_small),
+SESSIONS = (
+    SceneConfiguration("session 1", 0.005, samples=1000, **_large),
+    SceneConfiguration("session 2", 0.005, samples=1000, loss="correlation", **_large),
+    SceneConfiguration("session 3", 0.008, samples=3000, loss="correlation", beta2=0.98, **_large),
+    SceneConfiguration("session 4", 0.0005, 0.0005, samples=3000, **_small),
+    SceneConfiguration("session 5", 0.004, 0.007, **_small),
+    SceneConfiguration("session 6", 0.004, 0.007, behavior=True, **_small),
 )
-REPORTED = dict(zip([c.name for c in STUDY], (0.0760, 0.0245, 0.0402, 0.1402, 0.1633, 0.1529), strict=True))
+REPORTED = dict(
+    zip([c.name for c in SESSIONS], (0.0760, 0.0245, 0.0402, 0.1402, 0.1633, 0.1529), strict=True)
+)
 
 # %% ../../neuro_nbs/11a_v1t_training.ipynb #e0821a67
 CORE = {"patch": 16, "stride": 6, "emb_dim": 48, "heads": 2, "mlp_dim": 192, "depth": 1}  # at demo scale
-RECIPE = Configuration("recipe", 1e-3, size=None, batch_size=32, epochs=3, schedule="cosine", located=True,
+SCENE_RECIPE = SceneConfiguration("recipe", 1e-3, size=None, batch_size=32, epochs=3, schedule="cosine", located=True,
                        core=CORE | {"patch_dropout": 0.0, "dropout": 0.0})  # fmt: skip
 
 
-def at_scale(
-    configurations: Iterable[Configuration],
+def sessions_at_scale(
+    configurations: Iterable[SceneConfiguration],
     size: str | None = None,  # "paper", "demo"; None: as `CORTEXLIT_SCALE` says
-) -> list[Configuration]:
+) -> list[SceneConfiguration]:
     "The same configurations with a small core and a hundredth of the epochs at `demo` scale."
     size = size or scale()
     if size not in ("demo", "paper"):
@@ -152,7 +154,7 @@ def at_scale(
 # %% ../../neuro_nbs/11a_v1t_training.ipynb #7536fe8a
 def fresh_model(
     root: str | Path,  # a folder made by `build_scenes` or one of the importers
-    configuration: Configuration,
+    configuration: SceneConfiguration,
     core: V1T
     | None = None,  # whose core's weights to start from, e.g. of `simulated_core`; None: random ones
     seed: int = 0,  # of the weights
@@ -192,19 +194,19 @@ def fresh_model(
 
 def _shrunk(size: tuple[int, int]) -> tuple[int, int] | None:
     "What pictures are shrunk to, as the published code does with those of 144 x 256; None: they stay as they are."
-    times = max(size[0] / SIZES[0][0], size[1] / SIZES[0][1])
+    times = max(size[0] / SCENE_SIZES[0][0], size[1] / SCENE_SIZES[0][1])
     return (round(size[0] / times), round(size[1] / times)) if times > 2 else None
 
 
 def train_scenes(
     root: str | Path,  # a folder of scenes
-    configuration: Configuration | None = None,  # None: `RECIPE`, with the core that is given
+    configuration: SceneConfiguration | None = None,  # None: `SCENE_RECIPE`, with the core that is given
     core: V1T | None = None,  # as `fresh_model`
     seed: int = 0,  # of the weights, the drawn presentations and their order
     **options: Any,  # of `fit`, in place of those of the configuration
 ) -> Fit:
     "Train one configuration; the best model by validation correlation. Resumed if it was interrupted."
-    configuration = RECIPE if configuration is None else configuration
+    configuration = SCENE_RECIPE if configuration is None else configuration
     check_options(**{"seed": seed, **configuration.options, **options})
     train, validation = (ScenesDataset(root, tier) for tier in ("train", "validation"))
     model = fresh_model(root, configuration, core, seed)
