@@ -24,11 +24,15 @@ from typing import Any
 SILENCE = 20.0  # s after which a line says what is running
 PRELOAD = (
     "torch",
+    "torch.utils.tensorboard",
     "pandas",
+    "scipy.io",
+    "scipy.signal",
     "scipy.stats",
     "sklearn.linear_model",
     "matplotlib.pyplot",
     "h5py",
+    "fastcore.test",
     "nbdev.test",
     "transformers.modeling_utils",
     "transformers.trainer",

@@ -23,6 +23,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+from unittest import mock
 
 import jobs
 from project import ROOT, notebooks
@@ -124,6 +125,7 @@ def execute(
     "Run a notebook in this process; `Problem` with cell, error and a short traceback if it fails."
     import pandas as pd
     from execnb.shell import CaptureShell
+    from matplotlib.figure import Figure
 
     # as in Jupyter: without its kernel, pandas takes the output for a narrow terminal
     pd.set_option("display.max_columns", 20)
@@ -135,8 +137,12 @@ def execute(
         if folder not in sys.path:
             sys.path.insert(0, folder)
     shell = CaptureShell(path, mpl_format="png")
+    if page is None and not save:  # nobody will see the figures
+        shell.display_formatter.formatters["image/png"].for_type(Figure, _lay_out)
     ran, failure = 0, None
-    with contextlib.chdir(path.parent):
+    with contextlib.chdir(path.parent), contextlib.ExitStack() as undo:
+        if page is None and not save:  # what is written goes with the run: only a power failure would tell
+            undo.enter_context(mock.patch.object(os, "fsync", lambda number: None))
         for number, cell in enumerate(nb.cells):
             if why_not(cell, flags, missing, skip):
                 continue
@@ -157,6 +163,11 @@ def execute(
     if save:
         _save(nb, path)
     return ran
+
+
+def _lay_out(figure: Any) -> None:
+    "Draw every artist of a figure, as a picture of it would, but no pixels."
+    figure.draw_without_rendering()
 
 
 def _skips(nb: Any) -> bool:

@@ -987,12 +987,18 @@ class _Tier(Shown):
         return len(self.samples)
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        recorded, (field, file) = self.recorded(i), self._seen
+        return {field: torch.from_numpy(self.read(i, file)[None])} | recorded
+
+    def recorded(
+        self,
+        i: int,  # position in the tier
+    ) -> dict[str, torch.Tensor]:  # behaviour, pupil centre, labels
+        "An item without what was seen, which is most of the reading."
         if not -len(self) <= i < len(self):
             raise IndexError(f"{self._unit} {i} of {len(self)}")
-        field, file = self._seen
-        item = {field: self.read(i, file)[None]}
-        item |= {name: self.read(i, name) for name in ("behavior", "pupil_center") if name in self._arrays}
-        item["labels"] = self.read(i, "responses")
+        names = [name for name in ("behavior", "pupil_center") if name in self._arrays]
+        item = {name: self.read(i, name) for name in names} | {"labels": self.read(i, "responses")}
         return {k: torch.from_numpy(v) for k, v in item.items()}
 
 

@@ -324,6 +324,18 @@ def resize(
     return weights(h, shape[0]) @ wide.reshape(n, h, shape[1])
 
 
+@lru_cache(maxsize=8)
+def _plane(shape: tuple[int, int], slope: float) -> tuple[np.ndarray, np.ndarray]:
+    "Amplitude and angle of each frequency of a texture; the same for all textures of a kind, so they are kept."
+    fy, fx = np.fft.fftfreq(shape[0])[:, None], np.fft.rfftfreq(shape[1])[None, :]
+    frequency = np.hypot(fy, fx)
+    frequency[0, 0] = np.inf
+    found = frequency**-slope * np.exp(-((frequency / 0.25) ** 2)), np.arctan2(fy, fx)
+    for part in found:
+        part.flags.writeable = False
+    return found
+
+
 def texture(
     random: np.random.Generator,
     shape: tuple[int, int],  # height and width, px
@@ -331,14 +343,10 @@ def texture(
     orientation: float | None = None,  # degrees; None for no preferred orientation
 ) -> np.ndarray:  # (height, width) float32, mean 0, sd 1, periodic in both directions
     "A piece of 1/f texture, as in photographs of nature."
-    fy, fx = np.fft.fftfreq(shape[0])[:, None], np.fft.rfftfreq(shape[1])[None, :]
-    frequency = np.hypot(fy, fx)
-    frequency[0, 0] = np.inf
-    amplitude = frequency**-slope * np.exp(-((frequency / 0.25) ** 2))
+    amplitude, angle = _plane(tuple(shape), slope)
     if orientation is not None:
-        angle = np.arctan2(fy, fx) - np.deg2rad(orientation)
-        amplitude = amplitude * np.exp(3.0 * (np.cos(2 * angle) - 1))
-    phase = random.uniform(0, 2 * np.pi, frequency.shape)
+        amplitude = amplitude * np.exp(3.0 * (np.cos(2 * (angle - np.deg2rad(orientation))) - 1))
+    phase = random.uniform(0, 2 * np.pi, amplitude.shape)
     picture = np.fft.irfft2(amplitude * np.exp(1j * phase), s=shape)
     picture = np.tanh(1.2 * picture / picture.std())
     return ((picture - picture.mean()) / picture.std()).astype(np.float32)

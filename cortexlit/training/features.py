@@ -234,9 +234,17 @@ class CachedFeatures:
         return _unpack(self._rows[self.card["row"][i]], self.card["dtype"])
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        item = dict(self.dataset[i])
-        del item["video"]
-        return item | {self.card["stage"]: self.features(i)}
+        return self.recorded(i) | {self.card["stage"]: self.features(i)}
+
+    def recorded(
+        self,
+        i: int,  # position in the dataset
+    ) -> dict[str, torch.Tensor]:  # behaviour, pupil centre, labels
+        "An item without its video, and without what is kept of it."
+        owner = next(c for c in type(self.dataset).__mro__ if "__getitem__" in vars(c))
+        if "recorded" in vars(owner):  # said by the class that says what an item is
+            return self.dataset.recorded(i)
+        return {name: value for name, value in self.dataset[i].items() if name != "video"}
 
 # %% ../../neuro_nbs/06a_features.ipynb #42b967ad
 def _rows(work: Path, dtype: Any, shape: tuple[int, ...]) -> tuple[Any, Any]:

@@ -24,7 +24,7 @@ from ..data.clips import MouseDataset
 from ..data.inputs import comparable, open_for
 from ..models.readouts import Gaussian2dReadout
 from ..models.viv1t import ViV1T, ViV1TConfig
-from .features import cached_features
+from .features import CachedFeatures, cached_features
 from .pretraining import demo_core
 from .trainer import Fit, check_options, fit, predict
 
@@ -85,12 +85,17 @@ def _clip_means(model: ViV1T, dataset: Any, last: int) -> tuple[torch.Tensor, to
     kept = dataset
     if "features" not in dataset[0]:
         kept = cached_features(model, dataset, last=last, batch_size=8, progress=False)
-    maps: dict[bytes, torch.Tensor] = {}
-    responses: dict[bytes, list[torch.Tensor]] = {}
+    maps: dict[Any, torch.Tensor] = {}
+    responses: dict[Any, list[torch.Tensor]] = {}
     for i in range(len(kept)):
-        item = kept[i]
-        known = hashlib.sha256(item["features"].numpy()).digest()
-        maps.setdefault(known, item["features"])
+        if isinstance(kept, CachedFeatures):
+            known, item = kept.card["row"][i], kept.recorded(i)
+            if known not in maps:
+                maps[known] = kept.features(i)
+        else:
+            item = kept[i]
+            known = hashlib.sha256(item["features"].numpy()).digest()
+            maps.setdefault(known, item["features"])
         responses.setdefault(known, []).append(item["labels"][:, -last:])
     return torch.stack([*maps.values()]), torch.stack([torch.stack(r).mean(0) for r in responses.values()])
 
@@ -187,7 +192,17 @@ class ShuffledLabels:
         return len(self.dataset)
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        return self.dataset[i] | {"labels": torch.from_numpy(self.dataset.read(self.source[i], "responses"))}
+        return self.dataset[i] | self._labels(i)
+
+    def recorded(
+        self,
+        i: int,  # position in the tier
+    ) -> dict[str, torch.Tensor]:  # behaviour, pupil centre, labels
+        "An item without its video."
+        return self.dataset.recorded(i) | self._labels(i)
+
+    def _labels(self, i: int) -> dict[str, torch.Tensor]:
+        return {"labels": torch.from_numpy(self.dataset.read(self.source[i], "responses"))}
 
 # %% ../../neuro_nbs/08_head_training.ipynb #b403ddd8
 HEAD_RECIPE = {
