@@ -148,6 +148,15 @@ def _cache(cache: Path | None, embedded: str | None) -> Path | None:
     return embedded_session(embedded)
 
 # %% ../neuro_nbs/19_cli.ipynb #34f852a2
+def _in_short(found: pd.DataFrame) -> pd.DataFrame:
+    "What a session is, in 80 columns."
+    import pandas as pd
+
+    return pd.DataFrame({"session": found["session_id"], "area": found["area"], "um deep": found["depth_um"],
+        "Cre line": found["cre_line"], "type": found["session_type"].str.removeprefix("three_session_"),
+        "cells": found["cells"], "eye": found["eye_tracking"].map({True: "yes", False: "no"})})  # fmt: skip
+
+
 @app.command()
 def sessions(
     area: Annotated[str | None, typer.Option(help="Visual area, e.g. VISp.")] = None,
@@ -161,7 +170,7 @@ def sessions(
     embedded: Embedded = None,
     as_json: Json = False,
 ) -> None:
-    """List Allen two-photon sessions.
+    """List Allen two-photon sessions; stimuli, dates and containers with --json.
 
     Examples:
       cortexlit sessions --area VISp --stimulus natural_movie_three --eye-tracking
@@ -180,7 +189,7 @@ def sessions(
     if as_json:
         _print_json(found.to_dict("records"))
     else:
-        _show(f"{len(found)} sessions", found)
+        _show(f"{len(found)} sessions (--json tells more)", _in_short(found))
 
 # %% ../neuro_nbs/19_cli.ipynb #ca56d5f8
 @app.command("build")

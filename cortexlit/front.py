@@ -28,6 +28,7 @@ NAMES = {
     "models.v1t": "V1T V1TConfig",
     "models.vit3d": "ViT3D ViT3DConfig decoder",
     "models.classifiers": "ConceptClassifier",
+    "models.readouts": "register_core register_readout",
     "models.adapters": "Adapters",
     "training.trainer": "fit predict",
     "training.heads": "train_head",

@@ -1,5 +1,6 @@
 """`cortexlit fit` and `cortexlit grid` as a job script uses them."""
 
+import contextlib
 import json
 import sys
 
@@ -123,3 +124,14 @@ def test_grid_shows_every_run_and_goes_on(inputs, tmp_path, capsys, monkeypatch)
     assert [r["seed"] for r in found["runs"]] == [0, 1, 0, 1] and found["best"] in ("r8-fused", "full")
     code, refused = run(capsys, monkeypatch, *words, "--seeds", "2", "--no-resume")
     assert code == 1 and "finished runs" in refused["error"]
+
+
+def test_sessions_fit_into_80_columns(tiny_cache, capsys, monkeypatch):
+    monkeypatch.setattr(cli._out, "width", 80)
+    monkeypatch.setattr(sys, "argv", ["cortexlit", "sessions", "--cache", str(tiny_cache)])
+    with contextlib.suppress(SystemExit):
+        cli.main()
+    lines = capsys.readouterr().out.splitlines()
+    told = "\n".join(lines)
+    assert "…" not in told and max(map(len, lines)) <= 80
+    assert "900000001" in told and "Rorb-IRES2-Cre" in told and " A " in told and " B " in told
