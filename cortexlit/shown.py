@@ -20,10 +20,10 @@ __all__ = ['Shown', 'card_html', 'picture_html', 'curve_html']
 class Shown:
     """An object that says what it is: lines in a terminal, a card in Jupyter.
 
-    A class that inherits from this one writes `_told`, and `_picture` if there is something to see.
+    A class that inherits from this one writes `_facts`, and `_picture` if there is something to see.
     """
 
-    def _told(self) -> tuple[str, Mapping[str, Any]]:
+    def _facts(self) -> tuple[str, Mapping[str, Any]]:
         "What it is; and facts by name, in the order in which they are shown."
         raise NotImplementedError
 
@@ -32,11 +32,11 @@ class Shown:
         return ""
 
     def __repr__(self) -> str:
-        title, facts = self._told()
+        title, facts = self._facts()
         return "\n".join([title, *(f"  {name}: {fact}" for name, fact in facts.items())])
 
     def _repr_html_(self) -> str:
-        return card_html(*self._told(), self._picture())
+        return card_html(*self._facts(), self._picture())
 
 # %% ../nbs/00c_shown.ipynb #0c500007
 _ROW = "<tr><th style='text-align:left;vertical-align:top'>{}</th><td style='text-align:left'>{}</td></tr>"

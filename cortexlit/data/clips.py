@@ -956,7 +956,7 @@ class _Tier(Shown):
         "Names of the behaviour channels of an item, in its order; a field that was not measured is absent."
         return {k: [self.card["channels"][k][i] for i in rows] for k, rows in self._in_order.items()}
 
-    def _told(self) -> tuple[str, dict[str, Any]]:
+    def _facts(self) -> tuple[str, dict[str, Any]]:
         seen, shown = self._arrays[self._seen[1]], self.samples[self._key].nunique()
         size = " x ".join(map(str, seen.shape[-2:]))
         if seen.ndim == 4:

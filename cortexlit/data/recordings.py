@@ -219,7 +219,7 @@ class Recording(Shown):
             )
         return self.stimulus_tables[stimulus]
 
-    def _told(self) -> tuple[str, dict[str, str]]:
+    def _facts(self) -> tuple[str, dict[str, str]]:
         minutes = self.n_frames / self.rate / 60
         measured = {name: getattr(self, name.replace(" ", "_")) is not None
                     for name in ("running", "pupil area", "pupil center", "roi masks")}  # fmt: skip

@@ -1674,7 +1674,7 @@ class ThingsDataset(Shown):
             out[start : start + step] = values[rows] if whole else values[np.ix_(rows, self._columns)]
         return out
 
-    def _told(self) -> tuple[str, dict[str, Any]]:
+    def _facts(self) -> tuple[str, dict[str, Any]]:
         roles = self.trials["role"].value_counts()
         facts = {
             "folder": self.folder,

@@ -96,7 +96,7 @@ class FoldFits(Shown):
     table: pd.DataFrame
     folder: Path
 
-    def _told(self) -> tuple[str, dict[str, Any]]:
+    def _facts(self) -> tuple[str, dict[str, Any]]:
         scores = self.table["validation correlation"]
         trials, outputs = self.predictions.shape
         return f"FoldFits of {len(self.table)} folds", {

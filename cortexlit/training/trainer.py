@@ -461,7 +461,7 @@ class Fit(Shown):
         "Its single-trial correlation on the validation tier (mean over mice): an optimistic number, it was chosen."
         return float(self.history["validation_correlation"].max())
 
-    def _told(self) -> tuple[str, dict[str, Any]]:
+    def _facts(self) -> tuple[str, dict[str, Any]]:
         weights = sum(p.numel() for p in self.model.parameters())
         return f"Fit of {type(self.model).__name__}", {
             "best": f"after epoch {self.best_epoch} of {int(self.history['epoch'].iloc[-1])}: "
