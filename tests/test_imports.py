@@ -22,6 +22,7 @@ ALLOWED = {
     "models": {"core", "metrics"},
     "training": {"core", "shown", "metrics", "data", "models"},
     "evaluation": {"core", "metrics"},
+    "insilico": {"core", "metrics", "data", "models", "training", "evaluation"},
     "front": {"core", "metrics", "data", "models", "training", "evaluation"},
     "cli": {"core", "metrics", "plots", "data", "models", "training", "evaluation"},
 }
