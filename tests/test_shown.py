@@ -40,7 +40,9 @@ def test_a_tier_of_clips(tmp_path):
 
 def test_a_subject(tmp_path):
     study = write_things(tmp_path / "study", "tiny", layouts=("figshare",))
-    data = ThingsDataset(build_things(open_things(study), tmp_path / "cache"))
+    opened = open_things(study)
+    assert f"trials: {len(opened)} (" in repr(opened) and well_formed(opened._repr_html_())
+    data = ThingsDataset(build_things(opened, tmp_path / "cache"))
     text = repr(data)
     assert f"trials: {len(data)} (" in text and f"voxels: {int(data.mask.sum())} of" in text
     assert "ratings: none given" in text and well_formed(data._repr_html_())

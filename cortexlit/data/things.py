@@ -1143,7 +1143,7 @@ def _affordable(trials: int, voxels: int, each: int, path: Path) -> None:
         )
 
 # %% ../../neuro_nbs/12_things.ipynb #8f343652
-class Things:
+class Things(Shown):
     "One subject on disk: index, voxels, ROIs, mask; responses are read when asked for."
 
     def __init__(self, layout: ThingsLayout, root: str | Path):
@@ -1177,13 +1177,13 @@ class Things:
     def __len__(self) -> int:
         return len(self.index)
 
-    def __repr__(self) -> str:
+    def _facts(self) -> tuple[str, dict[str, str]]:
         roles = self.index.table["role"].value_counts()
-        return (
-            f"THINGS-fMRI subject {self.subject}, {self.layout.kind}: {len(self)} trials "
-            f"({', '.join(f'{roles[r]} {r}' for r in ROLES if r in roles)}), "
-            f"{len(self.voxels)} voxels of {self.mask.shape}, {self.rois.shape[1]} ROIs"
-        )
+        return f"Things, subject {self.subject}, {self.layout.kind}", {
+            "trials": f"{len(self)} ({', '.join(f'{roles[r]} {r}' for r in ROLES if r in roles)})",
+            "voxels": f"{len(self.voxels)}, in {' x '.join(map(str, self.mask.shape))}",
+            "regions": self.rois.shape[1],
+        }
 
     def read(
         self,

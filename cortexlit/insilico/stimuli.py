@@ -27,7 +27,7 @@ from ..data.clips import build_dataset, check_folder, load_tier, resize_frames
 from ..data.inputs import open_for
 from ..data.synthetic import embedded_session
 from ..evaluation.baselines import behaviour_ridge, blind_mean
-from ..metrics import single_trial_correlation
+from ..metrics import mean_score, single_trial_correlation
 from ..models.viv1t import ViV1T
 from ..training.heads import train_head
 from ..training.trainer import best_folder, predict
@@ -303,12 +303,11 @@ def _validated(model: Any, root: Path, last: int) -> tuple[dict[str, float], np.
     }
     if train.behavior is not None:
         found["behaviour ridge"] = behaviour_ridge(train, validation, validation)[0]
-    scores = {name: float(single_trial_correlation(p[..., -last:], labels)) for name, p in found.items()}
-    each = single_trial_correlation(found["model"], labels, reduce=None)
-    defined = np.isfinite(each)
-    return scores, np.where(
-        defined.any(0), np.where(defined, each, 0).sum(0) / np.maximum(defined.sum(0), 1), np.nan
-    )
+    tables = {
+        name: single_trial_correlation(p[..., -last:], labels, reduce=None) for name, p in found.items()
+    }
+    scores = {name: mean_score(table) for name, table in tables.items()}
+    return scores, np.array([mean_score(column) for column in tables["model"].T])
 
 # %% ../../neuro_nbs/20_in_silico_stimuli.ipynb #20a10024
 def open_twin(
