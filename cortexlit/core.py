@@ -760,7 +760,11 @@ def claim(
         folder.mkdir(parents=True, exist_ok=True)
         clear_leftovers(folder)
         if not path.is_file():
-            other = [p.name for p in folder.iterdir() if p.name != "provenance.json"]  # killed at the start
+            ours = {
+                name,
+                "provenance.json",
+            }  # written by another process since we looked; by one killed at the start
+            other = [p.name for p in folder.iterdir() if p.name not in ours]
             passing = rf"\..*\.lock|\.{re.escape(name)}{_LEFT.pattern}"  # of a process that claims it at this moment
             other = sorted(other for other in other if not re.fullmatch(passing, other))
             if other:

@@ -147,3 +147,23 @@ def test_of_two_that_claim_at_once_one_is_first(tmp_path):
             assert mine[owner] == "mine" and mine[3 - owner].startswith("the run in this folder has owner")
         else:
             assert set(mine.values()) == {"mine"}
+
+
+@pytest.mark.parametrize("theirs", [1, 2])
+def test_what_another_process_claims_after_we_looked_is_its_plan_and_no_foreign_file(
+    tmp_path, monkeypatch, theirs
+):
+    plan, looks = core.write_json(tmp_path / "other.json", {"owner": theirs}).read_text(), Path.is_file
+
+    def looked(path):  # the other one writes just after
+        there = looks(path)
+        if path.name == "plan.json" and not there:
+            path.write_text(plan)
+        return there
+
+    monkeypatch.setattr(Path, "is_file", looked)
+    if theirs == 1:
+        core.claim(tmp_path / "run", {"owner": 1}, "plan.json")
+    else:
+        with pytest.raises(core.DataError, match="the run in this folder has owner: 2"):
+            core.claim(tmp_path / "run", {"owner": 1}, "plan.json")
