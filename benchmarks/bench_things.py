@@ -27,13 +27,13 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pandas as pd
+from cortexlit.simulate.subject import embedded_things
 from side_by_side import peak_mib
 
 from cortexlit.core import locked, provenance, write_json
 from cortexlit.data.things import (
     ThingsDataset,
     build_things,
-    embedded_things,
     load_properties,
     open_things,
     things_table,

@@ -91,7 +91,7 @@ def _print_json(obj: Any) -> None:
 
 def _tell_card(folder: Path, as_json: bool, *fields: str) -> None:
     "The card of a dataset folder, or some of its fields as JSON."
-    from cortexlit.data.clips import check_folder
+    from cortexlit.data.folder import check_folder
 
     card = check_folder(folder)
     if as_json:
@@ -143,7 +143,7 @@ def _open(session: str, cache: Path | None, embedded: str | None) -> Any:
 def _cache(cache: Path | None, embedded: str | None) -> Path | None:
     if embedded is None:
         return cache
-    from cortexlit.data.synthetic import embedded_session
+    from cortexlit.simulate.session import embedded_session
 
     return embedded_session(embedded)
 
@@ -701,7 +701,9 @@ def things_build(
       cortexlit things build ~/THINGS-fMRI --subject 02 --out _data/things-02
       cortexlit things build --embedded demo --out _data/things-demo
     """
-    from cortexlit.data.things import build_things, embedded_things, open_things
+    from cortexlit.simulate.subject import embedded_things
+
+    from cortexlit.data.things import build_things, open_things
 
     if (root is None) == (embedded is None):
         given = "neither a folder nor --embedded" if root is None else f"a folder and --embedded {embedded}"
@@ -791,7 +793,8 @@ def things_fit(
       cortexlit things fit _data/things-02 --ratings ~/THINGSplus --properties lives --properties size --out _runs/two-02
       cortexlit things fit _data/things-02 --ratings ~/THINGSplus --augment gan --ratio 1 --out _runs/gan-02
     """
-    from cortexlit.data.things import split_by_concept
+    from cortexlit.data.splits import split_by_concept
+
     from cortexlit.models.vit3d import decoder
     from cortexlit.training.augmentation import check_augmentation, check_worthwhile
     from cortexlit.training.decoders import fit_folds
@@ -850,7 +853,8 @@ def things_score(
       cortexlit things score _data/things-02 --ratings ~/THINGSplus --run _runs/parcels-02 --out _runs/things-02
       cortexlit things score _data/things-02 --ratings ~/THINGSplus --bands early
     """
-    from cortexlit.data.things import split_by_concept
+    from cortexlit.data.splits import split_by_concept
+
     from cortexlit.evaluation.decoding import score_subject
 
     core.check_out(out)
@@ -963,8 +967,9 @@ def _scored(
 
 def _demo_embedded(out: Path, split: str) -> Any:
     "Score sheet of the embedded session."
+    from cortexlit.simulate.session import embedded_session
+
     from cortexlit.data.allen import open_session
-    from cortexlit.data.synthetic import embedded_session
 
     session = open_session(900000001, cache_dir=embedded_session("demo"))
     return _scored(session, out / "datasets" / f"embedded-{split}", "embedded", 66, (0, 1), split=split)
@@ -997,7 +1002,10 @@ def _demo_real(out: Path) -> Any:
 # %% ../neuro_nbs/19_cli.ipynb #b981fd17
 def _demo_fmri(out: Path) -> Any:
     "Score sheet of a synthetic fMRI subject: constants, ridge, and a transformer on regions."
-    from cortexlit.data.things import build_things, embedded_things, open_things, split_by_concept
+    from cortexlit.data.splits import split_by_concept
+    from cortexlit.simulate.subject import embedded_things
+
+    from cortexlit.data.things import build_things, open_things
     from cortexlit.evaluation.decoding import score_subject
     from cortexlit.models.vit3d import decoder
     from cortexlit.training.decoders import fit_folds

@@ -89,7 +89,18 @@ def seeded(
 
 # %% ../nbs/00_core.ipynb #06e6b091
 class CortexlitError(Exception):
-    "Base of all errors raised on purpose: problem, file, expectation, remedy."
+    """Base of all errors raised on purpose: problem, file, expectation, remedy.
+
+    Examples
+    --------
+    >>> import cortexlit as cx
+    >>> raise cx.CortexlitError("no such file", expected="a recording", fix="make data")
+    Traceback (most recent call last):
+        ...
+    cortexlit.core.CortexlitError: no such file
+      expected: a recording
+      do: make data
+    """
 
     def __init__(
         self,
@@ -980,7 +991,14 @@ def _versions() -> dict[str, str]:
 def provenance(
     **extra: Any,  # further entries, e.g. seed=0
 ) -> dict[str, Any]:  # JSON-able
-    "Versions, platform and commit behind a result."
+    """Versions, platform and commit behind a result.
+
+    Examples
+    --------
+    >>> import cortexlit as cx
+    >>> sorted(cx.provenance(seed=0))
+    ['commit', 'machine', 'packages', 'python', 'seed']
+    """
     return {
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",

@@ -19,15 +19,18 @@ NAMES = {
     "data.allen": "open_session",
     "data.opendata": "open_recording",
     "data.recordings": "Recording",
-    "data.synthetic": "embedded_session",
-    "data.clips": "build_dataset import_tree MouseDataset",
-    "data.scenes": "build_scenes import_arrays import_sensorium2022 ScenesDataset",
+    "simulate.session": "embedded_session",
+    "simulate.subject": "embedded_things",
+    "data.clips": "build_dataset MouseDataset",
+    "data.scenes": "build_scenes ScenesDataset",
+    "data.exchange": "import_tree import_arrays import_sensorium2022",
     "data.folds": "build_folds",
-    "data.things": "open_things embedded_things build_things ThingsDataset load_properties split_by_concept",
+    "data.things": "open_things build_things ThingsDataset load_properties",
+    "data.splits": "split_by_concept split_by_session split_of",
     "models.viv1t": "ViV1T ViV1TConfig",
     "models.v1t": "V1T V1TConfig",
     "models.vit3d": "ViT3D ViT3DConfig decoder",
-    "models.classifiers": "ConceptClassifier",
+    "models.classifiers": "classifier",
     "models.readouts": "register_core register_readout",
     "models.adapters": "Adapters",
     "training.trainer": "fit predict",
@@ -39,7 +42,6 @@ NAMES = {
     "training.tuning": "tune Space",
     "evaluation.baselines": "clip_baselines",
     "evaluation.decoding": "nested_ridge",
-    "evaluation.identification": "score_identification",
     "evaluation.comparison": "compare",
     "evaluation.design": "design",
     "evaluation.scores": "ScoreSheet",
@@ -53,7 +55,7 @@ def find(
     name: str,  # of `PLACES`, or a part of the library such as "data"
 ) -> Any:
     "What the name stands for: imported now, if it was not before."
-    if name in ("data", "models", "training", "evaluation"):
+    if name in ("data", "simulate", "models", "training", "evaluation", "insilico"):
         return importlib.import_module(f"cortexlit.{name}")
     if name not in PLACES:
         raise AttributeError(
@@ -69,7 +71,16 @@ def build(
     | None = None,  # of a recording: "clips" (movies), "scenes" (pictures) or "folds"; None: what it holds
     **options: Any,  # of `build_dataset`, `build_scenes`, `build_folds` or `build_things`
 ) -> Path:  # `out`
-    "Write what was opened as a dataset folder: movie clips, pictures, folds of movie time, or a cached subject."
+    """Write what was opened as a dataset folder: movie clips, pictures, folds of movie time, or a cached subject.
+
+    Examples
+    --------
+    >>> import cortexlit as cx
+    >>> session = cx.open_session(900000001, cache_dir=cx.embedded_session("tiny"))
+    >>> folder = cx.build(session, "built", split="stimuli", clip_frames=26, gap=5)
+    >>> cx.open_dataset(folder, "train").tier
+    'train'
+    """
     from cortexlit.core import DataError
     from cortexlit.data.recordings import Recording
     from cortexlit.data.things import Things, build_things
@@ -109,9 +120,19 @@ def open_dataset(
     | None = None,  # of clips and scenes, default "train"; in a folder of folds "0/test"; none of a subject
     **options: Any,  # of `MouseDataset`, `ScenesDataset` or `ThingsDataset`
 ) -> Any:  # one of these three
-    "The dataset of a folder, by the kind its card says."
+    """The dataset of a folder, by the kind its card says.
+
+    Examples
+    --------
+    `mouse`, a folder from `build`:
+
+    >>> import cortexlit as cx
+    >>> test = cx.open_dataset(mouse, "test")
+    >>> sorted(test[0])
+    ['behavior', 'labels', 'pupil_center', 'video']
+    """
     from cortexlit.core import DataError
-    from cortexlit.data.checks import read_card
+    from cortexlit.data.folder import read_card
 
     kind = read_card(folder).get("kind", "clips")
     if kind == "things":
@@ -133,10 +154,20 @@ def open_dataset(
 def score(
     data: Any,  # folder of clips, scenes or folds; or a `ThingsDataset` with ratings
     *runs: Any,  # results of `fit`, `train_head`, `train_scenes`, `fit_folds`; dicts (name, seed) -> predictions; names of baselines
-    split: Any = None,  # of a subject; None: `split_by_concept(data.trials)`
+    split: Any = None,  # of a subject; None: the one kept in its folder, else `split_by_concept(data.trials)`
     **named: Any,  # the same, under names of yours
 ) -> Any:  # a `ScoreSheet`
-    "Trained models, arrays and baselines on the test tier, in one sheet; all baselines if none is named."
+    """Trained models, arrays and baselines on the test tier, in one sheet; all baselines if none is named.
+
+    Examples
+    --------
+    `mouse`, a folder from `build`; two baselines by name:
+
+    >>> import cortexlit as cx
+    >>> sheet = cx.score(mouse, "train mean", "behaviour ridge")
+    >>> sorted(sheet.table()["model"].unique())
+    ['behaviour ridge', 'train mean']
+    """
     from cortexlit.core import DataError
 
     wanted = [r for r in runs if isinstance(r, str)]
@@ -198,7 +229,7 @@ def _score_folder(
     root: Path, given: list[tuple[str | None, Any]], wanted: list[str]
 ) -> tuple[Any, tuple[str, ...]]:
     "The sheet, of clips with no other baselines than those wanted; and which ones there are."
-    from cortexlit.data.checks import read_card
+    from cortexlit.data.folder import read_card
 
     kind, found = read_card(root).get("kind", "clips"), {}
     names = iter(_names(given))
@@ -253,16 +284,16 @@ def _films_once(model: Any, test: Any, last: int, folder: str) -> Any:
 
 def _score_subject(data: Any, given: list[tuple[str | None, Any]], split: Any) -> Any:
     from cortexlit.core import DataError
-    from cortexlit.data.things import split_by_concept
+    from cortexlit.data.splits import split_by_concept
     from cortexlit.evaluation.decoding import score_subject
     from cortexlit.training.decoders import FoldFits
 
-    if data.labels is None:
-        raise DataError(
-            "trials without ratings", fix="cx.open_dataset(folder, ratings=cx.load_properties(...))"
-        )
-    split = split_by_concept(data.trials) if split is None else split
+    if split is None:
+        split = split_by_concept(data.trials) if data.split is None else data.split
     split.audit()
+    if split.kind != "session" and data.labels is None:
+        fix = "cx.open_dataset(folder, ratings=cx.load_properties(...))"
+        raise DataError("trials without ratings", fix=fix)
     found: dict[Any, Any] = {}
     for name, run in given:
         if isinstance(run, FoldFits):
@@ -274,5 +305,9 @@ def _score_subject(data: Any, given: list[tuple[str | None, Any]], split: Any) -
         else:
             raise DataError(f"a {type(run).__name__} on a subject", "a result of fit_folds, or name=array")
     name = f"{Path(data.folder).name}, subject {data.card['subject']}"
+    if split.kind == "session":
+        from cortexlit.evaluation.concepts import score_concepts
+
+        return score_concepts(data.responses, data.trials, split, found, dataset=name, root=data.folder)
     return score_subject(data.responses.astype(float), data.labels.astype(float), data.trials["concept"].to_numpy(),
                          split, data.properties, found, dataset=name, root=data.folder)  # fmt: skip

@@ -97,7 +97,7 @@ def private_folders(numbered_folders: Iterator[Path], monkeypatch: pytest.Monkey
 @pytest.fixture(scope="session")
 def tiny_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "An allensdk cache folder with the tiny embedded sessions, made once for all tests: read it, never write."
-    from cortexlit.data.synthetic import write_session
+    from cortexlit.simulate.session import write_session
 
     return write_session(tmp_path_factory.mktemp("sessions") / "tiny", size="tiny")
 

@@ -408,13 +408,16 @@ def readers(root: Path, study: Path, cache: Path) -> dict[str, Reader]:
     from toy_training import LAST, Toy, tiers, tiny_model
 
     from cortexlit.core import load_array
-    from cortexlit.data import allen, opendata, synthetic, things
-    from cortexlit.data.clips import MouseDataset, import_tree
+    from cortexlit.data import allen, opendata, splits, things
+    from cortexlit.data.clips import MouseDataset
+    from cortexlit.data.exchange import import_arrays, import_sensorium2022, import_tree
     from cortexlit.data.folds import build_folds, fold_folders, pooled_tier
-    from cortexlit.data.scenes import ScenesDataset, import_arrays, import_sensorium2022
+    from cortexlit.data.scenes import ScenesDataset
     from cortexlit.evaluation.scores import ScoreSheet
     from cortexlit.models.adapters import Adapters, add_adapters, load_adapters, save_adapters
     from cortexlit.models.viv1t import ViV1T
+    from cortexlit.simulate import session as synthetic
+    from cortexlit.simulate import subject
     from cortexlit.training.features import cached_features
     from cortexlit.training.trainer import best_folder, fit
 
@@ -430,7 +433,7 @@ def readers(root: Path, study: Path, cache: Path) -> dict[str, Reader]:
     shutil.copy(study / "ratings/animacy.csv", root)
     np.save(root / "images.npy", np.random.default_rng(0).random((9, 4, 5)))
     np.savez(root / "arrays.npz", a=np.arange(9.0), b=np.array(["x"]))
-    split = things.split_by_concept(things.ThingsDataset(made["things"]).trials)
+    split = splits.split_by_concept(things.ThingsDataset(made["things"]).trials)
     split.save(root / "split.json")
     out, responses = root / "out", np.random.default_rng(1).random((9, 2))
 
@@ -498,7 +501,7 @@ def readers(root: Path, study: Path, cache: Path) -> dict[str, Reader]:
         "array": Reader(root / "images.npy", lambda: load_array(root / "images.npy"), bare=True),
         "arrays": Reader(root / "arrays.npz", lambda: checks.load_arrays(root / "arrays.npz", ["a"]), bare=True),
         "table": Reader(made["clips"] / "neurons.csv", lambda: checks.load_table(made["clips"] / "neurons.csv", ["cell_id"]), bare=True),
-        "split": Reader(root / "split.json", lambda: things.Split.load(root / "split.json")),
+        "split": Reader(root / "split.json", lambda: splits.Split.load(root / "split.json")),
         "tree": Reader(made["sensorium"] / "data/responses/3.npy", lambda: importing(import_tree, made["sensorium"])),
         "tree, behaviour": Reader(made["sensorium"] / "data/behavior/3.npy", lambda: importing(import_tree, made["sensorium"])),
         "tree, pupil": Reader(made["sensorium"] / "data/pupil_center/3.npy", lambda: importing(import_tree, made["sensorium"])),
@@ -566,7 +569,7 @@ def readers(root: Path, study: Path, cache: Path) -> dict[str, Reader]:
     shutil.copy(study / "things.json", root / "subjects")
     found["truth of a subject"] = Reader(
         root / "subjects/truth/sub-01.npz",
-        lambda: things.load_subject_truth(root / "subjects", "01"),
+        lambda: subject.load_subject_truth(root / "subjects", "01"),
         card=root / "subjects/things.json",
     )
     found["open recording"] = Reader(park(root / "park.mat"), lambda: opendata._read_park(root / "park.mat"))
@@ -599,11 +602,12 @@ def commands(root: Path) -> dict[str, tuple[list[str], dict[str, list[str]]]]:
 
     from cortexlit.data import things
     from cortexlit.data.folds import build_folds
+    from cortexlit.simulate import subject
 
     (root / "file").write_text("precious")
     (root / "thesis").mkdir()
     (root / "thesis/chapter1.tex").write_text("years")
-    study = things.embedded_things("tiny", layouts=("figshare",))
+    study = subject.embedded_things("tiny", layouts=("figshare",))
     data, pictures = str(clips(root / "clips")), str(scenes(root / "scenes"))
     cache = str(things.build_things(things.open_things(study), root / "cache"))
     folds = str(build_folds(recording(), root / "folds", folds=3, clip_frames=10, size=(6, 8), gap=2))

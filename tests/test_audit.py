@@ -23,8 +23,10 @@ from cortexlit.data.audit import (
     same_stimuli,
     sample_marks,
 )
-from cortexlit.data.clips import MouseDataset, audit_split, build_dataset, check_folder
-from cortexlit.data.scenes import ScenesDataset, import_arrays
+from cortexlit.data.clips import MouseDataset, audit_split, build_dataset
+from cortexlit.data.exchange import import_arrays
+from cortexlit.data.folder import check_folder
+from cortexlit.data.scenes import ScenesDataset
 from cortexlit.evaluation.baselines import score_dataset
 from cortexlit.evaluation.scores import ScoreSheet
 from cortexlit.training.trainer import fit

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cortexlit import cli
-from cortexlit.data.scenes import import_arrays
+from cortexlit.data.exchange import import_arrays
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 

@@ -7,18 +7,13 @@ import sys
 
 import numpy as np
 import pytest
+from cortexlit.data.splits import split_by_concept
+from cortexlit.simulate.subject import write_things
 
 from cortexlit import cli
 from cortexlit.core import DataError, MissingError
 from cortexlit.data.audit import openings
-from cortexlit.data.things import (
-    ThingsDataset,
-    build_things,
-    load_properties,
-    open_things,
-    split_by_concept,
-    write_things,
-)
+from cortexlit.data.things import ThingsDataset, build_things, load_properties, open_things
 from cortexlit.evaluation.decoding import score_subject
 from cortexlit.evaluation.scores import ScoreSheet
 
@@ -241,7 +236,7 @@ def test_the_demonstration_trains_as_fit_does_by_default(study, tmp_path, capsys
         raise DataError("enough seen")
 
     monkeypatch.setattr("cortexlit.training.decoders.fit_folds", fit_folds)
-    monkeypatch.setattr("cortexlit.data.things.embedded_things", lambda size: study)
+    monkeypatch.setattr("cortexlit.simulate.subject.embedded_things", lambda size: study)
     with pytest.raises(DataError, match="enough seen"):
         cli._demo_fmri(tmp_path)
     words = [tmp_path / "datasets" / "things", "--ratings", study / "ratings", "--out", tmp_path / "net"]

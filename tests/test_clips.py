@@ -27,14 +27,13 @@ from cortexlit.data.clips import (
     audit_samples,
     audit_split,
     build_dataset,
-    check_folder,
-    export_tree,
     frame_index,
-    import_tree,
     load_tier,
     resize_frames,
     split_clips,
-)  # fmt: skip
+)
+from cortexlit.data.exchange import export_tree, import_tree
+from cortexlit.data.folder import check_folder  # fmt: skip
 
 SMALL = {"clip_frames": 20, "size": (6, 10), "gap": 5}
 
@@ -322,7 +321,7 @@ def test_disk_full_midway_leaves_the_old_folder(folder, tmp_path, monkeypatch):
 
 def test_too_little_space_is_said_before_work(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(clips.shutil, "disk_usage", lambda _: usage(1, 1, 1000))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage(1, 1, 1000))
     with pytest.raises(DataError, match="MB are free"):
         build_dataset(toy_recording(), tmp_path / "data", **SMALL)
 

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from cortexlit.core import DataError
-from cortexlit.data.things import split_by_concept, split_by_session
+from cortexlit.data.splits import split_by_concept, split_by_session
 from cortexlit.training.decoders import FoldFits, fit_folds
 
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -187,12 +187,12 @@ def test_what_cannot_be_trained_is_refused(fits, tmp_path):
     data, split, _ = fits
     with pytest.raises(DataError, match="fold 7"):
         fit_folds(build, data, split, tmp_path, folds=[7])
-    with pytest.raises(DataError, match="by concept"):
+    with pytest.raises(DataError, match="one that names concepts"):
         fit_folds(build, data, split_by_session(data.trials), tmp_path)
     with pytest.raises(DataError, match="three or more"):
         fit_folds(build, data, split_by_concept(data.trials, 2, 0), tmp_path)
     with pytest.raises(DataError, match="without ratings"):
-        fit_folds(build, SimpleNamespace(labels=None), split, tmp_path)
+        fit_folds(build, SimpleNamespace(labels=None, trials=data.trials), split, tmp_path)
     flat = Trials()
     flat.labels[:, 1] = 3
     with pytest.raises(DataError, match="constant"):

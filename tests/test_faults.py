@@ -27,25 +27,15 @@ from hypothesis import strategies as st
 from toys import toy_recording
 
 from cortexlit.core import CortexlitError, DataError, MissingError, SplitLeak, read_json, seal, write_json
-from cortexlit.data import allen, checks, opendata, things
-from cortexlit.data.clips import (
-    NORMALISATIONS,
-    MouseDataset,
-    build_dataset,
-    check_folder,
-    export_tree,
-    import_tree,
-    load_tier,
-)
+from cortexlit.data import allen, opendata, things
+from cortexlit.data import folder as folder_checks
+from cortexlit.data.clips import NORMALISATIONS, MouseDataset, build_dataset, load_tier
+from cortexlit.data.exchange import export_tree, import_arrays, import_sensorium2022, import_tree
+from cortexlit.data.folder import check_folder
 from cortexlit.data.folds import pooled_tier
 from cortexlit.data.recordings import Recording
-from cortexlit.data.scenes import (
-    ScenesDataset,
-    build_scenes,
-    import_arrays,
-    import_sensorium2022,
-    load_scenes,
-)
+from cortexlit.data.scenes import ScenesDataset, build_scenes, load_scenes
+from cortexlit.simulate import subject
 
 pytestmark = pytest.mark.usefixtures("no_curves")  # some readers go on with a run
 
@@ -147,7 +137,7 @@ def trial_file(root: Path, layout: str, field: str, trial: int) -> Path:
 @pytest.fixture(scope="module")
 def study(tmp_path_factory) -> Path:
     "The tiny synthetic fMRI study; read it, never write."
-    return things.write_things(tmp_path_factory.mktemp("fmri") / "s", "tiny")
+    return subject.write_things(tmp_path_factory.mktemp("fmri") / "s", "tiny")
 
 
 @pytest.fixture
@@ -768,7 +758,9 @@ def test_gaps_in_arrays_are_told(tmp_path):
 def test_pictures_that_memory_cannot_hold(tmp_path):
     with pytest.raises(DataError, match="pictures of 1000000 x 1000000 needs .* GB of memory"):
         scenes(tmp_path / "s", size=(10**6, 10**6))
-    with pytest.raises(DataError, match=r"(of 1000000 x 1000000 needs .* GB of memory)|(the dataset needs)"):
+    with pytest.raises(
+        DataError, match=r"(of 1000000 x 1000000 needs .* GB of memory)|(MB are to be written)"
+    ):
         clips(tmp_path / "c", size=(10**6, 10**6))
 
 
@@ -1221,8 +1213,8 @@ def test_a_signed_array_holds_numbers(signed, name, value):
 
 def test_a_folder_that_was_looked_at_is_looked_at_again_when_it_changes(tmp_path, monkeypatch):
     root, looks = clips(tmp_path / "c"), []
-    monkeypatch.setattr(checks.time, "time", lambda: 2e9 + len(looks))  # all files are old enough
-    monkeypatch.setattr(checks, "finite", lambda name, *rest, **_: looks.append(name))
+    monkeypatch.setattr(folder_checks.time, "time", lambda: 2e9 + len(looks))  # all files are old enough
+    monkeypatch.setattr(folder_checks, "finite", lambda name, *rest, **_: looks.append(name))
     for tier in ("train", "test"):
         MouseDataset(root, tier)
     assert sorted(looks) == sorted({"videos", "responses", "behavior"} & set(looks)) and len(looks) == len(
@@ -1379,7 +1371,9 @@ def test_an_edited_card(bench, kind):
 
 
 def test_folders_of_another_kind(bench):
-    folder = {k: bench[f"{'cache' if k == 'things' else k}, card.json"].path.parent for k in checks.KINDS}
+    folder = {
+        k: bench[f"{'cache' if k == 'things' else k}, card.json"].path.parent for k in folder_checks.KINDS
+    }
     read = {"clips": lambda p: MouseDataset(p, "train"), "folds": pooled_tier,
             "scenes": lambda p: ScenesDataset(p, "train"), "things": things.ThingsDataset}  # fmt: skip
     for kind, call in read.items():

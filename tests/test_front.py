@@ -13,8 +13,10 @@ import cortexlit as cx
 from cortexlit import front
 from cortexlit.core import CortexlitError, DataError, MissingError
 from cortexlit.data.clips import MouseDataset, build_dataset
-from cortexlit.data.scenes import ScenesDataset, import_arrays
-from cortexlit.data.things import ThingsDataset, build_things, open_things, write_things
+from cortexlit.data.exchange import import_arrays
+from cortexlit.data.scenes import ScenesDataset
+from cortexlit.data.things import ThingsDataset, build_things, open_things
+from cortexlit.simulate.subject import write_things
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 ROOT = Path(__file__).resolve().parents[1]
@@ -139,8 +141,8 @@ def short(source):
 PROGRAMS = re.findall(r"```python\n(import cortexlit as cx.*?)```", (ROOT / "README.md").read_text(), re.S)
 
 
-def test_there_are_four_programs_and_each_is_short():
-    assert len(PROGRAMS) == 4
+def test_there_are_five_programs_and_each_is_short():
+    assert len(PROGRAMS) == 5
     assert all(len(p.strip().splitlines()) <= 8 for p in PROGRAMS)
 
 
@@ -158,7 +160,7 @@ def place(tmp_path_factory, folders):
     return root
 
 
-@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize("which", range(5))
 def test_the_programs_of_the_readme(which, place, tiny_cache, monkeypatch):
     monkeypatch.chdir(place)
     monkeypatch.setenv("MPLBACKEND", "Agg")
@@ -171,7 +173,7 @@ def test_the_programs_of_the_readme(which, place, tiny_cache, monkeypatch):
         "build": lambda source, out, **options: front.build(source, out, **short(source) | options),
         "train_head": lambda root: head(root, last=12, **quick),
         "fit": lambda model, root, **options: fit(model, root, last=12, **quick, **options),
-        "fit_folds": lambda make, data, split, **recipe: folds(make, data, split, **recipe | quick),
+        "fit_folds": lambda make, data, *split, **recipe: folds(make, data, *split, **recipe | quick),
         "train_scenes": lambda root: scenes(root, **quick),
     }  # the real functions, on less data and for one epoch
     for name, function in changed.items():

@@ -19,20 +19,22 @@ ALLOWED = {
     "metrics": {"core"},
     "plots": {"core"},
     "data": {"core", "shown"},
+    "simulate": {"core", "data"},
     "models": {"core", "metrics"},
-    "training": {"core", "shown", "metrics", "data", "models"},
+    "training": {"core", "shown", "metrics", "data", "simulate", "models"},
     "evaluation": {"core", "metrics"},
-    "insilico": {"core", "metrics", "data", "models", "training", "evaluation"},
-    "front": {"core", "metrics", "data", "models", "training", "evaluation"},
-    "cli": {"core", "metrics", "plots", "data", "models", "training", "evaluation"},
+    "insilico": {"core", "metrics", "data", "simulate", "models", "training", "evaluation"},
+    "front": {"core", "metrics", "data", "simulate", "models", "training", "evaluation"},
+    "cli": {"core", "metrics", "plots", "data", "simulate", "models", "training", "evaluation"},
 }
 # Exceptions, module by module: what scores, or plans, by a dataset folder can read it; figures take a
 # recording.
 ALSO = {
-    "evaluation.baselines": {"data.audit", "data.clips", "data.folds"},
-    "evaluation.decoding": {"data.audit", "data.checks"},
-    "evaluation.design": {"data.checks", "data.clips", "data.folds"},
-    "evaluation.scenes": {"data.audit", "data.clips", "data.scenes"},
+    "evaluation.baselines": {"data.audit", "data.folder", "data.clips", "data.folds"},
+    "evaluation.concepts": {"data.audit", "data.folder"},
+    "evaluation.decoding": {"data.audit", "data.folder"},
+    "evaluation.design": {"data.checks", "data.folder", "data.clips", "data.folds"},
+    "evaluation.scenes": {"data.audit", "data.clips", "data.folder", "data.scenes"},
     "plots": {"data.recordings"},
 }
 

@@ -12,8 +12,8 @@ from toys import toy_recording
 
 import cortexlit as cx
 from cortexlit.core import DataError
+from cortexlit.data.exchange import import_arrays
 from cortexlit.data.inputs import open_for
-from cortexlit.data.scenes import import_arrays
 from cortexlit.models import readouts
 from cortexlit.models.adapters import Adapters
 from cortexlit.models.parts import ConvCore, FactorisedReadout

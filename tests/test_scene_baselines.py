@@ -12,13 +12,8 @@ from scipy.ndimage import gaussian_filter
 from sklearn.linear_model import Ridge
 
 from cortexlit.core import DataError, MissingError, rng
-from cortexlit.data.scenes import (
-    SceneArrays,
-    export_sensorium2022,
-    import_arrays,
-    import_sensorium2022,
-    load_scenes,
-)
+from cortexlit.data.exchange import export_sensorium2022, import_arrays, import_sensorium2022
+from cortexlit.data.scenes import SceneArrays, load_scenes
 from cortexlit.evaluation.baselines import gabor_bank
 from cortexlit.evaluation.intervals import contributions, spread
 from cortexlit.evaluation.scenes import (

@@ -12,21 +12,20 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from cortexlit.core import DataError, MissingError, SplitLeak, read_json, rng
-from cortexlit.data.clips import TIERS, build_dataset, check_folder, resize_frames
+from cortexlit.data.clips import TIERS, build_dataset, resize_frames
+from cortexlit.data.exchange import export_sensorium2022, import_arrays, import_sensorium2022  # fmt: skip
+from cortexlit.data.folder import check_folder
 from cortexlit.data.recordings import Recording
 from cortexlit.data.scenes import (
     GREY,
     ScenesDataset,
     audit_presentations,
     build_scenes,
-    export_sensorium2022,
-    import_arrays,
-    import_sensorium2022,
     load_scenes,
     scene_windows,
     split_images,
     window_means,
-)  # fmt: skip
+)
 
 PICTURES, REPEATS, BLANKS, STEP, RATE = 12, 5, 6, 8, 30.0
 SMALL = {"size": (6, 10), "via": None}
@@ -447,8 +446,9 @@ def test_missing_stimulus_lists_what_there_is(tmp_path):
 
 
 def test_embedded_session_b(tiny_cache, tmp_path):
+    from cortexlit.simulate.session import load_truth
+
     from cortexlit.data.allen import open_session
-    from cortexlit.data.synthetic import load_truth
 
     session = open_session(900_000_002, cache_dir=tiny_cache, signal="dff")
     out = build_scenes(session, tmp_path / "data", size=(18, 32))

@@ -11,32 +11,27 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from cortexlit.data.splits import Split, audit_units, split_by_concept, split_by_session
+from cortexlit.simulate.subject import SUBJECT_SIZES, load_subject_truth, write_things
 
 from cortexlit.core import DataError, MissingError, SplitLeak, data_home, rng
 from cortexlit.data import things as module
 from cortexlit.data.things import (
     LAYOUTS,
     PROPERTIES,
-    SUBJECT_SIZES,
     THINGS_TABLES,
-    Split,
     ThingsDataset,
     TrialIndex,
-    audit_concepts,
     build_things,
     concept_of,
     find_layout,
     load_properties,
-    load_subject_truth,
     open_things,
     read_nifti,
     reliability,
     select_rois,
-    split_by_concept,
-    split_by_session,
     things_table,
     write_nifti,
-    write_things,
 )
 
 KEYS = ["session", "run", "trial", "image", "concept", "role"]
@@ -844,16 +839,16 @@ def test_sessions_leave_test_images_apart(trials):
 def test_leaks_are_refused(trials):
     order = rng(0, "order").permutation(96)
     with pytest.raises(SplitLeak, match="of the test trials are concerned"):
-        audit_concepts(trials, order[:80], order[80:])
+        audit_units(trials, order[:80], order[80:])
     with pytest.raises(SplitLeak, match="1 trials are in train and test"):
-        audit_concepts(trials, order[:81], order[80:], forbid=())
+        audit_units(trials, order[:81], order[80:], forbid=())
     fold = split_by_concept(trials).fold.copy()
     fold[0] = (fold[0] + 1) % 5
     with pytest.raises(SplitLeak, match="concepts"):
-        Split("concept", fold, trials).audit()
+        Split.from_folds("concept", fold, trials).audit()
     repeated = np.where(trials["session"] == 1, 0, 1)  # test images kept: they recur
     with pytest.raises(SplitLeak, match="images"):
-        Split("session", repeated, trials).audit()
+        Split.from_folds("session", repeated, trials).audit()
 
 
 def test_a_concept_is_not_hidden_by_capitals_or_blanks(trials):
@@ -868,7 +863,7 @@ def test_a_concept_is_not_hidden_by_capitals_or_blanks(trials):
         if column == "image":
             hidden.loc[rows[1:], "image"] = hide(trials["image"].iloc[rows[0]])
         with pytest.raises(SplitLeak, match=f"share 1 {column}"):
-            audit_concepts(hidden, train, test, forbid=(column,))
+            audit_units(hidden, train, test, forbid=(column,))
     hidden = trials.copy()
     hidden.loc[rows[1:], "concept"] = name.upper()
     fold = split_by_concept(hidden).fold
@@ -892,7 +887,7 @@ def test_z_scores_from_training_rows_do_not_see_the_others(root, tmp_path):
     assert honest.card["zscore_statistics"] == f"{used.sum()} of {len(used)} trials"
     train, test = np.flatnonzero(used), np.flatnonzero(~used)
     for data, seen in ((everything, len(test)), (honest, 0)):
-        report = audit_concepts(data.trials, train, test, forbid=(), statistics=data.statistics).set_index(
+        report = audit_units(data.trials, train, test, forbid=(), statistics=data.statistics).set_index(
             "what"
         )
         assert report.loc["z-score", "shared"] == seen
@@ -904,7 +899,7 @@ def test_z_scores_from_training_rows_do_not_see_the_others(root, tmp_path):
 
 def test_audit_counts(trials):
     train, test = np.flatnonzero(trials["session"] < 3), np.flatnonzero(trials["session"] == 3)
-    report = audit_concepts(trials, train, test, forbid=()).set_index("what")
+    report = audit_units(trials, train, test, forbid=()).set_index("what")
     assert report.loc["image"].tolist() == [56, 32, 8, 0.25]
     assert report.loc["concept", "shared"] == 24 and report.loc["session", "shared"] == 0
 

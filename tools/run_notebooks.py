@@ -276,13 +276,13 @@ def remember(done: list[jobs.Done], last: Path = LAST) -> None:
 
 
 def _session() -> None:
-    from cortexlit.data.synthetic import embedded_session
+    from cortexlit.simulate.session import embedded_session
 
     embedded_session("demo")
 
 
 def _subject() -> None:
-    from cortexlit.data.things import embedded_things
+    from cortexlit.simulate.subject import embedded_things
 
     embedded_things("demo")
 

@@ -397,7 +397,7 @@ def _manifest(cache_dir: str | Path | None) -> Path:
 def synthetic_sessions(
     cache_dir: str | Path,  # a cache folder
 ) -> dict[int, dict[str, Any]] | None:  # session -> what its marker says; None if the folder holds real data
-    "The sessions of a folder written by `cortexlit.data.synthetic`, known by its marker file."
+    "The sessions of a folder written by `cortexlit.simulate.session`, known by its marker file."
     marker = Path(cache_dir) / "cortexlit.json"
     if not marker.exists():
         return None
@@ -429,7 +429,7 @@ _TEXTS = {
 
 # %% ../../neuro_nbs/01_allen.ipynb #5c7e01a4
 class _EmbeddedFile:
-    "A session written by `cortexlit.data.synthetic`, through those methods of allensdk's reader that are used here."
+    "A session written by `cortexlit.simulate.session`, through those methods of allensdk's reader that are used here."
 
     def __init__(self, nwb_file: str):
         self.nwb_file = nwb_file
@@ -1037,7 +1037,15 @@ def open_session(
     progress: bool = True,  # show a bar while downloading
     base_uri: str | None = None,  # address of the API; default: api.brain-map.org
 ) -> Recording:
-    "Read a session, fetching its file first if need be; `MissingError` or `DataError` say what is wrong."
+    """Read a session, fetching its file first if need be; `MissingError` or `DataError` say what is wrong.
+
+    Examples
+    --------
+    >>> import cortexlit as cx
+    >>> session = cx.open_session(900000001, cache_dir=cx.embedded_session("tiny"))
+    >>> session.movies()
+    ['natural_movie_one', 'natural_movie_three']
+    """
     sdk, cache = _source(cache_dir, base_uri)
     session_id = int(session_id)
     if signal not in SIGNALS:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,17 +19,13 @@ import pandas as pd
 from cortexlit.core import (
     DataError,
     MissingError,
-    check_seal,
     load_array,
-    read_json,
     reading,
-    sha256,
 )
 
 # %% auto #0
-__all__ = ['KINDS', 'finite', 'told_gaps', 'whole', 'unique', 'same_length', 'shaped', 'consistent', 'increasing', 'jumps',
-           'by_name', 'load_arrays', 'load_table', 'described', 'inside', 'encrypted', 'read_card', 'verify',
-           'finite_file']
+__all__ = ['finite', 'told_gaps', 'whole', 'unique', 'same_length', 'shaped', 'consistent', 'increasing', 'jumps', 'by_name',
+           'load_arrays', 'load_table', 'described', 'inside', 'encrypted']
 
 # %% ../../neuro_nbs/00a_checks.ipynb #34bef54f
 def finite(
@@ -324,118 +319,3 @@ def encrypted(
         fix = "write https://; or fetch the file by hand, check it, and put it there"
         raise DataError("the address is not encrypted", "https (http on this machine only)", fix, url)
     return url
-
-# %% ../../neuro_nbs/00a_checks.ipynb #f5118b88
-KINDS = {
-    "clips": "a dataset folder of movie clips (build_dataset, import_tree)",
-    "scenes": "a dataset folder of still pictures (build_scenes, import_sensorium2022, import_arrays)",
-    "things": "a cached fMRI subject (build_things)",
-    "folds": "folds of one session (build_folds), each a dataset folder of movie clips below it: 0, 1, ...",
-}
-
-
-def _kind(card: Mapping[str, Any]) -> str:
-    "What a card describes; older cards say it by their fields."
-    if "kind" in card:
-        return str(card["kind"])
-    return "things" if "layout" in card and "shape" in card else "clips" if "files" in card else "tree"
-
-
-def read_card(
-    root: str | Path,  # a folder made by this library
-    kind: str | None = None,  # one of `KINDS`; None: any
-) -> dict[str, Any]:
-    "The card, its kind and its own hash checked. An older card without a hash is taken as it is."
-    path = Path(root) / "card.json"
-    if not path.is_file():
-        wish = f"card.json, as in {KINDS[kind]}" if kind else "card.json"
-        fix = "make it with build_dataset, build_scenes or build_things, or name another folder"
-        raise MissingError("not a dataset folder, or one that was never finished", wish, fix, root)
-    card = read_json(path)
-    if not isinstance(card, dict):
-        raise DataError(
-            "the card is damaged", path=path, expected="a JSON object", fix="build the dataset again"
-        )
-    found = _kind(card)
-    if found not in KINDS:
-        fix = "turn it into a dataset folder: import_tree, or import_sensorium2022 for still pictures"
-        tree = found == "tree"
-        raise DataError(
-            "a tree of one file per trial, or an unknown folder"
-            if tree
-            else f"a folder of the kind {found!r}",
-            path=root,
-            expected=" or ".join(KINDS),
-            fix=fix if tree else "name a dataset folder",
-        )
-    if kind is not None and found != kind:
-        raise DataError(
-            f"the wrong kind of folder: {KINDS[found]}", KINDS[kind], "name a folder of that kind", root
-        )
-    check_seal(card, path, "the card was edited or is damaged; build the dataset again (overwrite=True)")
-    return card
-
-# %% ../../neuro_nbs/00a_checks.ipynb #f3b73009
-_verified: dict[tuple, tuple] = {}  # file and what was asked of it -> its state when the answer was yes
-
-
-def _unchanged(path: Path, about: os.stat_result, asked: str) -> bool:
-    "Has this process found it right before, and has the file not changed since?"
-    state = (about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino)
-    return _verified.get((path.resolve(), asked)) == state
-
-
-def _keep_in_mind(path: Path, about: os.stat_result, asked: str) -> None:
-    if time.time() - about.st_ctime > 2:  # a younger one could change again within the clock's resolution
-        state = (about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino)
-        _verified[path.resolve(), asked] = state
-
-
-def verify(
-    root: str | Path,  # a folder made by this library
-    files: Mapping[str, str],  # name -> SHA-256, from its card
-    needs: Sequence[str] = (),  # files without which it is not whole
-) -> None:
-    "Compare every file with its hash; `MissingError` or `DataError` name the first that differs."
-    root, again = Path(root), "build the dataset again (overwrite=True)"
-    with reading(root / "card.json", "name and SHA-256 of each file"):
-        files = {str(name): str(known) for name, known in files.items()}
-    if unlisted := [n for n in needs if n not in files]:
-        raise DataError(
-            f"the card lists no {unlisted[0]}", path=root / "card.json", expected="every file", fix=again
-        )
-    for name, known in files.items():
-        path = inside(root, name, root / "card.json")
-        if not path.is_file():
-            raise MissingError("a file of the dataset is missing", path=path, fix=again)
-        with reading(path):
-            about = path.stat()
-            if _unchanged(path, about, known):
-                continue
-            found = sha256(path)
-        if found != known:
-            raise DataError(
-                "the file differs from what the card recorded",
-                path=path,
-                expected=f"SHA-256 {known[:16]}...",
-                fix=f"it is damaged or was edited; {again}",
-            )
-        _keep_in_mind(path, about, known)
-
-
-def finite_file(
-    name: str,  # as for `finite`
-    array: np.ndarray,  # memory-mapped
-    path: str | Path,  # its file
-    gaps: bool = False,  # allow NaN: not measured
-    fix: str = "build the dataset again (overwrite=True)",
-) -> None:
-    "As `finite`; what was found right is not read again until the file changes."
-    with reading(path):
-        path, asked = Path(path), f"finite, {gaps=}"
-        about = path.stat()
-    if not _unchanged(path, about, asked):
-        finite(name, array, gaps, path, fix)
-        if gaps and array.dtype.kind == "f" and array.size and np.isnan(array).all():
-            raise DataError(f"{name} holds no value", "NaN only where nothing was measured", fix, path)
-        _keep_in_mind(path, about, asked)

@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -27,38 +25,40 @@ from cortexlit.core import (
     digest,
     load_array,
     need_memory,
+    need_space,
     new_array,
-    provenance,
     read_json,
     reading,
     rng,
-    seal,
-    sha256,
     write_json,
 )
 from .audit import known_tiers, same_frames, same_stimuli
 from cortexlit.data.checks import (
-    _kind,
     by_name,
     described,
     finite,
-    finite_file,
     jumps,
     load_table,
-    read_card,
     same_length,
     shaped,
-    told_gaps,
     unique,
-    verify,
     whole,
+)
+from cortexlit.data.folder import (
+    Moments,
+    check_folder,
+    check_spread,
+    content_hash,
+    finish_folder,
+    finite_file,
+    never_changes,
 )
 from .recordings import Recording
 from ..shown import Shown, picture_html
 
 # %% auto #0
 __all__ = ['TIERS', 'NORMALISATIONS', 'frame_index', 'split_clips', 'audit_samples', 'resize_frames', 'build_dataset',
-           'check_folder', 'audit_split', 'MouseDataset', 'TierArrays', 'load_tier', 'export_tree', 'import_tree']
+           'audit_split', 'MouseDataset', 'TierArrays', 'load_tier']
 
 # %% ../../neuro_nbs/03_dataset.ipynb #794896b7
 def _table_index(movie: str, table: pd.DataFrame) -> np.ndarray:
@@ -359,65 +359,18 @@ def resize_frames(
     x = torch.from_numpy(np.ascontiguousarray(frames, dtype=np.float32))[None]
     return torch.nn.functional.interpolate(x, size=tuple(size), mode="bilinear", antialias=True)[0].numpy()
 
-# %% ../../neuro_nbs/03_dataset.ipynb #35a3f2d4
-class _Moments:
-    "Streaming count, mean, spread and range along the last axis, ignoring NaN."
-
-    def __init__(self) -> None:
-        self.n = self.mean = self.m2 = 0.0
-        self.low, self.high = np.inf, -np.inf
-
-    def add(self, x: np.ndarray) -> None:
-        x = np.asarray(x, dtype=np.float64)
-        good = np.isfinite(x)
-        n = good.sum(-1)
-        total = np.where(good, x, 0).sum(-1)
-        mean = np.divide(total, n, out=np.zeros(n.shape), where=n > 0)
-        m2 = np.where(good, (x - mean[..., None]) ** 2, 0).sum(-1)
-        both = np.maximum(self.n + n, 1)
-        self.m2 = self.m2 + m2 + (mean - self.mean) ** 2 * self.n * n / both
-        self.mean = (self.mean * self.n + mean * n) / both
-        self.n = self.n + n
-        self.low = np.minimum(self.low, np.where(good, x, np.inf).min(-1))
-        self.high = np.maximum(self.high, np.where(good, x, -np.inf).max(-1))
-
-    def result(self) -> dict[str, Any]:
-        std = np.sqrt(self.m2 / np.maximum(self.n, 1))
-        return {"mean": self.mean, "std": std, "min": self.low, "max": self.high, "n": self.n}
-
 # %% ../../neuro_nbs/03_dataset.ipynb #28785e28
 def _statistics(arrays: Mapping[str, np.ndarray], samples: pd.DataFrame) -> dict[str, Any]:
     train = np.flatnonzero(samples["tier"] == "train")
     if not len(train):
         raise DataError("no sample belongs to the train tier", fix="check the split")
-    moments = {name: _Moments() for name in arrays}
+    moments = {name: Moments() for name in arrays}
     for clip in np.unique(samples["clip"].to_numpy()[train]):
         moments["videos"].add(arrays["videos"][clip].reshape(-1))
     for name in arrays.keys() - {"videos"}:
         for i in train:
             moments[name].add(arrays[name][i])
     return {name: m.result() for name, m in moments.items()}
-
-# %% ../../neuro_nbs/03_dataset.ipynb #bbd04c9b
-def _flat(std: np.ndarray, mean: np.ndarray) -> np.ndarray:
-    "Where the spread is nothing beyond rounding."
-    return np.atleast_1d(std <= 1e-7 * np.maximum(np.abs(mean), 1e-12))
-
-
-def _check_spread(stats: Mapping[str, Any], channels: Mapping[str, Sequence[str]]) -> None:
-    for name, s in stats.items():
-        flat, empty = _flat(s["std"], s["mean"]), np.atleast_1d(s["n"]) == 0
-        labels = channels.get(name, [name])
-        for wrong, what in ((empty, "holds no finite value"), (flat, "never changes")):
-            if wrong.any():
-                names = [str(labels[i]) for i in np.flatnonzero(wrong)]
-                raise DataError(
-                    f"{name}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''} {what} in the train tier",
-                    expected="a positive standard deviation to normalise with",
-                    fix='constant_neurons="drop"'
-                    if name == "responses"
-                    else f"leave {names[0]} out of the recording (None)",
-                )
 
 # %% ../../neuro_nbs/03_dataset.ipynb #e29f9a7b
 def _card_text(card: Mapping[str, Any]) -> str:
@@ -453,14 +406,10 @@ def _card_text(card: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _content(array: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
-
-
 def _identical_clips(videos: np.ndarray) -> dict[int, int]:
     "Clip -> a number shared by clips whose pixels are all equal."
     seen: dict[str, int] = {}
-    return {i: seen.setdefault(_content(video), i) for i, video in enumerate(videos)}
+    return {i: seen.setdefault(content_hash(video), i) for i, video in enumerate(videos)}
 
 # %% ../../neuro_nbs/03_dataset.ipynb #394e643a
 def _complete(
@@ -470,6 +419,7 @@ def _complete(
     neurons: pd.DataFrame,
     card: dict[str, Any],
     shared_ok: bool,
+    grey: tuple[float, float] | None = None,  # range of the film's grey levels; None: as in the train tier
 ) -> None:
     "Add tables, statistics, audit and card to a folder that already holds the arrays."
     described(neurons, arrays["responses"].shape[1])
@@ -478,7 +428,9 @@ def _complete(
     _check_arrays(arrays, samples)
     channels = dict(card["channels"], responses=neurons["cell_id"].tolist())
     stats = _statistics(arrays, samples)
-    _check_spread(stats, channels)
+    check_spread(stats, channels)
+    if grey is not None:
+        stats["videos"] |= dict(zip(("min", "max"), grey, strict=True))
     audit = audit_samples(samples, arrays["videos"].shape[1], arrays["videos"])
     _refuse_leak(audit, card["options"].get("gap", 0), shared_ok)
     samples.to_csv(folder / "samples.csv", index_label="sample")
@@ -491,20 +443,15 @@ def _complete(
     }
     counts |= {f"samples in {t}": int(n) for t, n in samples["tier"].value_counts().items()}
     card |= {
-        "kind": "clips",
         "counts": counts,
         "audit": audit.to_dict("records"),
         "audited": ["names", "content", "recorded frames"],
         "split_hash": digest(samples[["movie", "start", "repeat", "tier"]].to_dict("list")),
-        "files": {p.name: sha256(p) for p in sorted(folder.iterdir())},
-        "provenance": provenance(),
     }
     if audit["shared_frames"].sum() or audit["same_clips"].sum():
         note = "Tiers share movie frames: a model that memorises the movie scores well. Scores on this split say nothing about new stimuli."
         card["warnings"] = [*card["warnings"], note]
-    (folder / "card.md").write_text(_card_text(card), encoding="utf-8")
-    card["files"]["card.md"] = sha256(folder / "card.md")
-    write_json(folder / "card.json", seal(card))
+    finish_folder(folder, "clips", card, _card_text)
 
 
 def _recorded_apart(samples: pd.DataFrame) -> None:
@@ -535,7 +482,7 @@ def _check_arrays(arrays: Mapping[str, np.ndarray], samples: pd.DataFrame) -> No
             finite(about, arrays[name][i], gaps=name != "responses", fix=fix)
         response = np.asarray(arrays["responses"][i])
         if len(np.unique(response)) > 8:  # fewer: counts, which two trials may share by chance
-            tier = seen.setdefault((s.clip, _content(response)), s.tier)
+            tier = seen.setdefault((s.clip, content_hash(response)), s.tier)
             if tier != s.tier:
                 what = (
                     f"the same responses to the same clip are in {tier} and {s.tier} (sample {i}, {s.movie})"
@@ -567,17 +514,6 @@ def _refuse_leak(audit: pd.DataFrame, gap: int, shared_ok: bool) -> None:
         )
 
 # %% ../../neuro_nbs/03_dataset.ipynb #6697e695
-def _need_space(out: Path, n_bytes: int) -> None:
-    parent = next(p for p in (out, *out.parents) if p.exists())
-    free = shutil.disk_usage(parent).free
-    if free < 1.05 * n_bytes:
-        raise DataError(
-            f"the dataset needs {n_bytes / 1e6:.0f} MB and {free / 1e6:.0f} MB are free",
-            path=parent,
-            fix="make room, or write elsewhere",
-        )
-
-
 def _choose_movies(recording: Recording, movies: Sequence[str] | None) -> list[str]:
     if movies is None:
         movies = recording.movies()
@@ -719,7 +655,17 @@ def build_dataset(
     seed: int = 0,  # which short movies are held out
     overwrite: bool = False,  # replace an existing folder, once the new one is complete
 ) -> Path:  # `out`
-    "Write the dataset folder of one recording: clips, responses, behaviour, split, statistics, card."
+    """Write the dataset folder of one recording: clips, responses, behaviour, split, statistics, card.
+
+    Examples
+    --------
+    `session` from `open_session`:
+
+    >>> import cortexlit as cx
+    >>> folder = cx.build_dataset(session, "clips", clip_frames=26, gap=5, split="stimuli")
+    >>> sorted(path.name for path in folder.iterdir())[:3]
+    ['behavior.npy', 'card.json', 'card.md']
+    """
     out, movies = Path(out), _choose_movies(recording, movies)
     whole("size", size, low=1)
     samples, frames, notes = _plan(recording, movies, clip_frames, split, alignment, gap, seed)
@@ -728,7 +674,7 @@ def build_dataset(
     clips = samples.drop_duplicates("clip")
     shapes = {"videos": (len(clips), clip_frames, *size), "responses": (len(samples), len(keep), clip_frames)}
     shapes |= {name: (len(samples), len(labels), clip_frames) for name, (_, labels) in measured.items()}
-    _need_space(out, sum(4 * int(np.prod(s)) for s in shapes.values()))
+    need_space(out, sum(4 * int(np.prod(s)) for s in shapes.values()))
     with atomic_folder(out, overwrite) as folder:
         arrays = {k: new_array(folder / f"{k}.npy", np.float32, s) for k, s in shapes.items()}
         for movie, rows in clips.groupby("movie", sort=False):
@@ -776,30 +722,10 @@ def _keep_neurons(recording: Recording, train: np.ndarray, constant: str) -> np.
     if constant == "error":
         return np.arange(recording.n_neurons)
     shown = recording.traces[:, np.unique(train)].astype(np.float64)
-    keep = np.flatnonzero(~_flat(shown.std(1), shown.mean(1)))
+    keep = np.flatnonzero(~never_changes(shown.std(1), shown.mean(1)))
     if not len(keep):
         raise DataError("no neuron changes in the train tier", fix="check signal and alignment")
     return keep
-
-# %% ../../neuro_nbs/03_dataset.ipynb #48385deb
-def check_folder(
-    root: str | Path,  # a dataset folder
-    kind: str | None = None,  # "clips", "scenes" or "things"; None: any
-) -> dict[str, Any]:  # the card
-    "Read the card and verify it and every file against its hash; raises `MissingError` or `DataError`."
-    card = read_card(root, kind)
-    if "files" not in card:  # a cached fMRI subject of an older version
-        return card
-    verify(root, card["files"], _FILES[_kind(card)])
-    return card
-
-
-_FILES = {
-    "clips": ("videos.npy", "responses.npy", "samples.csv", "neurons.csv", "statistics.json"),
-    "scenes": ("images.npy", "responses.npy", "samples.csv", "neurons.csv", "statistics.json"),
-    "things": ("responses.npy", "metadata.npz"),
-    "folds": ("samples.csv",),
-}
 
 # %% ../../neuro_nbs/03_dataset.ipynb #a633b653
 def audit_split(
@@ -1003,7 +929,17 @@ class _Tier(Shown):
 
 
 class MouseDataset(_Tier):
-    "One tier of a dataset folder as float32 tensors, for a `torch.utils.data.DataLoader`; files are memory-mapped."
+    """One tier of a dataset folder as float32 tensors, for a `torch.utils.data.DataLoader`; files are memory-mapped.
+
+    Examples
+    --------
+    `mouse`, a folder from `build`:
+
+    >>> import cortexlit as cx
+    >>> train = cx.MouseDataset(mouse, "train")
+    >>> train[0]["video"].shape
+    torch.Size([1, 26, 36, 64])
+    """
 
     def __init__(
         self,
@@ -1105,385 +1041,3 @@ def load_tier(
     columns = {name: data.samples[name].to_numpy() for name in ("clip", "repeat", "movie", "start")}
     videos = data._normalise("videos", np.asarray(data._arrays["videos"]))
     return TierArrays(videos=videos, labels=stacked.pop("responses"), **columns, **stacked)
-
-# %% ../../neuro_nbs/03_dataset.ipynb #788a5659
-_SENSORIUM_TIERS = {"train": "train", "validation": "oracle", "test": "final_test_main"}
-
-
-def _save(path: Path, array: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.save(path, array)
-
-
-def _export_study1(data: dict[str, MouseDataset], folder: Path) -> None:
-    names = {"video": "videos", "behavior": "behavior", "pupil_center": "pupil_center", "labels": "labels"}
-    for tier, dataset in data.items():
-        for i in range(len(dataset)):
-            for key, value in dataset[i].items():
-                _save(
-                    folder / tier / names[key] / f"{int(dataset.samples['sample'][i]):05d}.npy", value.numpy()
-                )
-
-
-def _export_sensorium(data: dict[str, MouseDataset], folder: Path) -> None:
-    some = next(iter(data.values()))
-    order = by_name(some.card["channels"].get("behavior", []), ("pupil_area", "running"))
-    rows = pd.concat([d.samples for d in data.values()]).sort_values("sample").reset_index(drop=True)
-    for trial, row in enumerate(rows.itertuples()):
-        arrays = {k: a[row.clip if k == "videos" else row.sample] for k, a in some._arrays.items()}
-        arrays["videos"] = np.moveaxis(arrays["videos"], 0, -1)
-        if "behavior" in arrays:
-            arrays["behavior"] = arrays["behavior"][order]
-        for name, array in arrays.items():
-            _save(folder / "data" / name / f"{trial}.npy", np.ascontiguousarray(array))
-    _save(
-        folder / "meta/trials/tiers.npy",
-        rows["tier"].map(lambda t: _SENSORIUM_TIERS.get(t, t)).to_numpy(dtype="U32"),
-    )
-    z = some.neurons["depth_um"] if "depth_um" in some.neurons else pd.Series(np.nan, some.neurons.index)
-    _save(
-        folder / "meta/neurons/cell_motor_coordinates.npy",
-        np.stack([some.neurons["x_um"], some.neurons["y_um"], z], axis=1).astype(np.float64),
-    )
-    _save(folder / "meta/neurons/unit_ids.npy", some.neurons["cell_id"].to_numpy())
-    for name, stats in some.statistics.items():
-        for key in ("mean", "std", "min", "max"):
-            value = np.asarray(stats[key], np.float64)
-            _save(
-                folder / "meta/statistics" / name / "all" / f"{key}.npy",
-                value[order] if name == "behavior" else value,
-            )
-
-# %% ../../neuro_nbs/03_dataset.ipynb #fe7c4d26
-def export_tree(
-    root: str | Path,  # a dataset folder
-    out: str | Path,  # folder to write
-    layout: str = "sensorium",  # or "study1"
-    overwrite: bool = False,
-) -> Path:  # `out`
-    "Write a dataset folder as one file per sample, in the Sensorium 2023 layout or that of study 1."
-    writers = {"sensorium": _export_sensorium, "study1": _export_study1}
-    if layout not in writers:
-        raise DataError(f"layout {layout!r}", expected=f"one of {sorted(writers)}")
-    card = check_folder(root, "clips")
-    tiers = sorted(load_table(Path(root) / "samples.csv", ["tier"])["tier"].unique(), key=_tier_order)
-    with atomic_folder(out, overwrite) as folder:
-        writers[layout]({t: MouseDataset(root, t) for t in tiers}, folder)
-        shutil.copy(Path(root) / "neurons.csv", folder / "neurons.csv")
-        shutil.copy(Path(root) / "samples.csv", folder / "samples.csv")
-        write_json(
-            folder / "card.json",
-            {
-                k: card[k]
-                for k in ("name", "source", "signal", "rate", "channels", "options", "metadata", "warnings")
-            },
-        )
-    return Path(out)
-
-# %% ../../neuro_nbs/03_dataset.ipynb #79f7a665
-def _npy_files(folder: Path) -> list[Path]:
-    files = sorted(folder.glob("*.npy"), key=lambda p: (len(p.stem), p.stem))
-    if not files:
-        raise MissingError("no .npy file here", path=folder, expected="one array per trial")
-    return files
-
-
-def _same_names(files: list[Path], folder: Path) -> list[Path]:
-    "The files of another field for the same trials; one too few or too many is refused."
-    other = [folder / f.name for f in files]
-    for path in other:
-        if not path.is_file():
-            raise MissingError(
-                "a trial has no such array", path=path, expected=f"one for each file of {files[0].parent}"
-            )
-    return other
-
-
-def _all_used(folder: Path, names: set[str], what: str) -> None:
-    "No array beside those that are read: a shorter list would drop trials without a word."
-    for path in sorted(folder.glob("*.npy")):
-        if path.name not in names:
-            raise DataError(
-                f"an array of no trial: {what} lists {len(names)} trials",
-                path=path,
-                expected=f"one array for each trial of {what}",
-                fix="fetch the folder again: trials, tiers and arrays do not belong together",
-            )
-
-
-def _read_study1(root: Path) -> tuple[dict[str, list[Path]], list[str], dict[str, Any], np.ndarray]:
-    files: dict[str, list[Path]] = {}
-    tiers: list[str] = []
-    found = [t for t in ("train", "validation", "val", "test") if (root / t).is_dir()]
-    names = {
-        "videos": "videos",
-        "responses": "labels",
-        "behavior": "behavior",
-        "pupil_center": "pupil_center",
-    }
-    for tier in found:
-        videos = _npy_files(root / tier / "videos")
-        tiers += [{"val": "validation"}.get(tier, tier)] * len(videos)
-        for ours, theirs in names.items():
-            folder = root / tier / theirs
-            if ours == "responses" or any((root / t / theirs).is_dir() for t in found):  # in one tier: in all
-                files.setdefault(ours, []).extend(_same_names(videos, folder))
-                _all_used(folder, {v.name for v in videos}, "videos/")
-    return (
-        files,
-        tiers,
-        {"behavior": ["running", "pupil_area"], "pupil_center": ["x", "y"]},
-        np.arange(len(tiers)),
-    )
-
-
-def _read_tiers(root: Path, layout: str) -> np.ndarray:
-    "The published tier of each trial (trials,) of str."
-    path = root / "meta/trials/tiers.npy"
-    if not path.is_file():
-        wish = f"a folder in the {layout} layout"
-        raise MissingError("the tiers of the trials are missing", path=path, expected=wish)
-    tiers = load_array(path, kinds="US")
-    shaped("tiers", tiers, {"trials": None}, path)
-    return tiers.astype(str)
-
-
-def _read_sensorium(root: Path) -> tuple[dict[str, list[Path]], list[str], dict[str, Any], np.ndarray]:
-    tiers = _read_tiers(root, "Sensorium 2023")
-    rows = np.flatnonzero(tiers != "none")
-    videos = [root / "data/videos" / f"{i}.npy" for i in rows]
-    files = {
-        k: _same_names(videos, root / "data" / k)
-        for k in ("videos", "responses", "behavior", "pupil_center")
-        if k in ("videos", "responses") or (root / "data" / k).is_dir()
-    }
-    for k in files:
-        _all_used(root / "data" / k, {f"{i}.npy" for i in range(len(tiers))}, "tiers.npy")
-    return (
-        files,
-        tiers[rows].tolist(),
-        {"behavior": ["pupil_area", "running"], "pupil_center": ["x", "y"]},
-        rows,
-    )
-
-# %% ../../neuro_nbs/03_dataset.ipynb #0a64ca4b
-def _tree_neurons(root: Path, n: int) -> pd.DataFrame:
-    "The table of neurons of a tree: one row for each response, or an error that names the file."
-    path = root / "neurons.csv"
-    if path.is_file():
-        neurons = load_table(path, float_precision="round_trip")
-        described(neurons, n, path)
-        return neurons
-    ids, where = root / "meta/neurons/unit_ids.npy", root / "meta/neurons/cell_motor_coordinates.npy"
-    neurons = pd.DataFrame({"cell_id": np.arange(n)})
-    if ids.exists():
-        found = load_array(ids, kinds="iuf")
-        same_length("neurons", {"unit_ids": found.size, "responses": n}, ids)
-        neurons["cell_id"] = whole("unit_ids", found, low=None, path=ids)
-    xyz = np.full((n, 3), np.nan)
-    if where.exists():
-        xyz = load_array(where)
-        same_length("neurons", {"cell_motor_coordinates": len(np.atleast_1d(xyz)), "responses": n}, where)
-        shaped("cell_motor_coordinates", xyz, {"neurons": n, "x, y, depth": 3}, where)
-    neurons = neurons.assign(x_um=xyz[:, 0], y_um=xyz[:, 1], depth_um=xyz[:, 2])
-    described(neurons, n, ids)
-    return neurons
-
-
-def _channel_names(name: str, n: int, usual: list[str], known: Mapping[str, Any]) -> list[str]:
-    "The layout's usual names; of these only the measured ones where a card says so; numbers if they do not fit."
-    measured = known.get("channels", {}).get(name, usual)
-    names = [c for c in usual if c in measured]
-    return names if len(names) == n else [f"channel {i}" for i in range(n)]
-
-
-def _measured_channels(
-    name: str, array: np.ndarray, labels: list[str], layout: str
-) -> tuple[np.ndarray | None, list[str], list[str]]:
-    "Channels that hold a value (and, in raw data, one that is not 0), their names, and a note on the others."
-    here = np.zeros(len(labels), bool)
-    for x in array:
-        x = np.asarray(x).reshape(len(labels), -1)
-        here |= (np.isfinite(x) & ((x != 0) | (layout == "study1"))).any(1)
-    lost = [c for c, h in zip(labels, here, strict=True) if not h]
-    notes = [f"{name}: {', '.join(lost)} left out: no measurement."] if lost else []
-    return here, [c for c, h in zip(labels, here, strict=True) if h], notes
-
-
-def _valid_frames(array: np.ndarray) -> int:  # time is the first axis
-    "Frames before the padding with NaN at the end; NaN elsewhere is no padding."
-    full = ~np.isnan(array.reshape(len(array), -1)).all(1)
-    return int(len(full) - full[::-1].argmax()) if full.any() else 0
-
-# %% ../../neuro_nbs/03_dataset.ipynb #8d20ac41
-def _read_trial(
-    name: str, path: Path, layout: str
-) -> np.ndarray:  # video (frames, H, W), else (channels, frames)
-    "One array of one trial, its axes checked."
-    array = load_array(path)
-    if name != "videos":
-        shaped(name, array, {"neurons" if name == "responses" else "channels": None, "frames": None}, path)
-    elif layout == "study1":
-        shaped(name, array, {"channel": 1, "frames": None, "height": None, "width": None}, path)
-        array = array[0]
-    else:
-        shaped(name, array, {"height": None, "width": None, "frames": None}, path)
-        array = np.moveaxis(array, -1, 0)
-    return array
-
-
-def _survey(files: Mapping[str, list[Path]], layout: str) -> tuple[np.ndarray, list[str], np.ndarray]:
-    "Frames of each trial, content of its video, whether its responses are withheld (0 or NaN throughout)."
-    lengths, contents, withheld, first = [], [], [], {}
-    for k, _ in enumerate(tqdm(files["videos"], "comparing videos", unit="trial", disable=None, leave=False)):
-        trial = {name: _read_trial(name, paths[k], layout) for name, paths in files.items()}
-        video, responses = trial["videos"], trial["responses"]
-        for name, array in trial.items():
-            usual = first.setdefault(name, array.shape[1:] if name == "videos" else array.shape[:1])
-            axes = (
-                dict(zip(("height", "width"), usual, strict=True))
-                if name == "videos"
-                else {"channels": usual[0], "frames": len(video)}
-            )
-            if name == "responses":
-                axes = {"neurons": usual[0], "frames": len(video)}
-            shaped(
-                f"{name} (of {files[name][0].name}: {first[name]})",
-                array,
-                {"frames": len(video)} | axes if name == "videos" else axes,
-                files[name][k],
-            )
-        dark = np.isnan(responses) | (responses == 0)
-        withheld.append(bool(dark.all()))
-        lengths.append(min(_valid_frames(video), len(video) if dark.all() else _valid_frames(responses.T)))
-        contents.append(_content(video))
-    return np.array(lengths), contents, np.array(withheld)
-
-
-def _measured_trials(
-    tiers: np.ndarray, withheld: np.ndarray, paths: list[Path]
-) -> tuple[np.ndarray, list[str]]:
-    "Rows of the trials to keep, and a note on each tier that is left out."
-    lost = [t for t in dict.fromkeys(tiers) if withheld[tiers == t].all()]
-    notes = [f"Tier {t!r} is left out: its responses are withheld (all zero or NaN)." for t in lost]
-    keep = np.flatnonzero(~np.isin(tiers, lost))
-    if not len(keep):
-        raise DataError(
-            "no trial has responses", path=paths[0].parent, expected="one tier that is not withheld"
-        )
-    return keep, notes
-
-
-def _tree_samples(
-    tree: Path, layout: str, clip_of: list[int], tiers: list[str], rows: np.ndarray
-) -> pd.DataFrame:  # clip, movie, start, repeat, tier
-    "One row per trial; with our columns if the tree came from us."
-    samples = pd.DataFrame(
-        {"clip": clip_of, "movie": [f"video {c}" for c in clip_of], "start": 0, "tier": tiers}
-    )
-    samples["repeat"] = samples.groupby("clip").cumcount()
-    path = tree / "samples.csv"
-    if path.is_file():
-        theirs = load_table(path, ["sample", "movie", "start", "repeat", "tier"])
-        by = "sample" if layout == "sensorium" else "tier"
-        theirs = theirs.sort_values(
-            by, key=None if by == "sample" else lambda t: t.map(_tier_order), kind="stable"
-        )
-        if len(theirs) <= rows.max() or theirs["tier"].iloc[rows].tolist() != tiers:
-            fix = "remove the table, or take it from the folder that the trials are from"
-            raise DataError(
-                "the table does not describe the trials",
-                path=path,
-                expected=f"tiers as in {tree.name}",
-                fix=fix,
-            )
-        theirs = theirs.iloc[rows]
-        samples["movie"] = theirs["movie"].to_numpy()
-        for column in ("start", "repeat"):
-            samples[column] = whole(column, theirs[column], path=path)
-    return samples[["clip", "movie", "start", "repeat", "tier"]]
-
-# %% ../../neuro_nbs/03_dataset.ipynb #a2b592d5
-def import_tree(
-    tree: str | Path,  # a folder in the Sensorium 2023 layout (has meta/) or that of study 1 (has train/)
-    out: str | Path,  # dataset folder to write
-    frames: int | None = None,  # frames to keep of each trial; default the shortest trial
-    allow_shared_stimuli: bool = False,  # accept tiers that share videos
-    overwrite: bool = False,
-) -> Path:  # `out`
-    "Turn a tree of one file per sample into a dataset folder; identical videos are stored once."
-    tree = Path(tree)
-    if (tree / "meta").is_dir():
-        layout, (files, tiers, channels, rows) = "sensorium", _read_sensorium(tree)
-    elif (tree / "train").is_dir():
-        layout, (files, tiers, channels, rows) = "study1", _read_study1(tree)
-    else:
-        raise MissingError(
-            "neither a Sensorium tree nor one of study 1", path=tree, expected="a folder meta/ or train/"
-        )
-    known = read_json(tree / "card.json") if (tree / "card.json").is_file() else {}
-    lengths, contents, withheld = _survey(files, layout)
-    keep_rows, notes = _measured_trials(np.array(tiers), withheld, files["responses"])
-    files = {k: [v[i] for i in keep_rows] for k, v in files.items()}
-    lengths, contents, rows = lengths[keep_rows], [contents[i] for i in keep_rows], rows[keep_rows]
-    names = {v: k for k, v in _SENSORIUM_TIERS.items()} | {"live_test_main": "test"}
-    tiers = [names.get(tiers[i], tiers[i]) if layout == "sensorium" else tiers[i] for i in keep_rows]
-    keep = int(lengths.min()) if frames is None else int(whole("frames", [frames], low=None)[0])
-    if keep > lengths.min() or keep < 1:
-        shortest = files["videos"][int(lengths.argmin())]
-        raise DataError(
-            f"frames={frames}", expected=f"1 to {lengths.min()}, the shortest trial", path=shortest
-        )
-    first_seen: dict[str, tuple[int, Path]] = {}
-    clip_of = [
-        first_seen.setdefault(c, (len(first_seen), p))[0]
-        for c, p in zip(contents, files["videos"], strict=True)
-    ]
-    shapes = {k: _read_trial(k, v[0], layout).shape for k, v in files.items()}
-    shapes = {
-        k: (len(first_seen), keep, *s[1:]) if k == "videos" else (len(rows), s[0], keep)
-        for k, s in shapes.items()
-    }
-    _need_space(Path(out), sum(4 * int(np.prod(s)) for s in shapes.values()))
-    with atomic_folder(out, overwrite) as folder:
-        arrays = {}
-        for name, paths in files.items():
-            arrays[name] = new_array(folder / f"{name}.npy", np.float32, shapes[name])
-            for i, path in enumerate([p for _, p in first_seen.values()] if name == "videos" else paths):
-                x = _read_trial(name, path, layout)
-                x = x[:keep] if name == "videos" else x[:, :keep]
-                finite(name, x, gaps=name not in ("videos", "responses"), path=path)
-                arrays[name][i] = x
-        samples = _tree_samples(tree, layout, clip_of, tiers, rows)
-        channels = {
-            k: _channel_names(k, arrays[k].shape[1], channels[k], known) for k in channels if k in arrays
-        }
-        for name in list(channels):
-            here, channels[name], lost = _measured_channels(name, arrays[name], channels[name], layout)
-            notes += lost
-            if not here.all():
-                part = np.array(arrays.pop(name)[:, here])
-                (folder / f"{name}.npy").unlink()
-                if here.any():
-                    np.save(folder / f"{name}.npy", part)
-                    arrays[name] = part
-                else:
-                    del channels[name]
-            if here.any():
-                notes += told_gaps(name, arrays[name], channels[name], files[name])
-        card = {
-            "name": known.get("name", tree.name),
-            "source": known.get("source", f"{layout} tree"),
-            "signal": known.get("signal", "as in the tree"),
-            "rate": known.get("rate"),
-            "options": known.get("options", {}) | {"split": "as in the tree", "layout": layout, "gap": 0},
-            "channels": channels,
-            "metadata": known.get("metadata", {}),
-            "warnings": [*known.get("warnings", []), *notes],
-        }
-        for array in arrays.values():
-            if isinstance(array, np.memmap):
-                array.flush()
-        neurons = _tree_neurons(tree, arrays["responses"].shape[1])
-        _complete(folder, arrays, samples, neurons, card, allow_shared_stimuli)
-    return Path(out)

@@ -19,18 +19,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..core import DataError, atomic_folder, digest, provenance, read_json, seal, sha256, write_json
+from ..core import DataError, atomic_folder, digest, read_json
 from .checks import load_array, load_table, whole
 from cortexlit.data.clips import (
     MouseDataset,
     TierArrays,
     _choose_movies,
     _complete,
-    _flat,
     build_dataset,
-    check_folder,
     frame_index,
 )
+from .folder import check_folder, finish_folder, never_changes
 from .recordings import Recording
 
 # %% ../../neuro_nbs/03b_folds.ipynb #03b00008
@@ -105,7 +104,7 @@ def _changing(
         train = clips[fold_tiers(clips, fold) == "train"]
         at = [index[c.movie][:, c.start : c.start + frames].ravel() for c in train.itertuples()]
         shown = recording.traces[:, np.unique(np.concatenate(at))].astype(np.float64)
-        keep &= ~_flat(shown.std(1), shown.mean(1))
+        keep &= ~never_changes(shown.std(1), shown.mean(1))
     if not keep.any():
         raise DataError("no neuron changes in the train tier of every fold", fix="check signal and alignment")
     masks = None if recording.roi_masks is None else recording.roi_masks[keep]
@@ -146,13 +145,7 @@ def _write_fold(
                 fix="shorten clip_frames, or ask for fewer folds",
             )
     neurons = load_table(whole_folder / "neurons.csv", float_precision="round_trip")
-    _complete(folder, arrays, samples, neurons, card, shared_ok=False)
-    if grey is not None:
-        statistics, card = (read_json(folder / f"{name}.json") for name in ("statistics", "card"))
-        statistics["videos"] |= dict(zip(("min", "max"), grey, strict=True))
-        write_json(folder / "statistics.json", statistics)
-        card["files"]["statistics.json"] = sha256(folder / "statistics.json")
-        write_json(folder / "card.json", seal(card))
+    _complete(folder, arrays, samples, neurons, card, False, grey)
 
 # %% ../../neuro_nbs/03b_folds.ipynb #03b00022
 def _summary(samples: pd.DataFrame, card: Mapping[str, Any]) -> str:
@@ -176,21 +169,17 @@ def _finish(
     "Table, card and its text of the folder that holds the folds."
     samples = samples.drop(columns="tier")
     samples.to_csv(folder / "samples.csv", index=False)
-    (folder / "card.md").write_text(_summary(samples, card), encoding="utf-8")
-    names = ["samples.csv", "card.md", *(f"{k}/card.json" for k in range(folds))]
+    names = ["samples.csv", *(f"{k}/card.json" for k in range(folds))]  # each vouches for its own files
     counts = {"unique clips": int(samples["clip"].nunique()), "samples": len(samples), "folds": folds}
     audits = [
         {"fold": k} | row for k in range(folds) for row in read_json(folder / str(k) / "card.json")["audit"]
     ]
     card |= {
         "audit": audits,
-        "kind": "folds",
         "counts": counts,
         "split_hash": digest(samples[["movie", "start", "repeat", "fold"]].to_dict("list")),
-        "files": {name: sha256(folder / name) for name in names},
-        "provenance": provenance(),
     }
-    write_json(folder / "card.json", seal(card))
+    finish_folder(folder, "folds", card, lambda card: _summary(samples, card), names)
 
 # %% ../../neuro_nbs/03b_folds.ipynb #03b00023
 def build_folds(
@@ -205,7 +194,17 @@ def build_folds(
     overwrite: bool = False,  # replace an existing folder, once the new one is complete
     **options: Any,  # size, resample, pupil: as `build_dataset`
 ) -> Path:  # `out`: holds dataset folders 0, 1, ..., one for each fold
-    "Write one session as folds of movie time: every clip is in the test tier of exactly one."
+    """Write one session as folds of movie time: every clip is in the test tier of exactly one.
+
+    Examples
+    --------
+    `session` from `open_session`:
+
+    >>> import cortexlit as cx
+    >>> folder = cx.build_folds(session, "folds", folds=3, clip_frames=26, gap=5)
+    >>> cx.open_dataset(folder, "0/test").tier
+    'test'
+    """
     movies = _choose_movies(recording, movies)
     index = {movie: frame_index(recording, movie, alignment) for movie in movies}
     clips = fold_clips({m: i.shape[::-1] for m, i in index.items()}, clip_frames, folds, gap)

@@ -251,7 +251,16 @@ def open_recording(
     size: tuple[int, int] = (36, 64),  # (H, W) pixels of the movies
     field_of_view: tuple[float, float] = (95.0, 120.0),  # deg, assumed
 ) -> Recording:  # movies `grating_000` to `grating_315`; doubts in `metadata["warnings"]`
-    "Fetch a registered recording and read it as a `Recording`; errors as `fetch`."
+    """Fetch a registered recording and read it as a `Recording`; errors as `fetch`.
+
+    Examples
+    --------
+    A file of 1 MB is fetched once, so this one is not run where there is no network:
+
+    >>> import cortexlit as cx
+    >>> park = cx.open_recording("park_230809")  # doctest: +SKIP
+    >>> park.n_neurons  # doctest: +SKIP
+    """
     path, entry = fetch(name), REGISTRY[name]
     park = _read_park(path)
     t, direction = park["t"], park["direction"]

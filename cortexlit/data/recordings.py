@@ -135,6 +135,16 @@ class Recording(Shown):
         What the traces are: "corrected_fluorescence", "dff", "events", ...
     metadata : dict
         Free, JSON-able: area, cre_line, depth_um, rate, pupil_source, ...
+
+    Examples
+    --------
+    Ten seconds of three neurons at 30 frames per second:
+
+    >>> import cortexlit as cx
+    >>> about = pd.DataFrame({"cell_id": [1, 2, 3], "x_um": 0.0, "y_um": 0.0})
+    >>> traces = np.random.default_rng(0).normal(size=(3, 300))
+    >>> cx.Recording("mine", "my laboratory", traces, np.arange(300) / 30, about).n_neurons
+    3
     """
 
     name: str

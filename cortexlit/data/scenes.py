@@ -7,10 +7,9 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['GREY', 'scene_windows', 'window_means', 'split_images', 'audit_presentations', 'build_scenes', 'ScenesDataset',
-           'SceneArrays', 'load_scenes', 'export_sensorium2022', 'import_sensorium2022', 'import_arrays']
+           'SceneArrays', 'load_scenes']
 
 # %% ../../neuro_nbs/10_scenes.ipynb #9d273c08
-import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,14 +26,10 @@ from cortexlit.core import (
     SplitLeak,
     atomic_folder,
     digest,
-    load_array,
     need_memory,
-    provenance,
-    read_json,
+    need_space,
     reading,
     rng,
-    seal,
-    sha256,
     write_json,
 )
 from .audit import known_tiers
@@ -42,35 +37,30 @@ from cortexlit.data.checks import (
     described,
     finite,
     jumps,
-    load_table,
     shaped,
-    told_gaps,
     whole,
 )
 from cortexlit.data.clips import (
     _AGAIN,
     TIERS,
-    _all_used,
     _behaviour,
     _check_fractions,
-    _check_spread,
-    _content,
-    _flat,
     _identical_clips,
     _measured_tiers,
-    _measured_trials,
-    _need_space,
     _origin,
-    _read_tiers,
-    _same_names,
-    _save,
     _shares,
     _Tier,
     _tier_order,
-    _tree_neurons,
     audit_samples,
-    check_folder,
     resize_frames,
+)
+from cortexlit.data.folder import (
+    Moments,
+    check_folder,
+    check_spread,
+    content_hash,
+    finish_folder,
+    never_changes,
 )
 from .recordings import Recording
 
@@ -218,19 +208,12 @@ def _refuse_shared(audit: pd.DataFrame, shared_ok: bool) -> None:
 
 # %% ../../neuro_nbs/10_scenes.ipynb #7964efbd
 def _moments(x: np.ndarray) -> dict[str, Any]:
-    "mean, std, min, max, median along the first axis, ignoring NaN; n how many values."
-    x = np.asarray(x, np.float64)
-    functions = {
-        "mean": np.nanmean,
-        "std": np.nanstd,
-        "min": np.nanmin,
-        "max": np.nanmax,
-        "median": np.nanmedian,
-    }
+    "What `Moments` gives along the first axis, and the median, which Sensorium 2022 keeps as well."
+    moments, x = Moments(), np.moveaxis(np.asarray(x, np.float64), 0, -1)
+    moments.add(x)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a channel without a value has n = 0, refused later
-        found = {key: function(x, axis=0) for key, function in functions.items()}
-    return found | {"n": np.isfinite(x).sum(0)}
+        return moments.result() | {"median": np.nanmedian(x, axis=-1)}
 
 
 def _statistics(arrays: Mapping[str, np.ndarray], samples: pd.DataFrame) -> dict[str, Any]:
@@ -280,7 +263,7 @@ def _one_tier_each(arrays: Mapping[str, np.ndarray], samples: pd.DataFrame) -> N
     for i, (image, tier) in enumerate(zip(samples["image"], samples["tier"], strict=True)):
         response = arrays["responses"][i]
         if len(np.unique(response)) > 8:  # fewer: counts, which two presentations may share by chance
-            other = seen.setdefault((image, _content(response)), tier)
+            other = seen.setdefault((image, content_hash(response)), tier)
             if other != tier:
                 what = f"the same responses to the same picture are in {other} and {tier} (presentation {i})"
                 raise SplitLeak(what, expected="each presentation in one tier", fix="remove the copy")
@@ -307,13 +290,13 @@ def _write(
         raise DataError(f"constant_neurons {constant!r}", expected='"error" or "drop"')
     stats = _statistics(arrays, samples)
     if constant == "drop":
-        keep = np.flatnonzero(~_flat(stats["responses"]["std"], stats["responses"]["mean"]))
+        keep = np.flatnonzero(~never_changes(stats["responses"]["std"], stats["responses"]["mean"]))
         if not len(keep):
             raise DataError("no neuron changes in the train tier", fix="check signal and window")
         arrays["responses"] = np.ascontiguousarray(arrays["responses"][:, keep])
         neurons = neurons.iloc[keep]
         stats["responses"] = {k: v[keep] for k, v in stats["responses"].items()}
-    _check_spread(stats, dict(card["channels"], responses=neurons["cell_id"].tolist()))
+    check_spread(stats, dict(card["channels"], responses=neurons["cell_id"].tolist()))
     audit = audit_presentations(samples, arrays["images"])
     _refuse_shared(audit, shared_ok)
     if audit["shared_images"].sum():
@@ -323,7 +306,7 @@ def _write(
         f"presentations in {t}": int((samples["tier"] == t).sum())
         for t in sorted(set(samples["tier"]), key=_tier_order)
     }
-    _need_space(out, sum(a.nbytes for a in arrays.values()))
+    need_space(out, sum(a.nbytes for a in arrays.values()))
     with atomic_folder(out, overwrite) as folder:
         for name, array in arrays.items():
             np.save(folder / f"{name}.npy", array)
@@ -331,16 +314,12 @@ def _write(
         neurons.to_csv(folder / "neurons.csv", index=False)
         write_json(folder / "statistics.json", stats)
         card |= {
-            "kind": "scenes",
             "counts": counts,
             "audit": audit.to_dict("records"),
             "audited": ["names", "content", "recorded frames"],
             "split_hash": digest(samples[["image", "repeat", "tier"]].to_dict("list")),
-            "provenance": provenance(),
         }
-        (folder / "card.md").write_text(_card_text(card), encoding="utf-8")
-        card["files"] = {p.name: sha256(p) for p in sorted(folder.iterdir())}
-        write_json(folder / "card.json", seal(card))
+        finish_folder(folder, "scenes", card, _card_text)
     return out
 
 # %% ../../neuro_nbs/10_scenes.ipynb #cf8c36e6
@@ -377,7 +356,16 @@ def build_scenes(
     seed: int = 0,  # which pictures or presentations are held out
     overwrite: bool = False,  # replace an existing folder, once the new one is complete
 ) -> Path:  # `out`
-    "Write the static dataset folder of one recording; the response is the mean of its trace in a window."
+    """Write the static dataset folder of one recording; the response is the mean of its trace in a window.
+
+    Examples
+    --------
+    >>> import cortexlit as cx
+    >>> photographs = cx.open_session(900000002, cache_dir=cx.embedded_session("tiny"))
+    >>> folder = cx.build_scenes(photographs, "scenes", constant_neurons="drop")
+    >>> cx.open_dataset(folder, "test")[0]["image"].shape
+    torch.Size([1, 36, 64])
+    """
     measured = _measured(recording, pupil)
     samples = scene_windows(recording, window_s, delay_s, stimulus)
     for name, value in (("size", size), ("via", via)):
@@ -456,7 +444,16 @@ def _overlap_note(samples: pd.DataFrame, recording: Recording) -> list[str]:
 
 # %% ../../neuro_nbs/10_scenes.ipynb #51f14df7
 class ScenesDataset(_Tier):
-    "One tier of a static dataset folder as float32 tensors, for a `torch.utils.data.DataLoader`; memory-mapped."
+    """One tier of a static dataset folder as float32 tensors, for a `torch.utils.data.DataLoader`; memory-mapped.
+
+    Examples
+    --------
+    `scenes`, a folder from `build`:
+
+    >>> import cortexlit as cx
+    >>> cx.ScenesDataset(scenes, "train")[0]["image"].shape
+    torch.Size([1, 36, 64])
+    """
 
     _seen, _unit, _key = ("image", "images"), "presentation", "image"
 
@@ -561,383 +558,3 @@ def load_scenes(
         pupil_center=fields.get("pupil_center"),
         **columns,
     )
-
-# %% ../../neuro_nbs/10_scenes.ipynb #293653d0
-_CARRIED = ("name", "source", "signal", "rate", "channels", "options", "metadata", "warnings")
-
-
-def _in_layout(values: np.ndarray | None, names: Sequence[str], wanted: Sequence[str]) -> np.ndarray:
-    "Columns (last axis) in the order of the layout, NaN where a channel was not measured."
-    strange = [n for n in names if n not in wanted]
-    if strange:
-        raise DataError(
-            f"the Sensorium 2022 layout has no place for {', '.join(strange)}",
-            expected=f"channels among {', '.join(wanted)}",
-            fix="name the channels when importing, or import without them",
-        )
-    shape = (len(wanted),) if values is None else (*values.shape[:-1], len(wanted))
-    out = np.full(shape, np.nan, np.float32)
-    for i, name in enumerate(wanted):
-        if name in names:
-            out[..., i] = values[..., names.index(name)]
-    return out
-
-# %% ../../neuro_nbs/10_scenes.ipynb #0d01df11
-def export_sensorium2022(
-    root: str | Path,  # a folder made by `build_scenes` or one of the importers
-    out: str | Path,  # folder to write
-    overwrite: bool = False,
-) -> Path:  # `out`
-    "Write a static dataset folder in the Sensorium 2022 layout, which published V1T code reads unchanged."
-    root, data = Path(root), ScenesDataset(root, "train")
-    card = data.card
-    samples = load_table(root / "samples.csv", ["tier"])
-    fields = {k: np.asarray(a) for k, a in data._arrays.items()}
-    stats = {k: dict(s) for k, s in data.statistics.items()}
-    for name, wanted in _LAYOUT.items():
-        names, values = card["channels"].get(name, []), fields.get(name)
-        if values is not None:  # gaps as `ScenesDataset` fills them: published code knows no gaps
-            values = np.where(np.isfinite(values), values, np.float32(data.statistics[name]["mean"]))
-        ordered = _in_layout(values, names, wanted)
-        fields[name] = ordered if values is not None else np.tile(ordered, (len(samples), 1))
-        known = data.statistics.get(name)
-        stats[name] = {
-            k: _in_layout(np.asarray(known[k]) if known else None, names, wanted)
-            for k in ("mean", "std", "min", "max", "median")
-        }
-    neurons = data.neurons
-    depth = neurons["depth_um"] if "depth_um" in neurons else pd.Series(np.nan, neurons.index)
-    with atomic_folder(out, overwrite) as folder:
-        for name, array in fields.items():
-            (folder / "data" / name).mkdir(parents=True)
-            for trial, sample in enumerate(samples.itertuples()):
-                value = array[sample.image][None] if name == "images" else array[sample.sample]
-                np.save(folder / "data" / name / f"{trial}.npy", value)
-        meta = {
-            "trials/tiers": samples["tier"].to_numpy(dtype="U16"),
-            "trials/frame_image_id": samples["image"].to_numpy(),
-            "trials/trial_idx": samples["sample"].to_numpy(),
-            "neurons/unit_ids": neurons["cell_id"].to_numpy(),
-            "neurons/animal_ids": np.full(len(neurons), card["name"]),
-            "neurons/cell_motor_coordinates": np.stack(
-                [neurons["x_um"], neurons["y_um"], depth], axis=1
-            ).astype(np.float32),
-        }
-        for name, part in stats.items():
-            meta |= {f"statistics/{name}/all/{k}": np.asarray(part[k], np.float32) for k in part if k != "n"}
-        for name, array in meta.items():
-            _save(folder / "meta" / f"{name}.npy", array)
-        for name in ("neurons.csv", "samples.csv"):
-            shutil.copy(root / name, folder / name)
-        write_json(folder / "card.json", {k: card[k] for k in _CARRIED})
-    return Path(out)
-
-# %% ../../neuro_nbs/10_scenes.ipynb #088b3436
-def _trial_arrays(folder: Path) -> tuple[np.ndarray, dict[str, list[Path]]]:
-    "Tiers of the trials, and the files of each field in the order of the trials."
-    tiers = _read_tiers(folder, "Sensorium 2022")
-    images = [folder / "data/images" / f"{i}.npy" for i in range(len(tiers))]
-    missing = next((p for p in images if not p.is_file()), None)
-    if missing:
-        raise MissingError(
-            "an image is missing",
-            path=missing,
-            expected=f"{len(tiers)} images, one for each trial of tiers.npy",
-        )
-    files = {"images": images, "responses": _same_names(images, folder / "data/responses")}
-    for name in _LAYOUT:
-        if (folder / "data" / name).is_dir():
-            files[name] = _same_names(images, folder / "data" / name)
-    for name in files:
-        _all_used(folder / "data" / name, {p.name for p in images}, "tiers.npy")
-    return tiers, files
-
-
-def _stacked(name: str, paths: list[Path]) -> np.ndarray:
-    "One row per trial; every file must have the shape of the first."
-    rows = [load_array(p) for p in paths]
-    for path, row in zip(paths, rows, strict=True):
-        if row.shape != rows[0].shape:
-            raise DataError(
-                f"{name}: an array of shape {row.shape}",
-                path=path,
-                expected=f"the shape of the others, {rows[0].shape}, as in {paths[0].name}",
-                fix="the trial is damaged; fetch the folder again",
-            )
-        if name != "responses":
-            finite(name, row, gaps=name != "images", path=path)
-    return np.stack(rows)
-
-# %% ../../neuro_nbs/10_scenes.ipynb #15bd04ec
-def import_sensorium2022(
-    folder: str | Path,  # a mouse's folder (unzipped) in the Sensorium 2022 layout
-    out: str | Path,  # static dataset folder to write
-    constant_neurons: str = "error",  # or "drop"
-    allow_shared_stimuli: bool = False,  # accept tiers that share pictures
-    overwrite: bool = False,
-) -> Path:  # `out`
-    "Read a Sensorium 2022 folder, ours or anybody's; withheld responses and behaviour are left out and named."
-    folder, notes = Path(folder), []
-    tiers, files = _trial_arrays(folder)
-    listed = np.flatnonzero(tiers != "none")
-    paths = [files["responses"][i] for i in listed]
-    responses = _stacked("responses", paths)
-    shaped("responses", responses, {"trials": None, "neurons": None}, folder / "data/responses")
-    withheld = (np.isnan(responses) | (responses == 0)).all(1)
-    kept, lost = _measured_trials(tiers[listed], withheld, paths)
-    notes += lost
-    responses, rows = responses[kept], listed[kept]
-    for row, i in zip(responses, rows, strict=True):
-        finite("responses", row, path=files["responses"][i])
-    pictures = _stacked("images", [files["images"][i] for i in rows])
-    if pictures.ndim == 4 and pictures.shape[1] == 1:
-        pictures = pictures[:, 0]
-    if pictures.ndim != 3:
-        raise DataError(
-            f"images of shape {pictures.shape[1:]}",
-            path=folder / "data/images",
-            expected="(1, H, W): one grey channel",
-        )
-    images, image, scene = _numbered(folder, pictures, rows)
-    arrays, channels = {"images": images, "responses": responses}, {}
-    for name, names in _LAYOUT.items():
-        if name in files:
-            values = _stacked(name, [files[name][i] for i in rows]).reshape(len(rows), -1)
-            if values.shape[1] != len(names):
-                raise DataError(
-                    f"{name} has {values.shape[1]} values per trial",
-                    path=folder / "data" / name,
-                    expected=f"{len(names)}: {', '.join(names)}",
-                )
-            here = (np.isfinite(values) & (values != 0)).any(0)
-            if not here.any():
-                notes.append(f"{name} is left out: it holds no measurement.")
-                continue
-            if lost := [n for n, h in zip(names, here, strict=True) if not h]:
-                notes.append(f"{name}: {', '.join(lost)} left out: no measurement.")
-            arrays[name], channels[name] = values[:, here], [n for n, h in zip(names, here, strict=True) if h]
-            notes += told_gaps(name, arrays[name], channels[name], [files[name][i] for i in rows])
-    known = read_json(folder / "card.json") if (folder / "card.json").is_file() else {}
-    samples = _imported_samples(folder, image, scene, rows, tiers)
-    card = {
-        "name": known.get("name", folder.name),
-        "source": known.get("source", "Sensorium 2022 folder"),
-        "signal": known.get("signal", "as in the folder"),
-        "rate": known.get("rate"),
-        "options": known.get("options", {}) | {"split": "as in the folder"},
-        "channels": channels,
-        "metadata": known.get("metadata", {}),
-        "warnings": [*known.get("warnings", []), *notes],
-    }
-    neurons = _tree_neurons(folder, responses.shape[1])
-    return _write(
-        Path(out), arrays, samples, neurons, card, allow_shared_stimuli, constant_neurons, overwrite
-    )
-
-
-def _numbered(
-    folder: Path, pictures: np.ndarray, rows: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "Distinct pictures in the order of the folder's ids, which of them each trial shows, and the ids."
-    images, image = _unique(pictures)
-    names = ("frame_image_id", "colorframeprojector_image_id")
-    path = next((p for p in (folder / f"meta/trials/{n}.npy" for n in names) if p.is_file()), None)
-    if path is None:
-        return images, image, image
-    scene = whole("image ids", load_array(path), low=None, path=path)
-    if len(scene) <= rows.max():
-        wish = "an id for each trial of tiers.npy"
-        raise DataError(f"{len(scene)} ids of images", wish, "fetch the folder again", path)
-    scene = scene[rows]
-    ids = pd.DataFrame({"image": image, "scene": scene}).drop_duplicates()
-    if (twice := ids["scene"].duplicated()).any():
-        what = f"image id {ids['scene'][twice].iloc[0]} names two different pictures"
-        raise DataError(what, "one picture for each id", "the images or their ids are damaged", path)
-    order = np.argsort(scene[np.unique(image, return_index=True)[1]], kind="stable")
-    return images[order], np.argsort(order)[image], scene
-
-
-def _imported_samples(
-    folder: Path, image: np.ndarray, scene: np.ndarray, rows: np.ndarray, tiers: np.ndarray
-) -> pd.DataFrame:
-    "Table of presentations; with our columns if the folder came from us, else numbered in the order of the trials."
-    path = folder / "samples.csv"
-    if path.is_file():
-        ours = load_table(path, ["sample", "scene", "repeat", "tier"])
-        if len(ours) <= rows.max() or ours["tier"].iloc[rows].tolist() != tiers[rows].tolist():
-            fix = "remove the table, or take it from the folder that the trials are from"
-            raise DataError("the table does not describe the trials", "the tiers of tiers.npy", fix, path)
-        ours = ours.iloc[rows].reset_index(drop=True)
-        return ours.drop(columns=["sample"]).assign(image=image, tier=tiers[rows])
-    repeat = pd.Series(image).groupby(image).cumcount()
-    return pd.DataFrame({"image": image, "scene": scene, "repeat": repeat, "tier": tiers[rows]})
-
-# %% ../../neuro_nbs/10_scenes.ipynb #006469b8
-def _loaded(name: str, value: Any, kinds: str = "fiub") -> np.ndarray:
-    "An argument as an array of numbers; a path is read, never unpickled."
-    path = value if isinstance(value, (str, Path)) else None
-    try:
-        if path is not None:
-            value = load_array(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # ragged lists: an error in newer NumPy, a warning in older
-            array = np.asarray(value)
-    except MissingError:
-        raise MissingError(f"{name}: no such file", path=path) from None
-    except DataError:
-        raise
-    except (ValueError, TypeError, Warning) as error:
-        raise DataError(f"{name}: {error}", expected="rows of equal length") from None
-    if array.dtype.kind not in kinds:
-        expected = "real numbers" if "f" in kinds else "whole numbers"
-        raise DataError(f"{name} has dtype {array.dtype}", path=path, expected=expected)
-    return array
-
-
-def _shaped(name: str, array: np.ndarray, shape: tuple[int | None, ...], axes: str) -> np.ndarray:
-    "The array, if it has the wanted shape; None is any size but zero."
-    fits = array.ndim == len(shape) and all(
-        n > 0 and w in (None, n) for w, n in zip(shape, array.shape, strict=True)
-    )
-    if not fits:
-        sizes = ", ".join("any" if w is None else str(w) for w in shape)
-        raise DataError(f"{name} has shape {array.shape}", expected=f"({axes}) = ({sizes})")
-    return array
-
-# %% ../../neuro_nbs/10_scenes.ipynb #2403c8e9
-def _shown_pictures(image_id: Any, n_images: int, n: int) -> np.ndarray:
-    "(n,) which picture each presentation shows; one after the other if no ids are given."
-    if image_id is None:
-        if n_images != n:
-            raise DataError(
-                f"{n_images} images and {n} responses",
-                expected="one image for each row of responses",
-                fix="pass image_id: the image that each row shows",
-            )
-        return np.arange(n)
-    image = _shaped(
-        "image_id", _loaded("image_id", image_id, "iu"), (n,), "one for each row of responses"
-    ).astype(np.int64)
-    if image.min() < 0 or image.max() >= n_images:
-        raise DataError(
-            f"image_id runs from {image.min()} to {image.max()}",
-            expected=f"0 to {n_images - 1}, rows of images",
-        )
-    return image
-
-
-def _repetitions(repeats: Any, image: np.ndarray) -> np.ndarray:
-    "(n,) which repetition each presentation is; counted if not given."
-    if repeats is None:
-        return pd.Series(image).groupby(image).cumcount().to_numpy()
-    repeat = _shaped(
-        "repeats", _loaded("repeats", repeats, "iu"), (len(image),), "one for each row of responses"
-    )
-    twice = pd.DataFrame({"image": image, "repeat": repeat}).duplicated()
-    if twice.any() or repeat.min() < 0:
-        raise DataError(
-            f"repeats: {int(twice.sum())} pairs of picture and repeat occur twice, the smallest repeat is {repeat.min()}",
-            expected="0, 1, 2, ... for each picture (identical pictures are one picture)",
-            fix="leave repeats out to have them counted",
-        )
-    return repeat
-
-# %% ../../neuro_nbs/10_scenes.ipynb #e884d513
-def import_arrays(
-    images: str
-    | Path
-    | np.ndarray,  # (pictures, H, W) or (pictures, 1, H, W), array or .npy file, any grey scale
-    responses: str | Path | np.ndarray,  # (presentations, neurons)
-    out: str | Path,  # static dataset folder to write
-    behavior: str | Path | np.ndarray | None = None,  # (presentations, channels), NaN in gaps
-    pupil_center: str | Path | np.ndarray | None = None,  # (presentations, 2), NaN in gaps
-    coordinates: str
-    | Path
-    | np.ndarray
-    | None = None,  # (neurons, 2 or 3): x, y, depth in µm, NaN if unknown
-    image_id: str | Path | np.ndarray | None = None,  # (presentations,) row of images shown; default one each
-    repeats: str | Path | np.ndarray | None = None,  # (presentations,) which repeat; default counted
-    split: str | Sequence[str] = "images",  # "presentations", or your own tier of each presentation
-    fractions: tuple[float, float, float] = (0.7, 0.1, 0.2),  # train, validation, test
-    behavior_names: Sequence[str] | None = None,  # e.g. ("running", "pupil_area")
-    cell_ids: Sequence[int] | None = None,  # (neurons,); default 0, 1, 2, ...
-    name: str = "arrays",  # of the mouse or session
-    signal: str = "as given",  # what the responses are, e.g. "spike count, 50 to 150 ms"
-    constant_neurons: str = "error",  # or "drop"
-    allow_shared_stimuli: bool = False,  # accept a list of tiers that share pictures
-    seed: int = 0,  # which pictures or presentations are held out
-    overwrite: bool = False,
-) -> Path:  # `out`
-    "Any laboratory's static data as a dataset folder; identical pictures are recognised and stored once."
-    values = _shaped("responses", _loaded("responses", responses), (None, None), "presentations, neurons")
-    n, cells = values.shape
-    pictures = _loaded("images", images)
-    pictures = pictures[:, 0] if pictures.ndim == 4 and pictures.shape[1] == 1 else pictures
-    pictures = _shaped("images", pictures, (None, None, None), "pictures, H, W")
-    scene = _shown_pictures(image_id, len(pictures), n)
-    shown, position = np.unique(scene, return_inverse=True)
-    stored, number = _unique(np.ascontiguousarray(pictures[shown], np.float32))
-    image = number[position]
-    arrays, channels = {"images": stored, "responses": values}, {}
-    if behavior is not None:
-        arrays["behavior"] = _shaped(
-            "behavior",
-            _loaded("behavior", behavior),
-            (n, None),
-            "one row for each row of responses, channels",
-        )
-        found = arrays["behavior"].shape[1]
-        channels["behavior"] = list(behavior_names or (f"channel {i}" for i in range(found)))
-        if len(set(channels["behavior"])) != found:
-            raise DataError(f"behavior_names {behavior_names}", expected=f"{found} different names")
-    if pupil_center is not None:
-        arrays["pupil_center"] = _shaped(
-            "pupil_center",
-            _loaded("pupil_center", pupil_center),
-            (n, 2),
-            "one row for each row of responses, 2",
-        )
-        channels["pupil_center"] = ["x", "y"]
-    samples = pd.DataFrame(
-        {
-            "image": image,
-            "scene": scene,
-            "repeat": _repetitions(repeats, image),
-            "tier": split_images(image, split, fractions, seed),
-        }
-    )
-    options = {
-        "split": split if isinstance(split, str) else "list",
-        "fractions": list(fractions),
-        "seed": seed,
-    }
-    card = {
-        "name": name,
-        "source": "arrays",
-        "signal": signal,
-        "rate": None,
-        "options": options,
-        "channels": channels,
-        "metadata": {},
-        "warnings": [n for k in channels for n in told_gaps(k, arrays[k], channels[k])],
-    }
-    shared_ok = allow_shared_stimuli or (isinstance(split, str) and split == "presentations")
-    neurons = _described(cells, coordinates, cell_ids)
-    return _write(Path(out), arrays, samples, neurons, card, shared_ok, constant_neurons, overwrite)
-
-
-def _described(cells: int, coordinates: Any, cell_ids: Any) -> pd.DataFrame:
-    "The neuron table: ids and coordinates, NaN where unknown."
-    ids = (
-        np.arange(cells)
-        if cell_ids is None
-        else _shaped("cell_ids", _loaded("cell_ids", cell_ids, "iu"), (cells,), "neurons")
-    )
-    if len(np.unique(ids)) != cells:
-        raise DataError("cell_ids: an id occurs twice", expected=f"{cells} different numbers")
-    xyz = np.full((cells, 3), np.nan)
-    if coordinates is not None:
-        given = _loaded("coordinates", coordinates)
-        width = 2 if given.ndim == 2 and given.shape[1] == 2 else 3
-        xyz[:, :width] = _shaped("coordinates", given, (cells, width), "neurons, x y or x y depth")
-    return pd.DataFrame({"cell_id": ids, "x_um": xyz[:, 0], "y_um": xyz[:, 1], "depth_um": xyz[:, 2]})

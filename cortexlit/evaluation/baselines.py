@@ -16,7 +16,8 @@ from sklearn.preprocessing import StandardScaler
 
 from ..core import DataError, MissingError
 from ..data.audit import models_named, note_opening
-from ..data.clips import TierArrays, check_folder, load_tier
+from ..data.clips import TierArrays, load_tier
+from ..data.folder import check_folder
 from ..data.folds import fold_folders, fold_of, pool, pooled_tier
 from .ceilings import split_half_ceiling
 from .scores import ScoreSheet
@@ -312,7 +313,16 @@ def clip_baselines(
 ) -> dict[
     str, np.ndarray | str
 ]:  # name -> (samples, neurons, frames) predictions of the test tier, or why there are none
-    "Fit baselines on train, choose penalties on validation, predict the test tier."
+    """Fit baselines on train, choose penalties on validation, predict the test tier.
+
+    Examples
+    --------
+    `mouse`, a folder from `build`:
+
+    >>> import cortexlit as cx
+    >>> sorted(cx.clip_baselines(mouse, ["train mean", "behaviour ridge"]))
+    ['behaviour ridge', 'train mean']
+    """
     wanted = set(BASELINES if names is None else names)
     if unknown := sorted(wanted - set(BASELINES)):
         raise DataError(f"no baseline {unknown[0]!r}", expected=f"one of {', '.join(BASELINES)}")

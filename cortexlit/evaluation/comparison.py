@@ -127,7 +127,19 @@ def compare(
     level: float = 0.95,
     seed: int = 0,  # of the draws
 ) -> Comparison:
-    "Compare models on the entries they share; the k-th seeds of all models belong together (a common head)."
+    """Compare models on the entries they share; the k-th seeds of all models belong together (a common head).
+
+    Examples
+    --------
+    Scores of two models, (clips, neurons), on twelve clips:
+
+    >>> import cortexlit as cx
+    >>> draw = np.random.default_rng(0)
+    >>> one = draw.normal(0.1, 0.05, (12, 40))
+    >>> found = cx.compare({"one": one, "other": one - 0.1}, clip=np.arange(12))
+    >>> found.models["model"].tolist()
+    ['one', 'other']
+    """
     if len(scores) < 2:
         raise DataError(f"{len(scores)} models", expected="two or more to compare")
     values = {name: np.asarray(v, float) for name, v in scores.items()}

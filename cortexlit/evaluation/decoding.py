@@ -18,7 +18,7 @@ from scipy.special import ndtr
 
 from ..core import DataError, rng
 from ..data.audit import models_named, note_opening
-from ..data.checks import read_card
+from ..data.folder import read_card
 from .scores import Score, ScoreSheet
 
 # %% auto #0
@@ -229,7 +229,16 @@ def nested_ridge(
     folds: np.ndarray,  # (n,) fold of each row; three or more
     alphas: Sequence[float] = DECODING_ALPHAS,  # penalties to choose from
 ) -> NestedRidge:
-    "Leave-group-out ridge with mixture and penalty per fold and target chosen by the remaining folds."
+    """Leave-group-out ridge with mixture and penalty per fold and target chosen by the remaining folds.
+
+    Examples
+    --------
+    >>> import cortexlit as cx
+    >>> from cortexlit.evaluation.decoding import decompose
+    >>> x, y = np.random.default_rng(0).normal(size=(2, 60, 4))
+    >>> cx.nested_ridge(decompose(x), y, np.arange(60) % 3).predictions.shape
+    (60, 4)
+    """
     spectra = [spectra] if isinstance(spectra, Spectrum) else list(spectra)
     targets, alphas = _checked(spectra[0], targets), _alphas(alphas)
     groups = _fold_rows(folds, len(targets))

@@ -26,7 +26,8 @@ from scipy.stats import t as student
 
 from ..core import DataError
 from ..data.checks import load_table
-from ..data.clips import TierArrays, check_folder, load_tier
+from ..data.clips import TierArrays, load_tier
+from ..data.folder import check_folder
 from ..data.folds import fold_folders
 from cortexlit.evaluation.baselines import (
     _within,
@@ -349,7 +350,17 @@ def design(
     level: float = 0.95,  # coverage of the interval
     blocks: int = 3,  # of the train tier, each predicted from the others
 ) -> Design:
-    "How many clips and neurons settle an effect, what this session can settle, and by which protocol."
+    """How many clips and neurons settle an effect, what this session can settle, and by which protocol.
+
+    Examples
+    --------
+    `mouse`, a folder from `build`:
+
+    >>> import cortexlit as cx
+    >>> plan = cx.design(mouse, effect=0.05, last=12)
+    >>> plan.effect
+    0.05
+    """
     if not 0 < effect < 2 or not 0 < power < 1 or not 0 < level < 1:
         raise DataError(
             f"effect={effect}, power={power}, level={level}",

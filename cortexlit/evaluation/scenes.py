@@ -18,7 +18,8 @@ import numpy as np
 
 from ..core import DataError
 from ..data.audit import models_named, note_opening
-from ..data.clips import TierArrays, check_folder
+from ..data.clips import TierArrays
+from ..data.folder import check_folder
 from ..data.scenes import SceneArrays, load_scenes
 from cortexlit.evaluation.baselines import (
     ALPHAS,

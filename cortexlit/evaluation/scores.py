@@ -180,7 +180,17 @@ def _place(row: Score) -> tuple[str, str, str, str]:
 
 # %% ../../neuro_nbs/04b_score_sheet.ipynb #b09a1a4d
 class ScoreSheet:
-    "Scores with their intervals, one row per model, metric, tier, dataset, split and seed."
+    """Scores with their intervals, one row per model, metric, tier, dataset, split and seed.
+
+    Examples
+    --------
+    `mouse`, a folder from `build`:
+
+    >>> import cortexlit as cx
+    >>> sheet = cx.score(mouse, "train mean")
+    >>> len(cx.ScoreSheet(sheet.rows)) == len(sheet)
+    True
+    """
 
     def __init__(
         self,

@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from ..simulate.session import embedded_session
 from tqdm.std import tqdm
 
 from ..core import DataError, MissingError, generated, locked, rng
 from ..data.allen import open_session
-from ..data.clips import build_dataset, check_folder, load_tier, resize_frames
+from ..data.clips import build_dataset, load_tier, resize_frames
+from ..data.folder import check_folder
 from ..data.inputs import open_for
-from ..data.synthetic import embedded_session
 from ..evaluation.baselines import behaviour_ridge, blind_mean
 from ..metrics import mean_score, single_trial_correlation
 from ..models.viv1t import ViV1T

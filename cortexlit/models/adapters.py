@@ -64,6 +64,12 @@ class Adapters:
         Scale by alpha / sqrt(rank) (Kalajdzievski 2023).
     head : bool
         Train the heads beside the adapters; otherwise the heads stay as they are.
+
+    Examples
+    --------
+    >>> import cortexlit as cx
+    >>> cx.Adapters(rank=4, targets=("to_qkv",)).rank
+    4
     """
 
     rank: int = 8

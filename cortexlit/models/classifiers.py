@@ -7,12 +7,13 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['CLASSIFIERS', 'CLASSIFIER_STUDY', 'study_split', 'block_mean', 'ClassifierConfig', 'ClassifierOutput',
-           'ConceptClassifier', 'ConceptTrials']
+           'ConceptClassifier', 'ConceptTrials', 'classifier']
 
 # %% ../../neuro_nbs/16_classifiers.ipynb #a0b92fa4
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -256,3 +257,35 @@ class ConceptTrials:
 
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
         return {self.name: self.inputs[row], "labels": self.labels[row]}
+
+# %% ../../neuro_nbs/16_classifiers.ipynb #163e3216
+_SIZED = {
+    "logistic": {},
+    "mlp": {"noise": 0.5},
+    "cnn": {"pooled": (3, 3, 3), "channels": (16, 32, 64), "noise": 0.1},
+}
+
+
+def classifier(
+    data: Any,  # a `ThingsDataset`, of voxels, or of volumes for the cnn
+    kind: str = "logistic",  # a name in `CLASSIFIERS`
+    **options: Any,  # of `ClassifierConfig`
+) -> Callable[[], ConceptClassifier]:  # makes a fresh model, as `fit_folds` wants it
+    """A classifier of the concepts that a subject was shown, with the options that this page measures.
+
+    Examples
+    --------
+    `brain`, a subject from `open_dataset`:
+
+    >>> import cortexlit as cx
+    >>> cx.classifier(brain)().config.num_labels
+    24
+    """
+    if kind not in CLASSIFIERS:
+        raise DataError(f"kind={kind!r}", expected=f"one of {', '.join(CLASSIFIERS)}")
+    names = sorted(set(data.trials["concept"]))
+    shape = data.mask.shape if data.form == "volume" else data[0]["voxels"].shape
+    if kind == "cnn" and data.form != "volume":
+        raise DataError('kind="cnn" on voxels', "volumes", 'open_dataset(folder, form="volume")', data.folder)
+    config = ClassifierConfig(kind, shape, names, **_SIZED[kind] | options)
+    return lambda: ConceptClassifier(config)

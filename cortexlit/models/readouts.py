@@ -349,6 +349,24 @@ def register_core(
     belong to the last T' frames of the video. It is tried once without data (device "meta") when a model is made.
     `takes = ("image",)` in the class says that it is for pictures only. `penalty()`, if it is there, is added to the
     loss in training.
+
+    Examples
+    --------
+    A convolution for pictures:
+
+    >>> import cortexlit as cx
+    >>> @cx.register_core("one-convolution")
+    ... class OneConvolution(torch.nn.Module):
+    ...     takes = ("image",)
+    ...     def __init__(self, config):
+    ...         super().__init__()
+    ...         channels = config.core_shape[0] + config.core_state_channels
+    ...         self.layer = torch.nn.Conv2d(channels, config.emb_dim, 5)
+    ...     def forward(self, image, state):
+    ...         return torch.relu(self.layer(image))
+    >>> model = cx.V1T(cx.V1TConfig({"mouse": 5}, core="one-convolution", behavior="none", behavior_channels=0))
+    >>> model.core.layer.out_channels
+    155
     """
 
     def add(cls: type[nn.Module]) -> type[nn.Module]:
@@ -369,6 +387,23 @@ def register_readout(
     None, and behaviour and pupil (B, state_channels, T') or None; it gives (B, neurons, T') before the output
     nonlinearity. A picture is a map of one frame. `set_bias((neurons,))` sets the answer to an empty map.
     `penalty()`, if it is there, is added to the loss in training.
+
+    Examples
+    --------
+    Each neuron weighs the mean of each channel, at every frame:
+
+    >>> import cortexlit as cx
+    >>> @cx.register_readout("mean")
+    ... class Mean(torch.nn.Module):
+    ...     def __init__(self, channels, neurons, size, state_channels):
+    ...         super().__init__()
+    ...         self.layer = torch.nn.Linear(channels, neurons)
+    ...     def forward(self, features, shifts, state):  # (B, channels, T, H, W)
+    ...         return self.layer(features.mean((-2, -1)).transpose(1, 2)).transpose(1, 2)
+    ...     def set_bias(self, bias):
+    ...         self.layer.bias.data.copy_(bias)
+    >>> cx.ViV1TConfig({"mouse": 5}, readout="mean").readout
+    'mean'
     """
 
     def add(cls: type[nn.Module]) -> type[nn.Module]:

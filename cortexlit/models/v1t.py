@@ -121,7 +121,14 @@ def _check_options(c: PretrainedConfig) -> None:
 
 # %% ../../neuro_nbs/11_v1t.ipynb #c0746419
 class V1TConfig(PretrainedConfig):
-    "The options of a `V1T`; the defaults are the published ones."
+    """The options of a `V1T`; the defaults are the published ones.
+
+    Examples
+    --------
+    >>> import cortexlit as cx
+    >>> cx.V1TConfig({"mouse": 5}).emb_dim
+    155
+    """
 
     model_type = "v1t"
 
@@ -610,7 +617,15 @@ class V1TOutput(ModelOutput):
 
 # %% ../../neuro_nbs/11_v1t.ipynb #7aedf868
 class V1T(Heads, PreTrainedModel):
-    "Image, behaviour and pupil centre -> responses of the neurons of a mouse (Li et al. 2023)."
+    """Image, behaviour and pupil centre -> responses of the neurons of a mouse (Li et al. 2023).
+
+    Examples
+    --------
+    >>> import cortexlit as cx
+    >>> model = cx.V1T(cx.V1TConfig({"mouse": 5}, emb_dim=16, heads=2, mlp_dim=16, depth=1))
+    >>> model.config.neurons
+    {'mouse': 5}
+    """
 
     config_class = V1TConfig
     main_input_name = "image"

@@ -227,7 +227,14 @@ DECODER_LOSSES = {"mse": F.mse_loss, "huber": F.huber_loss}  # Huber's turns fro
 
 
 class ViT3DConfig(PretrainedConfig):
-    "The options of a `ViT3D`: which voxels there are, how they become tokens, and the transformer."
+    """The options of a `ViT3D`: which voxels there are, how they become tokens, and the transformer.
+
+    Examples
+    --------
+    >>> import cortexlit as cx
+    >>> cx.ViT3DConfig(grid=(8, 8, 8), patch=(4, 4, 4)).depth
+    6
+    """
 
     model_type = "vit3d"
 
@@ -462,7 +469,15 @@ class ViT3DOutput(ModelOutput):
 
 
 class ViT3D(Saved, PreTrainedModel):
-    "Responses of one trial -> properties of the object, by a vision transformer on patches or parcels of a volume."
+    """Responses of one trial -> properties of the object, by a vision transformer on patches or parcels of a volume.
+
+    Examples
+    --------
+    >>> import cortexlit as cx
+    >>> model = cx.ViT3D(cx.ViT3DConfig(grid=(8, 8, 8), patch=(4, 4, 4), emb_dim=16, depth=1, heads=2, mlp_dim=16, outputs=3))
+    >>> model(volume=torch.zeros(1, 1, 8, 8, 8)).logits.shape
+    torch.Size([1, 3])
+    """
 
     config_class = ViT3DConfig
     main_input_name = "volume"
@@ -604,7 +619,16 @@ def decoder(
     mixing: float = 0.0,  # mixtures of two trials, shares from Beta(mixing, mixing); not in the study's
     layers: int | None = None,  # default 1, 6 in the study's
 ) -> Callable[[], ViT3D]:  # makes a fresh model, as `fit_folds` wants it
-    "A 3D transformer of a size that fits the subject: its grid, mask, regions and ratings."
+    """A 3D transformer of a size that fits the subject: its grid, mask, regions and ratings.
+
+    Examples
+    --------
+    `brain`, a subject with ratings from `open_dataset`:
+
+    >>> import cortexlit as cx
+    >>> cx.decoder(brain)().config.outputs
+    10
+    """
     if model not in DECODERS:
         raise DataError(f"model {model!r}", expected=f"one of {', '.join(DECODERS)}")
     if not data.properties:

@@ -154,7 +154,14 @@ def _check_options(c: PretrainedConfig) -> None:
 
 # %% ../../neuro_nbs/06_viv1t.ipynb #d7d2fed8
 class ViV1TConfig(PretrainedConfig):
-    "The options of a `ViV1T`; the defaults are the published ones."
+    """The options of a `ViV1T`; the defaults are the published ones.
+
+    Examples
+    --------
+    >>> import cortexlit as cx
+    >>> cx.ViV1TConfig({"mouse": 5}).patch
+    [25, 7, 7]
+    """
 
     model_type = "viv1t"
 
@@ -629,7 +636,15 @@ class ViV1TOutput(ModelOutput):
 
 # %% ../../neuro_nbs/06_viv1t.ipynb #92069750
 class ViV1T(Heads, PreTrainedModel):
-    "Video, behaviour and pupil centre -> responses of the neurons of a mouse."
+    """Video, behaviour and pupil centre -> responses of the neurons of a mouse.
+
+    Examples
+    --------
+    >>> import cortexlit as cx
+    >>> model = cx.ViV1T(cx.ViV1TConfig({"mouse": 5}, emb_dim=22, mlp_dim=8, spatial_depth=1, temporal_depth=1))
+    >>> model.config.neurons
+    {'mouse': 5}
+    """
 
     config_class = ViV1TConfig
     main_input_name = "video"

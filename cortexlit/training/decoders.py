@@ -33,7 +33,7 @@ from cortexlit.core import (
     seeded,
     write_json,
 )
-from ..data.things import Split, audit_concepts
+from ..data.splits import UNITS, Split, audit_units
 from ..shown import Shown
 from .augmentation import augment as with_made
 from .augmentation import check_augmentation
@@ -54,6 +54,19 @@ class _Part(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
         item = self.data[int(self.rows[i])]
         return item | {"labels": (item["labels"] - self.mean) / self.spread}
+
+
+class _Named(torch.utils.data.Dataset):
+    "Rows of a dataset, labels the numbers of the concepts that were shown."
+
+    def __init__(self, data: Any, rows: np.ndarray, numbers: np.ndarray):
+        self.data, self.rows, self.numbers = data, rows, torch.from_numpy(numbers[rows])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        return self.data[int(self.rows[i])] | {"labels": self.numbers[i]}
 
 
 class _More(torch.utils.data.Dataset):
@@ -84,10 +97,11 @@ class FoldFits(Shown):
     Parameters
     ----------
     predictions : np.ndarray
-        (trials, outputs) for held-out concepts, in the unit of the labels; NaN for folds that were not asked for.
+        (trials, outputs) of held-out trials: ratings in the unit of the labels, or scores of the concepts; NaN for
+        folds that were not asked for, and for trials that the split sets apart.
     table : pd.DataFrame
-        fold, trials trained on, validation and test trials, best epoch, validation
-        correlation, slope by which predictions were stretched, seconds.
+        fold, trials trained on, validation and test trials, best epoch, validation correlation (of a classifier:
+        the share of right choices among pairs), slope by which predictions were stretched, seconds.
     folder : Path
         predictions.npy, folds.json, and one run folder per fold.
     """
@@ -123,7 +137,7 @@ class FoldFits(Shown):
                 fix="the same subject, folds and seed as in training",
             )  # fmt: skip
         if data is not None:
-            _same_data(content, data, folder)
+            _same_data(content, data, folder, ratings=split.kind == "concept")
         predictions = load_array(folder / "predictions.npy", known=content.get("sha256"))
         if predictions.ndim != 2 or len(predictions) != len(split.fold):
             raise DataError(f"predictions of shape {predictions.shape}", path=folder / "predictions.npy",
@@ -133,8 +147,9 @@ class FoldFits(Shown):
 
 def fit_folds(
     build: Callable[[], PreTrainedModel],  # a fresh model; drawn with the seed
-    data: Any,  # a `ThingsDataset` with ratings, or what has its `trials`, `labels` and items
-    split: Split,  # outer folds, from `split_by_concept`
+    data: Any,  # a `ThingsDataset`, for a split by concept with ratings, or what has its `trials`, `labels` and items
+    split: Split
+    | None = None,  # `split_by_concept` decodes ratings, `split_by_session` names concepts; None: `data.split`
     out: str | Path | None = None,  # folder of the runs; default one in `_runs` named after all this
     folds: Sequence[int] | None = None,  # None: all
     seed: int = 0,
@@ -143,38 +158,46 @@ def fit_folds(
     progress: bool = True,  # a line for each fold
     **options: Any,  # of `fit`; adapt="full" if not said otherwise
 ) -> FoldFits:
-    "Train a model per fold, choose its epoch on the next fold, predict the held-out concepts once."
-    if data.labels is None:
-        raise DataError("trials without ratings", fix="ThingsDataset(folder, load_properties(...))")
-    if len(split.fold) != len(data.trials) or split.kind != "concept":
-        raise DataError(
-            f"a split by {split.kind} of {len(split.fold)} trials",
-            expected=f"by concept, of {len(data.trials)} trials",
-        )
+    """Train a model per fold, choose its epoch on the next fold, predict the held-out trials once.
+
+    Examples
+    --------
+    `brain`, a subject with ratings from `open_dataset`:
+
+    >>> import cortexlit as cx
+    >>> split = cx.split_by_concept(brain.trials, folds=3)
+    >>> fits = cx.fit_folds(cx.decoder(brain), brain, split, epochs=1, batch_size=32, progress=False)
+    >>> fits.predictions.shape == brain.labels.shape
+    True
+    """
+    split = _fitting(split, data)
     count = int(split.fold.max()) + 1
     if count < 3:
         raise DataError(f"{count} folds", expected="three or more: to train, to choose, to test")
     wanted = list(range(count) if folds is None else folds)
     if unknown := [k for k in wanted if k not in range(count)]:
         raise DataError(f"fold {unknown[0]}", expected=f"0 to {count - 1}")
-    options = {"adapt": "full", "last": 1, "progress": False} | options
+    first = _fresh(build, seed)
+    numbers, outputs = _task(first, data, split)
+    loss = {} if numbers is None else {"loss": "cross-entropy"}
+    options = {"adapt": "full", "last": 1, "progress": False} | loss | options
     check_options(**{"seed": seed, **options})
     check_augmentation(augment, ratio, seed)
     plan = {"split": split.hash, "seed": seed} | {name: digest(value) for name, value in options.items()}
     plan |= {} if augment == "none" else {"augment": augment, "ratio": float(ratio)}
-    plan |= origin(_fresh(build, seed), (data, []))
+    plan |= origin(first, (data, []))
     out = runs(f"folds-{digest(plan)}") if out is None else Path(out)
     if not (out / "folds.json").is_file() and not list(out.glob("fold[0-9]*.json")):
         claim(out, {"split": split.hash}, "plan.json")
     clear_leftovers(out)
-    predictions, rows = np.full(data.labels.shape, np.nan, np.float32), []
+    predictions, rows = np.full((len(data.trials), outputs), np.nan, np.float32), []
     for k in wanted:
         tiers = [np.flatnonzero(t) for t in _tiers(split.fold, k)]
         for other in (0, 1), (0, 2), (1, 2):
-            audit_concepts(data.trials, *(tiers[i] for i in other))
+            audit_units(data.trials, *(tiers[i] for i in other), forbid=UNITS[split.kind])
         with locked(out / f"fold{k}.json"):
-            rows.append(_fold(build, data, tiers, out / f"fold{k}", k, plan, options))
-        predictions[tiers[2]] = _found(out, k, len(tiers[2]), data.labels.shape[1])
+            rows.append(_fold(build, data, tiers, out / f"fold{k}", k, plan, options, numbers))
+        predictions[tiers[2]] = _found(out, k, len(tiers[2]), outputs)
         if progress:
             print(
                 "fold {fold}: validation correlation {validation correlation:.4f} after epoch {best epoch}".format(
@@ -184,6 +207,30 @@ def fit_folds(
     known = save_array(out / "predictions.npy", predictions)
     write_json(out / "folds.json", {"plan": plan, "rows": rows, "data": source(data), "sha256": known})
     return FoldFits.load(out, split)
+
+
+def _fitting(split: Split | None, data: Any) -> Split:
+    "The split of these trials, of a kind that can be fitted."
+    split = getattr(data, "split", None) if split is None else split
+    if split is None:
+        fix = "split_by_concept(data.trials), split_by_session(data.trials), or build_things(..., split=...)"
+        raise DataError("no split given, and none kept with the subject", fix=fix)
+    if len(split.fold) != len(data.trials) or split.kind not in ("concept", "session"):
+        wish = f"by concept or by session, of {len(data.trials)} trials"
+        raise DataError(f"a split by {split.kind} of {len(split.fold)} trials", expected=wish)
+    if split.kind == "concept" and data.labels is None:
+        raise DataError("trials without ratings", fix="ThingsDataset(folder, load_properties(...))")
+    return split
+
+
+def _task(model: PreTrainedModel, data: Any, split: Split) -> tuple[np.ndarray | None, int]:
+    "Numbers of the concepts that were shown (trials,), or None for ratings; and how many outputs there are."
+    if split.kind == "concept":
+        return None, data.labels.shape[1]
+    if not hasattr(model.config, "indices"):
+        wish = "one that names concepts, such as classifier(data)"
+        raise DataError(f"a {type(model).__name__} on a split by session", wish)
+    return model.config.indices(data.trials["concept"]), model.config.num_labels
 
 
 def _found(out: Path, k: int, trials: int, outputs: int) -> np.ndarray:
@@ -197,10 +244,10 @@ def _found(out: Path, k: int, trials: int, outputs: int) -> np.ndarray:
     return found
 
 
-def _same_data(content: dict[str, Any], data: Any, folder: Path) -> None:
+def _same_data(content: dict[str, Any], data: Any, folder: Path, ratings: bool) -> None:
     "Raise `DataError` if finished folds were trained on other ratings or another subject."
     again = "the same subject, --properties and --ratings as in training"
-    if data.labels is not None:
+    if data.labels is not None and ratings:
         labels = fingerprint([{"labels": row} for row in data.labels])["labels"]
         if content["plan"].get("data.train.labels") != labels:
             raise DataError("trained with other ratings", path=folder, fix=again,
@@ -226,39 +273,28 @@ def _tiers(fold: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 def _fold(
     build: Callable[[], PreTrainedModel], data: Any, rows: list[np.ndarray], folder: Path, k: int,
-    plan: dict[str, Any], options: dict[str, Any],
+    plan: dict[str, Any], options: dict[str, Any], numbers: np.ndarray | None,
 ) -> dict[str, Any]:  # fmt: skip
     "Train and predict one fold, unless that was done before."
     record = folder.with_suffix(".json")
     if record.is_file():
         done = read_json(record)
         if not isinstance(done, dict) or not {"plan", "row"} <= done.keys():
-            raise DataError(
-                "not the record of a fold", path=record, fix="delete it; the fold is predicted again"
-            )
+            fix = "delete it; the fold is predicted again"
+            raise DataError("not the record of a fold", path=record, fix=fix)
         if done["plan"] != plan:
-            changed = next(
-                name for name in [*plan, *done["plan"]] if done["plan"].get(name) != plan.get(name)
-            )
+            changed = next(n for n in [*plan, *done["plan"]] if done["plan"].get(n) != plan.get(n))
             raise DataError(f"this fold was trained with other {changed}", path=record,
                             fix="choose another folder, or ask for the same as before")  # fmt: skip
         if folder.with_suffix(".npy").is_file():
             return done["row"]
     started, seed = time.monotonic(), plan["seed"]
-    mean, spread = data.labels[rows[0]].mean(0), data.labels[rows[0]].std(0)
-    if not (spread > 0).all():
-        raise DataError(
-            f"a rating is constant in the training concepts of fold {k}", fix="leave this property out"
-        )
-    parts = [_Part(data, r, mean, spread) for r in rows]
-    if "augment" in plan:
-        parts[0] = _More(parts[0], plan["augment"], plan["ratio"], seed)
-    done = fit(_fresh(build, seed), tuple(parts[:2]), out=folder, seed=seed, **options)
-    guess, found = (predict(done.model, part, batch_size=64) for part in parts[1:])
-    slope = max(
-        0.0, (guess * (data.labels[rows[1]] - mean) / spread).sum() / max(np.square(guess).sum(), 1e-30)
-    )
-    found = slope * found * spread + mean
+    if numbers is None:
+        done, found, slope = _decode(build, data, rows, folder, k, plan, options)
+    else:
+        parts = [_Named(data, r, numbers) for r in rows]
+        done = fit(_fresh(build, seed), tuple(parts[:2]), out=folder, seed=seed, **options)
+        found, slope = predict(done.model, parts[2], batch_size=64), 1.0
     known = save_array(folder.with_suffix(".npy"), found.astype(np.float32))
     row = {
         "fold": k, **{tier: len(r) for tier, r in zip(_COLUMNS[1:4], rows, strict=True)}, "best epoch": done.best_epoch,
@@ -266,3 +302,22 @@ def _fold(
     }  # fmt: skip
     write_json(record, {"plan": plan, "row": row, "sha256": known})
     return row
+
+
+def _decode(
+    build: Callable[[], PreTrainedModel], data: Any, rows: list[np.ndarray], folder: Path, k: int,
+    plan: dict[str, Any], options: dict[str, Any],
+) -> tuple[Any, np.ndarray, float]:  # fmt: skip
+    "Ratings: labels standardised in training, predictions stretched by the slope of the validation trials."
+    mean, spread, seed = data.labels[rows[0]].mean(0), data.labels[rows[0]].std(0), plan["seed"]
+    if not (spread > 0).all():
+        what = f"a rating is constant in the training concepts of fold {k}"
+        raise DataError(what, fix="leave this property out")
+    parts = [_Part(data, r, mean, spread) for r in rows]
+    if "augment" in plan:
+        parts[0] = _More(parts[0], plan["augment"], plan["ratio"], seed)
+    done = fit(_fresh(build, seed), tuple(parts[:2]), out=folder, seed=seed, **options)
+    guess, found = (predict(done.model, part, batch_size=64) for part in parts[1:])
+    own = (data.labels[rows[1]] - mean) / spread
+    slope = max(0.0, (guess * own).sum() / max(np.square(guess).sum(), 1e-30))
+    return done, slope * found * spread + mean, slope

@@ -151,7 +151,17 @@ def fold_predictions(
 ) -> dict[
     tuple[str, int], np.ndarray
 ]:  # (name, seed) -> (samples, neurons, last), in the unit of the recording, as `score_dataset` takes them
-    "Predictions for every clip of a session, each by a model that was trained without it."
+    """Predictions for every clip of a session, each by a model that was trained without it.
+
+    Examples
+    --------
+    `folds`, a folder from `build_folds`:
+
+    >>> import cortexlit as cx
+    >>> options = {"head": {"epochs": 1}, "last": 12, "progress": False}
+    >>> [name for name, seed in cx.fold_predictions(folds, **options)]
+    ['ViV1T, head only']
+    """
     root, adapt, seeds, head = Path(root), dict(adapt or {HEAD: None}), list(seeds), dict(head or {})
     if not seeds:
         raise DataError("no seed", expected="one or more")

@@ -226,7 +226,17 @@ def train_head(
     | None = None,  # (model, dataset) -> dataset with `features`; None: `fit` keeps them
     **options: Any,  # of `fit`, in place of those in RECIPE
 ) -> Fit:
-    "Train a fresh head on a frozen core, or on a control."
+    """Train a fresh head on a frozen core, or on a control.
+
+    Examples
+    --------
+    `mouse`, a folder from `build`; one epoch shows the road, not what a head is worth:
+
+    >>> import cortexlit as cx
+    >>> head = cx.train_head(mouse, epochs=1, last=12, progress=False)
+    >>> len(head.history)
+    1
+    """
     if control not in (None, *CONTROLS):
         raise DataError(f"control={control!r}", expected=f"None or one of {CONTROLS}")
     check_options(**{"adapt": "head", "seed": seed, "last": last, **HEAD_RECIPE, **options})

@@ -219,7 +219,18 @@ def run_cells(
 
 # %% ../../neuro_nbs/09_lora_grid.ipynb #8ed72605
 class Grid:
-    "Configurations times seeds as the trials of one Optuna study; each trial keeps its run folder."
+    """Configurations times seeds as the trials of one Optuna study; each trial keeps its run folder.
+
+    Examples
+    --------
+    `mouse`, a folder from `build`; two configurations of study 1, to be run with `run`:
+
+    >>> import cortexlit as cx
+    >>> from cortexlit.training.lora import STUDY
+    >>> grid = cx.Grid(mouse, STUDY[:2], seeds=[0], last=12)
+    >>> list(grid.configurations)
+    ['r8-all', 'r8-fused']
+    """
 
     def __init__(
         self,

@@ -22,6 +22,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from ..simulate.populations import V1Like, drives, filtered, pools, two_lobes
+from cortexlit.simulate.session import (
+    FIELD,
+    FRAME_RATE,
+    GABORS,
+    LATENCY,
+    MEMORY,
+    Population,
+    calcium,
+    rate_of,
+    receptive_fields,
+    resize,
+    scene,
+)
 from scipy.signal import lfilter
 from torch.nn import functional as F
 from tqdm.std import tqdm
@@ -45,20 +59,6 @@ from cortexlit.core import (
     write_json,
 )
 from ..data.clips import resize_frames
-from ..data.populations import V1Like, drives, filtered, pools, two_lobes
-from cortexlit.data.synthetic import (
-    FIELD,
-    FRAME_RATE,
-    GABORS,
-    LATENCY,
-    MEMORY,
-    Population,
-    calcium,
-    rate_of,
-    receptive_fields,
-    resize,
-    scene,
-)
 from ..metrics import single_trial_correlation
 from ..models.viv1t import ViV1T, ViV1TConfig
 

@@ -25,7 +25,9 @@ from torch.utils.data import Subset
 from ..core import DataError, rng, scale, seeded
 from ..data.clips import resize_frames
 from ..data.scenes import SceneArrays, ScenesDataset, load_scenes
-from cortexlit.data.synthetic import (
+from ..models.readouts import standard_coordinates
+from ..models.v1t import V1T, V1TConfig
+from cortexlit.simulate.session import (
     DEGREES_PER_PX,
     FIELD,
     FRAME_RATE,
@@ -36,8 +38,6 @@ from cortexlit.data.synthetic import (
     resize,
     scene,
 )
-from ..models.readouts import standard_coordinates
-from ..models.v1t import V1T, V1TConfig
 from .pretraining import Recipe, neuron_types
 from .trainer import Fit, check_options, fit
 
@@ -205,7 +205,17 @@ def train_scenes(
     seed: int = 0,  # of the weights, the drawn presentations and their order
     **options: Any,  # of `fit`, in place of those of the configuration
 ) -> Fit:
-    "Train one configuration; the best model by validation correlation. Resumed if it was interrupted."
+    """Train one configuration; the best model by validation correlation. Resumed if it was interrupted.
+
+    Examples
+    --------
+    `scenes`, a folder from `build`:
+
+    >>> import cortexlit as cx
+    >>> run = cx.train_scenes(scenes, epochs=1, progress=False)
+    >>> cx.score(scenes, run).table()["model"].nunique() > 1
+    True
+    """
     configuration = SCENE_RECIPE if configuration is None else configuration
     check_options(**{"seed": seed, **configuration.options, **options})
     train, validation = (ScenesDataset(root, tier) for tier in ("train", "validation"))

@@ -870,7 +870,18 @@ def fit(
     | None = None,  # gets the history after each epoch; what it raises ends the run, which can be resumed
     progress: bool = True,  # progress bars
 ) -> Fit:
-    "Train with the Hugging Face Trainer; keep the model with the best validation correlation."
+    """Train with the Hugging Face Trainer; keep the model with the best validation correlation.
+
+    Examples
+    --------
+    `mouse`, a folder from `build`, and `head` from `train_head`: adapters on top of it.
+
+    >>> import cortexlit as cx
+    >>> options = {"epochs": 1, "last": 12, "progress": False}
+    >>> run = cx.fit(head.model, mouse, adapt="lora", adapters=cx.Adapters(rank=2), **options)
+    >>> run.best_epoch
+    1
+    """
     phases = _phases(epochs)
     options = {
         "adapt": adapt, "adapters": adapters, "loss": loss, "last": last, "lr": lr,
@@ -975,7 +986,17 @@ def predict(
     mouse_id: str | None = None,  # whose head; may be left out if the model has one mouse
     batch_size: int = 1,  # samples in one pass
 ) -> np.ndarray:  # (samples, neurons, last), or (samples, outputs); float32, in the unit of the labels
-    "Responses to every sample of a dataset, without dropout or sampling."
+    """Responses to every sample of a dataset, without dropout or sampling.
+
+    Examples
+    --------
+    `mouse`, a folder from `build`, and `head` from `train_head`:
+
+    >>> import cortexlit as cx
+    >>> test = cx.open_dataset(mouse, "test")
+    >>> cx.predict(head.model, test, last=12).shape[-1]
+    12
+    """
     check_inputs(model, dataset)
     was, device, out = model.training, next(model.parameters()).device, []
     mouse = {"mouse_id": mouse_id} if hasattr(model.config, "neurons") else {}

@@ -119,6 +119,14 @@ class Space:
     ----------
     parameters : dict
         Name: `Choice` or `Range`.
+
+    Examples
+    --------
+    >>> import cortexlit as cx
+    >>> from cortexlit.training.tuning import Choice, Range
+    >>> space = cx.Space({"depth": Choice((1, 2, 4)), "lr": Range(1e-4, 1e-2, log=True)})
+    >>> sorted(space.parameters)
+    ['depth', 'lr']
     """
 
     parameters: Mapping[str, Choice | Range]
@@ -496,7 +504,21 @@ def tune(
     progress: bool = True,  # one line for each trial
     **options: Any,  # of `fit`, the same for all trials
 ) -> Tuning:
-    "Search for the parameters with the highest validation correlation; other processes may do the same at the same time."
+    """Search for the parameters with the highest validation correlation; other processes may do the same at the same time.
+
+    Examples
+    --------
+    `brain`, a subject with ratings from `open_dataset`; two trials, one epoch each:
+
+    >>> import cortexlit as cx
+    >>> from cortexlit.training.tuning import Choice
+    >>> tiers = [torch.utils.data.Subset(brain, rows) for rows in (range(60), range(60, 90))]
+    >>> space = cx.Space({"layers": Choice((1, 2))})
+    >>> options = {"epochs": 1, "batch_size": 32, "last": 1, "adapt": "full", "progress": False}
+    >>> found = cx.tune(lambda p: cx.decoder(brain, **p)(), tuple(tiers), space, trials=2, **options)
+    >>> list(found.best)
+    ['layers']
+    """
     folds = data if isinstance(data, list) else [data]
     for name, value, allowed in (("sampler", sampler, tuple(SAMPLERS)), ("pruner", pruner, (None, *PRUNERS))):
         if value not in allowed:

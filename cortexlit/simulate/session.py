@@ -33,7 +33,7 @@ from cortexlit.core import (
     sha256,
     write_json,
 )
-from .checks import consistent, load_arrays
+from ..data.checks import consistent, load_arrays
 
 # %% auto #0
 __all__ = ['SESSION_SIZES', 'SESSION_A', 'SESSION_B', 'FRAME_RATE', 'REFRESH', 'GRATING_DIRECTIONS', 'GRATING_RATES',
@@ -1386,7 +1386,15 @@ def embedded_session(
     size: str = "demo",
     seed: int = 0,
 ) -> Path:  # a folder as made by `write_session`, below `_data/sessions/`
-    "The embedded session: written on first use, found ever after; safe to ask for from several processes."
+    """The embedded session: written on first use, found ever after; safe to ask for from several processes.
+
+    Examples
+    --------
+    >>> import cortexlit as cx
+    >>> folder = cx.embedded_session("tiny")
+    >>> (folder / "card.json").exists() or (folder / "manifest.json").exists()
+    True
+    """
     size_named(size)
     root = generated("sessions", f"{size}-{seed}")
     with locked(root):
