@@ -3,11 +3,17 @@
 Read from the notebooks, nothing is run.
 """
 
+import ast
+import csv
 import re
+import sys
 from pathlib import Path
 
 import pytest
-from test_notebooks import NOTEBOOKS, cells
+from test_notebooks import NOTEBOOKS, ROOT, cells
+
+sys.path.insert(0, str(ROOT / "tools"))
+import check_docs  # noqa: E402
 
 STUDIES = "00_the_studies.ipynb"
 PAGES = [p for p in NOTEBOOKS if p.parent.name == "neuro_nbs" and p.name != STUDIES]
@@ -63,3 +69,70 @@ def test_what_is_noticed(text, bare, unlinked):
     texts = ["# Title", text]
     assert len(bare_mentions(texts)) == bare
     assert len(first_mentions(texts)) == unlinked
+
+
+# --- the glossary -----------------------------------------------------------------------------------------------------
+
+GLOSSARY = next(p for p in NOTEBOOKS if p.name == "00b_glossary.ipynb")
+
+
+def targets(path: Path) -> list[tuple[str, str]]:
+    "(term, link) of each row that the page shows."
+    shown = [
+        "".join(o.get("data", {}).get("text/markdown", "")) for c in cells(path, "code") for o in c["outputs"]
+    ]
+    return re.findall(r"^\| \[([^\]]+)\]\(([^)]+)\) \|", "\n".join(shown), flags=re.M)
+
+
+def lost(found: list[tuple[str, str]], folder: Path) -> list[str]:
+    "Terms whose link leads to no page, or to no heading of it."
+    missing = []
+    for term, link in found:
+        page, _, anchor = link.partition("#")
+        path = folder / page
+        if not path.is_file() or anchor not in check_docs.anchors("\n\n".join(prose_with_code(path))):
+            missing.append(f"{term}: {link}")
+    return missing
+
+
+def prose_with_code(path: Path) -> list[str]:
+    return [c["source"] for c in cells(path, "markdown")]
+
+
+def test_every_term_of_the_glossary_leads_to_a_heading():
+    found = targets(GLOSSARY)
+    terms = {term for term, _ in found}
+    assert {
+        "tier",
+        "clip",
+        "FEVE",
+        "core",
+        "head",
+        "readout",
+        "tubelet",
+        "beta",
+        "oracle, other repeats",
+    } <= terms
+    assert lost(found, GLOSSARY.parent) == []
+
+
+def test_a_term_that_leads_nowhere_is_noticed():
+    folder = GLOSSARY.parent
+    assert lost([("tier", "03_dataset.ipynb#clips-and-tears")], folder)
+    assert lost([("tier", "03_no_such_page.ipynb#clips-and-tiers")], folder)
+    assert lost([("tier", "03_dataset.ipynb#clips-and-tiers")], folder) == []
+
+
+def test_the_glossary_was_run_since_its_table_was_changed():
+    source = next(c["source"] for c in cells(GLOSSARY, "code") if "TERMS =" in c["source"])
+    table = next(n.value.value for n in ast.parse(source).body if isinstance(n, ast.Assign))
+    terms = [row["term"].replace("_", r"\_") for row in csv.DictReader(table.splitlines())]
+    assert sorted(terms) == sorted(term for term, _ in targets(GLOSSARY))
+
+
+SHOWINGS = re.compile(r"\b(?:a|one|single|each|every|two|three|ten|per|between|of) showings?\b", flags=re.I)
+
+
+@each
+def test_a_stimulus_has_repeats_presentations_and_trials_but_no_showings(path):
+    assert not SHOWINGS.findall("\n".join(prose(path))), "see the glossary"
