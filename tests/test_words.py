@@ -5,6 +5,7 @@ Read from the notebooks, nothing is run.
 
 import ast
 import csv
+import json
 import re
 import sys
 from pathlib import Path
@@ -136,3 +137,60 @@ SHOWINGS = re.compile(r"\b(?:a|one|single|each|every|two|three|ten|per|between|o
 @each
 def test_a_stimulus_has_repeats_presentations_and_trials_but_no_showings(path):
     assert not SHOWINGS.findall("\n".join(prose(path))), "see the glossary"
+
+
+# --- the literature ---------------------------------------------------------------------------------------------------
+
+ENTRY = """@article{{{key},
+  author = {{Lurz, Konstantin-Klemens and others}},
+  title = {{Generalization}},
+  year = {{2021}},
+  {more}
+}}
+"""
+
+
+def library(folder: Path, bib: str, text: str, code: str = "") -> list[str]:
+    "What is found in a checkout of one page and one bibliography."
+    (folder / "neuro_nbs").mkdir()
+    (folder / "references.bib").write_text(bib, encoding="utf-8")
+    page = {
+        "cells": [
+            {"cell_type": "markdown", "source": text},
+            {"cell_type": "code", "source": code, "outputs": []},
+        ]
+    }
+    (folder / "neuro_nbs" / "page.ipynb").write_text(json.dumps(page), encoding="utf-8")
+    return check_docs.citation_problems(folder)
+
+
+def test_every_citation_has_an_entry_and_every_entry_is_cited():
+    assert check_docs.citation_problems() == []
+
+
+@pytest.mark.parametrize(
+    ("key", "more", "text", "code", "problem"),
+    [
+        ("lurz2021", "doi = {10.1101/2020.10.05.326256}", "A readout [@lurz2021].", "", None),
+        ("lurz2021", "eprint = {2010.05326}", "Lurz [-@lurz2021], `[@nobody]`, x@y.z", "", None),
+        ("lurz2021", "", "", "# a readout (Lurz et al. 2021)", None),
+        ("lurz2021", "", "[@lurz2021; @willeke2022]", "", "@willeke2022 is not in references.bib"),
+        ("lurz2021", "", "", "", "nothing cites @lurz2021"),
+        ("lurz2021", "doi = {https://doi.org/10.1101/2020}", "[@lurz2021]", "", "is no DOI"),
+        ("lurz2021", "eprint = {arXiv:2010.05326}", "[@lurz2021]", "", "is no number of arXiv"),
+        ("lurz2020", "", "[@lurz2020]", "", "its key should be lurz2021"),
+        ("lurz2021", "", "[@lurz2021], as Li et al. (2023)", "", "should be a citation"),
+        ("lurz2021", "", "[@lurz2021]", "# Dupré la Tour et al. 2022", "dupre 2022, named in code"),
+        ("lurz2021", "", "[@lurz2021] [doi:10.1/a](https://doi.org/10.1/b)", "", "leads to"),
+    ],
+)
+def test_what_is_wrong_with_a_citation_is_told(tmp_path, key, more, text, code, problem):
+    found = library(tmp_path, ENTRY.format(key=key, more=more), text, code)
+    assert len(found) == (problem is not None), found
+    assert problem is None or problem in found[0]
+
+
+def test_an_entry_that_stands_twice_or_lacks_a_field_is_told(tmp_path):
+    bib = ENTRY.format(key="lurz2021", more="") * 2
+    assert any("twice" in text for text in library(tmp_path, bib, "[@lurz2021]"))
+    assert check_docs.entry_problems("a2020", {"author": "A", "year": "2020"}) == ["@a2020 has no title"]

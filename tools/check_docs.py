@@ -5,6 +5,7 @@ the pages end up in _proc/, where `make docs` lets Quarto render them. Checked a
 its own, links and their anchors, pictures, rendered signatures, saved errors, names in backticks that should
 have become links; and that the sidebar lists every notebook once. README.md and CONTRIBUTING.md are checked
 for links to files and headings. The table of concepts must name every section of the course, and no other.
+Every key that a page cites must be in references.bib, whose DOIs and numbers of arXiv must have the right form.
 Exit status 1 and a list of problems if there are any.
 """
 
@@ -15,6 +16,7 @@ import re
 import shutil
 import sys
 import tempfile
+import unicodedata
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -37,6 +39,7 @@ serve.parallel = lambda *args, **options: parallel(*args, **(options | {"method"
 serve.proc_nbs(n_workers=2)
 """
 GUIDES = ("README.md", "CONTRIBUTING.md")
+BIBLIOGRAPHY = "references.bib"  # of the pages about neurons
 CONCEPTS = "nbs/00b_concepts.ipynb"  # the table of the course's concepts
 STANDING = (
     re.compile(  # sections that every chapter has, or that are about the library: no concept of their own
@@ -295,6 +298,105 @@ def concept_problems(
     return problems
 
 
+# ---- the literature ---------------------------------------------------------------------------------------
+
+CITED = re.compile(r"(?<![\w@.])-?@([a-zA-Z][\w:-]*)")
+NEEDED = ("author", "title", "year")
+DOI = re.compile(r"10\.\d{4,9}/\S*[^\s.,;]")
+EPRINT = re.compile(r"\d{4}\.\d{4,5}(v\d+)?")
+# "Lurz et al. 2021", "Ding, Li and Jordan (2010)", also with a "de" or "la" before the name.
+_NAME = r"(?:(?:de|van|Van) )*[A-Z](?![A-Z])[\w'-]*[^\W\d_A-Z](?: la [A-Z][a-z]+)?"
+AUTHORS = re.compile(
+    rf"\b({_NAME})(?:, {_NAME})*(?:,? (?:and|&) {_NAME})?(?: et al\.?)?,? \(?((?:18|19|20)\d\d)\)?"
+)
+NO_AUTHORS = {"Sensorium", "Apache", "Python", "Version", "Since", "Nov", "In", "Until", "Before"}
+
+
+def entries(text: str) -> dict[str, dict[str, str]]:
+    "key -> field -> value of a BibTeX file whose fields stand in lines of their own; a key met twice has 'twice'."
+    found: dict[str, dict[str, str]] = {}
+    for kind, key, body in re.findall(r"^@(\w+)\{([^,\s]+),\n(.*?)^\}", text, flags=re.M | re.S):
+        fields = dict(re.findall(r"^\s*(\w+)\s*=\s*\{(.*)\},?\s*$", body, flags=re.M))
+        found[key] = fields | {"kind": kind} | ({"twice": key} if key in found else {})
+    return found
+
+
+def family(name: str) -> str:
+    "A family name as keys have it: plain lower case letters of its first word that is no particle."
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().strip("{} ").lower()
+    plain = re.sub(r"^(de|van) ", r"\1", plain)
+    return re.split(r"[^a-z]", plain)[0]
+
+
+def entry_problems(key: str, fields: dict[str, str]) -> list[str]:
+    "What is wrong with one entry of the bibliography."
+    problems = [f"@{key} has no {name}" for name in NEEDED if not fields.get(name, "").strip()]
+    if "twice" in fields:
+        problems.append(f"@{key} stands there twice")
+    doi, eprint = fields.get("doi"), fields.get("eprint")
+    if doi is not None and not DOI.fullmatch(doi):
+        problems.append(f"@{key}: {doi!r} is no DOI (10.1234/name, without https://)")
+    if eprint is not None and not EPRINT.fullmatch(eprint):
+        problems.append(f"@{key}: {eprint!r} is no number of arXiv (2101.00001)")
+    author = fields.get("author", "").split(" and ")[0].split(",")[0]
+    expected = family(author) + fields.get("year", "")
+    if not problems and not re.fullmatch(rf"{expected}[a-z]?", key):
+        problems.append(f"@{key}: its key should be {expected}, from the first author and the year")
+    return problems
+
+
+def page_citations(path: Path) -> tuple[set[str], set[tuple[str, str]], list[str]]:
+    "Keys that a notebook cites, (family, year) that its code names, and mentions in its prose that cite nothing."
+    cited, named, bare = set(), set(), []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        text = text_of(cell["source"])
+        if cell["cell_type"] == "markdown":
+            text = re.sub(r"\]\([^)]*\)|<?https?://\S+", "]", without_code(text))
+            cited |= set(CITED.findall(text))
+        found = [m for m in AUTHORS.finditer(text) if m.group(1).split()[0] not in NO_AUTHORS]
+        if cell["cell_type"] == "markdown":
+            bare += [m.group(0) for m in found]
+        elif cell["cell_type"] == "code":
+            text = "\n".join(re.findall(r'"[^"\n]*"|#.*|^    .*', text, flags=re.M))
+            named |= {(family(m.group(1)), m.group(2)) for m in found if m.group(0) in text}
+    return cited, named, bare
+
+
+def citation_problems(
+    root: Path = ROOT,  # a checkout
+) -> list[str]:  # of the bibliography, of citations without an entry, of entries that nobody cites
+    "Compare references.bib with what the pages about neurons cite; elsewhere only the form of DOIs is looked at."
+    file = root / BIBLIOGRAPHY
+    if not file.exists():
+        return [f"{BIBLIOGRAPHY}: missing"]
+    known = entries(file.read_text(encoding="utf-8"))
+    problems = [
+        f"{BIBLIOGRAPHY}: {text}" for key, fields in known.items() for text in entry_problems(key, fields)
+    ]
+    used = set()
+    by_name = {
+        (family(f.get("author", "").split(",")[0]), f.get("year", "")): key for key, f in known.items()
+    }
+    for path in notebooks(root):
+        name = path.relative_to(root).as_posix()
+        cited, named, bare = page_citations(path)
+        problems += [f"{name}: @{key} is not in {BIBLIOGRAPHY}" for key in sorted(cited - set(known))]
+        if name.startswith("neuro_nbs/"):
+            problems += [f"{name}: {text!r} should be a citation, [@key]" for text in bare]
+            missing = sorted(pair for pair in named if pair not in by_name)
+            problems += [
+                f"{name}: {who} {year}, named in code, is not in {BIBLIOGRAPHY}" for who, year in missing
+            ]
+        used |= cited | {by_name[pair] for pair in named if pair in by_name}
+        for shown, target in re.findall(
+            r"\[doi:(\S+?)\]\(https://doi\.org/([^()\s]+(?:\([^)]*\)[^()\s]*)*)\)",
+            path.read_text(encoding="utf-8"),
+        ):
+            if not DOI.fullmatch(shown) or unquote(target) != shown:
+                problems.append(f"{name}: doi:{shown} leads to {target}")
+    return problems + [f"{BIBLIOGRAPHY}: nothing cites @{key}" for key in sorted(set(known) - used)]
+
+
 # ---- the whole -------------------------------------------------------------------------------------------
 
 
@@ -333,7 +435,7 @@ def check(proc: Path) -> tuple[list[Page], list[str]]:
     problems += sidebar_problems(pages, yaml.safe_load((proc / "_quarto.yml").read_text(encoding="utf-8")))
     for name in GUIDES:
         problems += guide_problems(name)
-    return pages, problems + concept_problems()
+    return pages, problems + concept_problems() + citation_problems()
 
 
 def main() -> int:
