@@ -194,3 +194,36 @@ def test_an_entry_that_stands_twice_or_lacks_a_field_is_told(tmp_path):
     bib = ENTRY.format(key="lurz2021", more="") * 2
     assert any("twice" in text for text in library(tmp_path, bib, "[@lurz2021]"))
     assert check_docs.entry_problems("a2020", {"author": "A", "year": "2020"}) == ["@a2020 has no title"]
+
+
+# --- the two front pages ----------------------------------------------------------------------------------------------
+
+FENCE = re.compile(r"^```(python|bash)\n(.*?)^```", flags=re.M | re.S)
+
+
+def programs(text: str) -> list[str]:
+    "What a front page asks to type: Python programs, and calls of the command."
+    blocks = FENCE.findall(text)
+    return [code for kind, code in blocks if kind == "python"] + [
+        line
+        for kind, code in blocks
+        if kind == "bash"
+        for line in code.splitlines()
+        if line.startswith("cortexlit ")
+    ]
+
+
+def test_the_home_page_and_the_readme_show_the_same_programs():
+    home = "\n\n".join(c["source"] for c in cells(ROOT / "index.ipynb", "markdown"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(programs(home)) > 4
+    assert programs(home) == programs(readme)
+
+
+def test_the_paths_of_the_home_page_add_up():
+    text = next(c["source"] for c in cells(ROOT / "index.ipynb", "markdown") if "Seven stops" in c["source"])
+    rows = [line.split("|")[2:-1] for line in text.splitlines() if re.match(r"\| (\d )?\|", line)]
+    stops, total = rows[-8:-1], rows[-1]
+    for column in range(4):
+        minutes = sum(int(re.search(r", (\d+) *$", row[column]).group(1)) for row in stops)
+        assert f"{minutes // 60} h {minutes % 60:02d}" == total[column].strip()
