@@ -143,7 +143,9 @@ def wordless(path: Path) -> list[str]:
     for cell in cells(path, "code"):
         shows = any(k.startswith("image/") for o in cell["outputs"] for k in o.get("data", {}))
         told = [directive(cell, name) for name in ("fig-alt", "fig-cap")]
-        if shows and not all(m and re.fullmatch(r'"[^"]{15,}"', m.group(2).lstrip(": ").rstrip()) for m in told):
+        if shows and not all(
+            m and re.fullmatch(r'"[^"]{15,}"', m.group(2).lstrip(": ").rstrip()) for m in told
+        ):
             found.append(f"{cell['id']}: {cell['source'][:100]}")
     return found
 

@@ -29,6 +29,8 @@ from project import LIBRARY, ROOT, copy_project, notebooks, python
 # Workers are forked from a server, since spawned ones run IPython's clean-up at their exit: a sweep of the whole
 # memory for each page, half of the build's time.
 BUILD = """
+import os
+os.environ["PYTHONWARNINGS"] = "ignore"  # of this process and its workers: pages are no place for them
 from fastcore.parallel import parallel
 from nbdev import serve
 from nbdev.doclinks import _build_modidx
@@ -175,6 +177,7 @@ def read_page(path: Path, proc: Path) -> Page:
         if call and not any(shown):
             page.problems.append(f"{call.group(0)} rendered nothing")
         parts += shown
+    page.problems += [text for cell in cells for text in leftovers(cell, path.name.startswith("19"))]
     text = "\n\n".join(parts)
     page.anchors, page.links = set(anchors(text)), links(text)
     page.problems += [f"`{name}` is not in the library" for name in unlinked(text)]
@@ -400,6 +403,71 @@ def citation_problems(
 # ---- the whole -------------------------------------------------------------------------------------------
 
 
+LINKED = re.compile(r"\[(`+[^`\n]+`+)\]\((https?://[^)\s]*|[\w./-]*\.(?:html|ipynb)[^)\s]*)\)")
+COMMANDS = "cli.html#"  # the page whose functions are commands: `demo` elsewhere is a size, not the command
+
+
+def unlink_code(text: str) -> str:
+    "Markdown in which names within fenced code are no links: there they would be shown as brackets and addresses."
+    return re.sub(
+        r"^(```+)[^\n]*\n.*?^\1[ \t]*$", lambda m: LINKED.sub(r"\1", m.group()), text, flags=re.M | re.S
+    )
+
+
+def mended(text: str, commands: bool) -> str:
+    "A text of a page without links in code and, unless it is about `commands`, without links to them by accident."
+    text = unlink_code(text)
+    return (
+        text if commands else LINKED.sub(lambda m: m.group(1) if COMMANDS in m.group(2) else m.group(), text)
+    )
+
+
+def mend(
+    proc: Path,  # pages that nbdev has made; changed
+) -> None:
+    "Take from the pages what nbdev puts in and nobody wants: links inside code, wrong links, messages of the build."
+    for path in notebooks(proc):
+        book = json.loads(path.read_text(encoding="utf-8"))
+        commands = path.name.startswith("19")
+        for cell in book["cells"]:
+            if cell["cell_type"] == "markdown":
+                cell["source"] = mended(text_of(cell["source"]), commands)
+            made = "show_doc(" in text_of(cell["source"])  # by the build, not by whoever ran the notebook
+            outputs = [o for o in cell.get("outputs", []) if not (made and o.get("name") == "stderr")]
+            for output in outputs:
+                if "text/markdown" in output.get("data", {}):
+                    output["data"]["text/markdown"] = mended(
+                        text_of(output["data"]["text/markdown"]), commands
+                    )
+            if "outputs" in cell:
+                cell["outputs"] = outputs
+        path.write_text(json.dumps(book), encoding="utf-8")
+
+
+def leftovers(
+    cell: dict,  # of a page
+    commands: bool,  # whether the page is about the command line
+) -> list[str]:  # links in code, links to commands by accident, paths of the machine that built the page
+    "What `mend` should have removed."
+    shown = [text_of(o.get("data", {}).get("text/markdown")) for o in cell.get("outputs", [])]
+    shown += [text_of(cell["source"])] if cell["cell_type"] == "markdown" else []
+    told = "\n".join([*shown, *(text_of(o.get("text")) for o in cell.get("outputs", []))])
+    problems = [
+        f"a link inside code: {m.group()[:80]}"
+        for t in shown
+        for m in LINKED.finditer(t)
+        if t != unlink_code(t)
+    ]
+    if not commands:
+        problems += [
+            f"{m.group(1)} leads to a command"
+            for t in shown
+            for m in LINKED.finditer(t)
+            if COMMANDS in m.group(2)
+        ]
+    return problems + [f"a path of this machine: {m}" for m in re.findall(r"\S*/site-packages/\S*", told)[:1]]
+
+
 def build(
     copy: Path,  # an empty folder
 ) -> str:  # what went wrong, or ""
@@ -410,6 +478,7 @@ def build(
         causes = re.findall(r"^(?:\w+\.)*\w*Error\b.*", done.stderr, flags=re.M)
         cell = done.stderr.rpartition("\nException: ")[2].strip()[:1000]
         return "building the pages failed: " + "\n".join([*dict.fromkeys(causes), cell])
+    mend(copy / "_proc")
     made = {p.relative_to(copy / "_proc").as_posix() for p in notebooks(copy / "_proc")}
     lost = {p.relative_to(ROOT).as_posix() for p in notebooks()} - made
     if lost:
