@@ -63,6 +63,17 @@ def test_messages_of_the_build_go_and_those_of_a_notebook_stay(tmp_path):
     assert json.loads(other.read_text())["cells"][1]["outputs"][0]["name"] == "stderr"
 
 
+def test_exported_source_is_closed_and_other_code_is_as_it_was(tmp_path):
+    exported = '#| code-fold: show\n#| code-summary: "Exported source"\ndef f(): ...'
+    path = page(tmp_path, "page.ipynb", "", exported)
+    other = page(tmp_path, "other.ipynb", "", "#| code-fold: show\nf()")
+    check_docs.mend(tmp_path)
+    assert json.loads(path.read_text())["cells"][1]["source"].startswith(
+        "#| code-fold: true\n#| code-summary"
+    )
+    assert json.loads(other.read_text())["cells"][1]["source"] == "#| code-fold: show\nf()"
+
+
 @pytest.mark.parametrize(
     ("text", "output", "problem"),
     [
@@ -85,3 +96,17 @@ def test_a_path_of_the_machine_is_noticed():
         "outputs": [told("/home/me/.venv/lib/site-packages/x.py:3: odd")],
     }
     assert "a path of this machine" in check_docs.leftovers(cell, True)[0]
+
+
+def test_the_sidebar_calls_a_page_as_the_home_page_does():
+    home = "| [Core](nbs/00_core.ipynb) | places | |\n| [Plots](nbs/00a_plots.ipynb) | figures | |"
+    pages = [
+        {"text": "Core", "href": "nbs/00_core.ipynb"},
+        {"text": "Figures", "href": "nbs/00a_plots.ipynb"},
+    ]
+    pages = [{"section": "Foundations", "contents": [*pages, "nbs/01_autograd.ipynb"]}]
+    config = {"website": {"sidebar": {"contents": [{"text": "Overview", "href": "index.ipynb"}, *pages]}}}
+    found = check_docs.name_problems(config, home)
+    assert len(found) == 2
+    assert "00a_plots.ipynb is 'Figures' in the sidebar, 'Plots' at home" in found[0]
+    assert "01_autograd.ipynb needs a short name" in found[1]

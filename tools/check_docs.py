@@ -232,6 +232,25 @@ def sidebar_problems(pages: list[Page], config: dict) -> list[str]:
     ]
 
 
+def name_problems(config: dict, home: str) -> list[str]:
+    "Pages whose short name in the sidebar is not that of the map on the home page."
+    called = dict(re.findall(r"^\| \[([^\]]+)\]\(([\w./-]+\.ipynb)\) \|", home, flags=re.M))
+    called = {page: name for name, page in called.items()}
+    found, entries = [], [*config["website"]["sidebar"]["contents"]]
+    while entries:
+        entry = entries.pop(0)
+        if isinstance(entry, str):
+            found.append(f"_quarto.yml: {entry} needs a short name in the sidebar (text and href)")
+        elif "contents" in entry:
+            entries += entry["contents"]
+        elif entry["href"] != "index.ipynb" and entry.get("text") != called.get(entry["href"]):
+            at_home = called.get(entry["href"], "not on the home page")
+            found.append(
+                f"_quarto.yml: {entry['href']} is {entry.get('text')!r} in the sidebar, {at_home!r} at home"
+            )
+    return found
+
+
 def guide_problems(name: str) -> list[str]:
     "Dead links to files and headings in a markdown file of the repository."
     path = ROOT / name
@@ -404,6 +423,7 @@ def citation_problems(
 
 
 LINKED = re.compile(r"\[(`+[^`\n]+`+)\]\((https?://[^)\s]*|[\w./-]*\.(?:html|ipynb)[^)\s]*)\)")
+EXPORTED = re.compile(r"^#\| code-fold: show(\n#\| code-summary: \"Exported source\")", flags=re.M)
 COMMANDS = "cli.html#"  # the page whose functions are commands: `demo` elsewhere is a size, not the command
 
 
@@ -425,13 +445,15 @@ def mended(text: str, commands: bool) -> str:
 def mend(
     proc: Path,  # pages that nbdev has made; changed
 ) -> None:
-    "Take from the pages what nbdev puts in and nobody wants: links inside code, wrong links, messages of the build."
+    "Take out what nbdev puts in and nobody wants: links inside code, wrong links, messages; close exported source."
     for path in notebooks(proc):
         book = json.loads(path.read_text(encoding="utf-8"))
         commands = path.name.startswith("19")
         for cell in book["cells"]:
             if cell["cell_type"] == "markdown":
                 cell["source"] = mended(text_of(cell["source"]), commands)
+            elif EXPORTED.search(text_of(cell["source"])):
+                cell["source"] = EXPORTED.sub(r"#| code-fold: true\1", text_of(cell["source"]))
             made = "show_doc(" in text_of(cell["source"])  # by the build, not by whoever ran the notebook
             outputs = [o for o in cell.get("outputs", []) if not (made and o.get("name") == "stderr")]
             for output in outputs:
@@ -501,7 +523,10 @@ def check(proc: Path) -> tuple[list[Page], list[str]]:
         seen.setdefault(page.address, page.source)
         found = [*page.problems, *(check_link(page, link, by_place, proc, base) for link in page.links)]
         problems += [f"{page.source}: {text}" for text in dict.fromkeys(found) if text]
-    problems += sidebar_problems(pages, yaml.safe_load((proc / "_quarto.yml").read_text(encoding="utf-8")))
+    config = yaml.safe_load((proc / "_quarto.yml").read_text(encoding="utf-8"))
+    home = json.loads((ROOT / "index.ipynb").read_text(encoding="utf-8"))["cells"]
+    problems += sidebar_problems(pages, config)
+    problems += name_problems(config, "\n\n".join(text_of(c["source"]) for c in home))
     for name in GUIDES:
         problems += guide_problems(name)
     return pages, problems + concept_problems() + citation_problems()
