@@ -181,13 +181,23 @@ def test_every_citation_has_an_entry_and_every_entry_is_cited():
         ("lurz2020", "", "[@lurz2020]", "", "its key should be lurz2021"),
         ("lurz2021", "", "[@lurz2021], as Li et al. (2023)", "", "should be a citation"),
         ("lurz2021", "", "[@lurz2021]", "# Dupré la Tour et al. 2022", "dupre 2022, named in code"),
-        ("lurz2021", "", "[@lurz2021] [doi:10.1/a](https://doi.org/10.1/b)", "", "leads to"),
+        ("lurz2021", "doi = {10.1234/a}", "[@lurz2021] [doi:10.1234/a](https://doi.org/10.1234/b)", "", "leads to"),
     ],
 )
 def test_what_is_wrong_with_a_citation_is_told(tmp_path, key, more, text, code, problem):
     found = library(tmp_path, ENTRY.format(key=key, more=more), text, code)
     assert len(found) == (problem is not None), found
     assert problem is None or problem in found[0]
+
+
+def test_a_list_of_further_reading_cites_by_itself_and_its_numbers_must_be_known(tmp_path):
+    entry = ENTRY.format(key="lurz2021", more="doi = {10.1101/2020.10.05.326256}")
+    listed = "## Further reading\n\n* Lurz et al. (2021), readouts. [doi:%s](https://doi.org/%s)"
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    assert library(tmp_path / "a", entry, listed % (("10.1101/2020.10.05.326256",) * 2)) == []
+    (problem,) = library(tmp_path / "b", entry, listed % (("10.1101/2020.10.05.326257",) * 2))
+    assert "10.1101/2020.10.05.326257 is not in references.bib" in problem
 
 
 def test_an_entry_that_stands_twice_or_lacks_a_field_is_told(tmp_path):

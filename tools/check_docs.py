@@ -41,7 +41,7 @@ serve.parallel = lambda *args, **options: parallel(*args, **(options | {"method"
 serve.proc_nbs(n_workers=2)
 """
 GUIDES = ("README.md", "CONTRIBUTING.md")
-BIBLIOGRAPHY = "references.bib"  # of the pages about neurons
+BIBLIOGRAPHY = "references.bib"  # of all pages
 CONCEPTS = "nbs/00b_concepts.ipynb"  # the table of the course's concepts
 STANDING = (
     re.compile(  # sections that every chapter has, or that are about the library: no concept of their own
@@ -327,7 +327,7 @@ NEEDED = ("author", "title", "year")
 DOI = re.compile(r"10\.\d{4,9}/\S*[^\s.,;]")
 EPRINT = re.compile(r"\d{4}\.\d{4,5}(v\d+)?")
 # "Lurz et al. 2021", "Ding, Li and Jordan (2010)", also with a "de" or "la" before the name.
-_NAME = r"(?:(?:de|van|Van) )*[A-Z](?![A-Z])[\w'-]*[^\W\d_A-Z](?: la [A-Z][a-z]+)?"
+_NAME = r"(?:(?:de|den|der|van|Van) )*[A-Z](?![A-Z])[\w'-]*[^\W\d_A-Z](?: la [A-Z][a-z]+)?"
 AUTHORS = re.compile(
     rf"\b({_NAME})(?:, {_NAME})*(?:,? (?:and|&) {_NAME})?(?: et al\.?)?,? \(?((?:18|19|20)\d\d)\)?"
 )
@@ -346,7 +346,7 @@ def entries(text: str) -> dict[str, dict[str, str]]:
 def family(name: str) -> str:
     "A family name as keys have it: plain lower case letters of its first word that is no particle."
     plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().strip("{} ").lower()
-    plain = re.sub(r"^(de|van) ", r"\1", plain)
+    plain = re.sub(r"^(?:(?:de|den|der|van) )+", lambda m: m.group().replace(" ", ""), plain)
     return re.split(r"[^a-z]", plain)[0]
 
 
@@ -367,27 +367,47 @@ def entry_problems(key: str, fields: dict[str, str]) -> list[str]:
     return problems
 
 
-def page_citations(path: Path) -> tuple[set[str], set[tuple[str, str]], list[str]]:
-    "Keys that a notebook cites, (family, year) that its code names, and mentions in its prose that cite nothing."
-    cited, named, bare = set(), set(), []
+@dataclass
+class Citations:
+    "What one notebook says of the literature."
+
+    cited: set[str] = field(default_factory=set)  # keys
+    named: set[tuple[str, str]] = field(default_factory=set)  # (family, year) in comments and docstrings
+    listed: set[tuple[str, str]] = field(default_factory=set)  # (family, year) in the list of further reading
+    bare: list[tuple[str, str, str]] = field(default_factory=list)  # (as written, family, year) in its text
+    numbers: set[str] = field(default_factory=set)  # DOIs and numbers of arXiv
+
+
+def page_citations(path: Path) -> Citations:
+    "Read what a notebook cites, names and lists."
+    found = Citations()
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         text = text_of(cell["source"])
-        if cell["cell_type"] == "markdown":
-            text = re.sub(r"\]\([^)]*\)|<?https?://\S+", "]", without_code(text))
-            cited |= set(CITED.findall(text))
-        found = [m for m in AUTHORS.finditer(text) if m.group(1).split()[0] not in NO_AUTHORS]
-        if cell["cell_type"] == "markdown":
-            bare += [m.group(0) for m in found]
-        elif cell["cell_type"] == "code":
-            text = "\n".join(re.findall(r'"[^"\n]*"|#.*|^    .*', text, flags=re.M))
-            named |= {(family(m.group(1)), m.group(2)) for m in found if m.group(0) in text}
-    return cited, named, bare
+        if cell["cell_type"] == "code":
+            said = "\n".join(re.findall(r'"[^"\n]*"|#.*|^    .*', text, flags=re.M))
+            found.named |= {(who, year) for _, who, year in mentions(text) if f"{year}" in said}
+            continue
+        found.numbers |= {
+            x.removeprefix("10.48550/arXiv.") for x in re.findall(r"\[(?:doi|arXiv):(\S+?)\]\(", text)
+        }
+        text = re.sub(r"\]\([^)]*\)|<?https?://\S+", "]", without_code(text))
+        found.cited |= set(CITED.findall(text))
+        text, _, reading = text.partition("## Further reading")
+        found.bare += mentions(text)
+        found.listed |= {(who, year) for _, who, year in mentions(reading)}
+    return found
+
+
+def mentions(text: str) -> list[tuple[str, str, str]]:
+    "(as written, family, year) of each author with a year."
+    found = [m for m in AUTHORS.finditer(text) if m.group(1).split()[0] not in NO_AUTHORS]
+    return [(m.group(0), family(m.group(1)), m.group(2)) for m in found]
 
 
 def citation_problems(
     root: Path = ROOT,  # a checkout
 ) -> list[str]:  # of the bibliography, of citations without an entry, of entries that nobody cites
-    "Compare references.bib with what the pages about neurons cite; elsewhere only the form of DOIs is looked at."
+    "Compare references.bib with what the pages cite, and with the DOIs of their lists of further reading."
     file = root / BIBLIOGRAPHY
     if not file.exists():
         return [f"{BIBLIOGRAPHY}: missing"]
@@ -395,21 +415,30 @@ def citation_problems(
     problems = [
         f"{BIBLIOGRAPHY}: {text}" for key, fields in known.items() for text in entry_problems(key, fields)
     ]
-    used = set()
-    by_name = {
-        (family(f.get("author", "").split(",")[0]), f.get("year", "")): key for key, f in known.items()
-    }
+    used: set[str] = set()
+    keys: dict[tuple[str, str], set[str]] = {}
+    for key, fields in known.items():
+        keys.setdefault((family(fields.get("author", "").split(",")[0]), fields.get("year", "")), set()).add(
+            key
+        )
+    numbers = {fields[kind] for fields in known.values() for kind in ("doi", "eprint") if kind in fields}
     for path in notebooks(root):
-        name = path.relative_to(root).as_posix()
-        cited, named, bare = page_citations(path)
-        problems += [f"{name}: @{key} is not in {BIBLIOGRAPHY}" for key in sorted(cited - set(known))]
-        if name.startswith("neuro_nbs/"):
-            problems += [f"{name}: {text!r} should be a citation, [@key]" for text in bare]
-            missing = sorted(pair for pair in named if pair not in by_name)
-            problems += [
-                f"{name}: {who} {year}, named in code, is not in {BIBLIOGRAPHY}" for who, year in missing
-            ]
-        used |= cited | {by_name[pair] for pair in named if pair in by_name}
+        name, page = path.relative_to(root).as_posix(), page_citations(path)
+        missing = [f"@{key}" for key in sorted(page.cited - set(known))]
+        missing += sorted(page.numbers - numbers)
+        neuro = name.startswith("neuro_nbs/")
+        missing += [
+            f"{who} {year}, named in code,"
+            for who, year in sorted(page.named)
+            if neuro and (who, year) not in keys
+        ]
+        problems += [f"{name}: {text} is not in {BIBLIOGRAPHY}" for text in missing]
+        bare = [text for text, who, year in page.bare if neuro or (who, year) in keys]
+        problems += [f"{name}: {text!r} should be a citation, [@key]" for text in bare]
+        used |= {
+            key for key, fields in known.items() if {fields.get("doi"), fields.get("eprint")} & page.numbers
+        }
+        used |= page.cited | {key for pair in page.named | page.listed for key in keys.get(pair, ())}
         for shown, target in re.findall(
             r"\[doi:(\S+?)\]\(https://doi\.org/([^()\s]+(?:\([^)]*\)[^()\s]*)*)\)",
             path.read_text(encoding="utf-8"),
