@@ -144,6 +144,7 @@ def test_a_stimulus_has_repeats_presentations_and_trials_but_no_showings(path):
 ENTRY = """@article{{{key},
   author = {{Lurz, Konstantin-Klemens and others}},
   title = {{Generalization}},
+  volume = {{1}},
   year = {{2021}},
   {more}
 }}
@@ -181,7 +182,13 @@ def test_every_citation_has_an_entry_and_every_entry_is_cited():
         ("lurz2020", "", "[@lurz2020]", "", "its key should be lurz2021"),
         ("lurz2021", "", "[@lurz2021], as Li et al. (2023)", "", "should be a citation"),
         ("lurz2021", "", "[@lurz2021]", "# Dupré la Tour et al. 2022", "dupre 2022, named in code"),
-        ("lurz2021", "doi = {10.1234/a}", "[@lurz2021] [doi:10.1234/a](https://doi.org/10.1234/b)", "", "leads to"),
+        (
+            "lurz2021",
+            "doi = {10.1234/a}",
+            "[@lurz2021] [doi:10.1234/a](https://doi.org/10.1234/b)",
+            "",
+            "leads to",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_citation_is_told(tmp_path, key, more, text, code, problem):
@@ -204,6 +211,9 @@ def test_an_entry_that_stands_twice_or_lacks_a_field_is_told(tmp_path):
     bib = ENTRY.format(key="lurz2021", more="") * 2
     assert any("twice" in text for text in library(tmp_path, bib, "[@lurz2021]"))
     assert check_docs.entry_problems("a2020", {"author": "A", "year": "2020"}) == ["@a2020 has no title"]
+    printed = {"kind": "article", "author": "A", "year": "2020", "title": "T", "doi": "10.1234/a"}
+    assert "no volume" in check_docs.entry_problems("a2020", printed)[0]
+    assert check_docs.entry_problems("a2020", printed | {"volume": "3"}) == []
 
 
 # --- the two front pages ----------------------------------------------------------------------------------------------

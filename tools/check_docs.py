@@ -355,6 +355,8 @@ def entry_problems(key: str, fields: dict[str, str]) -> list[str]:
     problems = [f"@{key} has no {name}" for name in NEEDED if not fields.get(name, "").strip()]
     if "twice" in fields:
         problems.append(f"@{key} stands there twice")
+    if fields.get("kind") == "article" and "doi" in fields and "volume" not in fields:
+        problems.append(f"@{key} has no volume: it would be said to be ahead of print")
     doi, eprint = fields.get("doi"), fields.get("eprint")
     if doi is not None and not DOI.fullmatch(doi):
         problems.append(f"@{key}: {doi!r} is no DOI (10.1234/name, without https://)")
