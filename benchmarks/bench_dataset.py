@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from cortexlit.simulate.session import embedded_session
 from scipy.ndimage import zoom
 
 from cortexlit.core import provenance, write_json
 from cortexlit.data.clips import MouseDataset, resize_frames
 from cortexlit.data.exchange import export_tree
+from cortexlit.simulate.session import embedded_session
 
 BUILD = """
 import json, resource, sys, time

@@ -27,7 +27,6 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pandas as pd
-from cortexlit.simulate.subject import embedded_things
 from side_by_side import peak_mib
 
 from cortexlit.core import locked, provenance, write_json
@@ -39,6 +38,7 @@ from cortexlit.data.things import (
     things_table,
     write_nifti,
 )
+from cortexlit.simulate.subject import embedded_things
 
 PARTS = ["load", "build", "table", "volumes"]
 GRID, VOXELS, IN_REGIONS, SMALLER = (72, 91, 75), 211_339, 18_394, 20_000

@@ -701,9 +701,8 @@ def things_build(
       cortexlit things build ~/THINGS-fMRI --subject 02 --out _data/things-02
       cortexlit things build --embedded demo --out _data/things-demo
     """
-    from cortexlit.simulate.subject import embedded_things
-
     from cortexlit.data.things import build_things, open_things
+    from cortexlit.simulate.subject import embedded_things
 
     if (root is None) == (embedded is None):
         given = "neither a folder nor --embedded" if root is None else f"a folder and --embedded {embedded}"
@@ -794,7 +793,6 @@ def things_fit(
       cortexlit things fit _data/things-02 --ratings ~/THINGSplus --augment gan --ratio 1 --out _runs/gan-02
     """
     from cortexlit.data.splits import split_by_concept
-
     from cortexlit.models.vit3d import decoder
     from cortexlit.training.augmentation import check_augmentation, check_worthwhile
     from cortexlit.training.decoders import fit_folds
@@ -854,7 +852,6 @@ def things_score(
       cortexlit things score _data/things-02 --ratings ~/THINGSplus --bands early
     """
     from cortexlit.data.splits import split_by_concept
-
     from cortexlit.evaluation.decoding import score_subject
 
     core.check_out(out)
@@ -967,9 +964,8 @@ def _scored(
 
 def _demo_embedded(out: Path, split: str) -> Any:
     "Score sheet of the embedded session."
-    from cortexlit.simulate.session import embedded_session
-
     from cortexlit.data.allen import open_session
+    from cortexlit.simulate.session import embedded_session
 
     session = open_session(900000001, cache_dir=embedded_session("demo"))
     return _scored(session, out / "datasets" / f"embedded-{split}", "embedded", 66, (0, 1), split=split)
@@ -1003,11 +999,10 @@ def _demo_real(out: Path) -> Any:
 def _demo_fmri(out: Path) -> Any:
     "Score sheet of a synthetic fMRI subject: constants, ridge, and a transformer on regions."
     from cortexlit.data.splits import split_by_concept
-    from cortexlit.simulate.subject import embedded_things
-
     from cortexlit.data.things import build_things, open_things
     from cortexlit.evaluation.decoding import score_subject
     from cortexlit.models.vit3d import decoder
+    from cortexlit.simulate.subject import embedded_things
     from cortexlit.training.decoders import fit_folds
 
     root = embedded_things("demo")

@@ -7,15 +7,15 @@ import sys
 
 import numpy as np
 import pytest
-from cortexlit.data.splits import split_by_concept
-from cortexlit.simulate.subject import write_things
 
 from cortexlit import cli
 from cortexlit.core import DataError, MissingError
 from cortexlit.data.audit import openings
+from cortexlit.data.splits import split_by_concept
 from cortexlit.data.things import ThingsDataset, build_things, load_properties, open_things
 from cortexlit.evaluation.decoding import score_subject
 from cortexlit.evaluation.scores import ScoreSheet
+from cortexlit.simulate.subject import write_things
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 

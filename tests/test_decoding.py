@@ -5,7 +5,6 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
-from cortexlit.data.splits import split_by_concept
 from himalaya.kernel_ridge import solve_weighted_kernel_ridge_conjugate_gradient
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +13,7 @@ from sklearn.metrics import mean_squared_error
 from sklearn.model_selection import GridSearchCV, PredefinedSplit
 
 from cortexlit.core import DataError
+from cortexlit.data.splits import split_by_concept
 from cortexlit.evaluation.decoding import (
     average_by,
     best_constant,

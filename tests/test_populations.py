@@ -4,13 +4,13 @@ import hashlib
 
 import numpy as np
 import pytest
-from cortexlit.simulate import populations as pop
-from cortexlit.simulate import session as syn
-from cortexlit.simulate.populations import V1Like, divided, respond, swept
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cortexlit.core import DataError, read_json
+from cortexlit.simulate import populations as pop
+from cortexlit.simulate import session as syn
+from cortexlit.simulate.populations import V1Like, divided, respond, swept
 
 A, B = 900_500_001, 900_500_002
 # Of the first population, sizes "tiny": the table of neurons, the demixed traces (whole numbers) and where events were

@@ -446,9 +446,8 @@ def test_missing_stimulus_lists_what_there_is(tmp_path):
 
 
 def test_embedded_session_b(tiny_cache, tmp_path):
-    from cortexlit.simulate.session import load_truth
-
     from cortexlit.data.allen import open_session
+    from cortexlit.simulate.session import load_truth
 
     session = open_session(900_000_002, cache_dir=tiny_cache, signal="dff")
     out = build_scenes(session, tmp_path / "data", size=(18, 32))

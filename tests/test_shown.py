@@ -8,12 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from cortexlit.simulate.subject import write_things
 from toys import toy_recording
 
 from cortexlit.data.clips import MouseDataset, build_dataset
 from cortexlit.data.things import ThingsDataset, build_things, open_things
 from cortexlit.shown import card_html, curve_html, picture_html
+from cortexlit.simulate.subject import write_things
 from cortexlit.training.decoders import FoldFits
 from cortexlit.training.trainer import Fit
 

@@ -7,11 +7,11 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
-from cortexlit.simulate import session as syn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cortexlit.core import CortexlitError, DataError, MissingError, read_json, sha256
+from cortexlit.simulate import session as syn
 
 A, B = 900_000_001, 900_000_002
 EPOCHS = [735, 18806, 19741, 37846, 38751, 47810, 48716, 66786, 66936, 75866, 75867, 93967, 94873, 115478]

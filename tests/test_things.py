@@ -11,11 +11,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from cortexlit.data.splits import Split, audit_units, split_by_concept, split_by_session
-from cortexlit.simulate.subject import SUBJECT_SIZES, load_subject_truth, write_things
 
 from cortexlit.core import DataError, MissingError, SplitLeak, data_home, rng
 from cortexlit.data import things as module
+from cortexlit.data.splits import Split, audit_units, split_by_concept, split_by_session
 from cortexlit.data.things import (
     LAYOUTS,
     PROPERTIES,
@@ -33,6 +32,7 @@ from cortexlit.data.things import (
     things_table,
     write_nifti,
 )
+from cortexlit.simulate.subject import SUBJECT_SIZES, load_subject_truth, write_things
 
 KEYS = ["session", "run", "trial", "image", "concept", "role"]
 

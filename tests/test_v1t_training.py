@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cortexlit.simulate.session import scene
 from scipy.ndimage import gaussian_filter
 
 from cortexlit.core import DataError, rng
 from cortexlit.data.exchange import import_arrays
 from cortexlit.data.scenes import ScenesDataset, load_scenes
 from cortexlit.models.v1t import V1T, V1TConfig
+from cortexlit.simulate.session import scene
 from cortexlit.training.scenes import (
     CORE,
     REPORTED,

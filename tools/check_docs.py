@@ -5,6 +5,7 @@ the pages end up in _proc/, where `make docs` lets Quarto render them. Checked a
 its own, links and their anchors, pictures, rendered signatures, saved errors, names in backticks that should
 have become links; and that the sidebar lists every notebook once. README.md and CONTRIBUTING.md are checked
 for links to files and headings. The table of concepts must name every section of the course, and no other.
+Every key that a page cites must be in references.bib, whose DOIs and numbers of arXiv must have the right form.
 Exit status 1 and a list of problems if there are any.
 """
 
@@ -15,6 +16,7 @@ import re
 import shutil
 import sys
 import tempfile
+import unicodedata
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -27,6 +29,8 @@ from project import LIBRARY, ROOT, copy_project, notebooks, python
 # Workers are forked from a server, since spawned ones run IPython's clean-up at their exit: a sweep of the whole
 # memory for each page, half of the build's time.
 BUILD = """
+import os
+os.environ["PYTHONWARNINGS"] = "ignore"  # of this process and its workers: pages are no place for them
 from fastcore.parallel import parallel
 from nbdev import serve
 from nbdev.doclinks import _build_modidx
@@ -37,6 +41,7 @@ serve.parallel = lambda *args, **options: parallel(*args, **(options | {"method"
 serve.proc_nbs(n_workers=2)
 """
 GUIDES = ("README.md", "CONTRIBUTING.md")
+BIBLIOGRAPHY = "references.bib"  # of all pages
 CONCEPTS = "nbs/00b_concepts.ipynb"  # the table of the course's concepts
 STANDING = (
     re.compile(  # sections that every chapter has, or that are about the library: no concept of their own
@@ -172,6 +177,7 @@ def read_page(path: Path, proc: Path) -> Page:
         if call and not any(shown):
             page.problems.append(f"{call.group(0)} rendered nothing")
         parts += shown
+    page.problems += [text for cell in cells for text in leftovers(cell, path.name.startswith("19"))]
     text = "\n\n".join(parts)
     page.anchors, page.links = set(anchors(text)), links(text)
     page.problems += [f"`{name}` is not in the library" for name in unlinked(text)]
@@ -224,6 +230,25 @@ def sidebar_problems(pages: list[Page], config: dict) -> list[str]:
             for name in sorted({n for n in listed if listed.count(n) > 1})
         ),
     ]
+
+
+def name_problems(config: dict, home: str) -> list[str]:
+    "Pages whose short name in the sidebar is not that of the map on the home page."
+    called = dict(re.findall(r"^\| \[([^\]]+)\]\(([\w./-]+\.ipynb)\) \|", home, flags=re.M))
+    called = {page: name for name, page in called.items()}
+    found, entries = [], [*config["website"]["sidebar"]["contents"]]
+    while entries:
+        entry = entries.pop(0)
+        if isinstance(entry, str):
+            found.append(f"_quarto.yml: {entry} needs a short name in the sidebar (text and href)")
+        elif "contents" in entry:
+            entries += entry["contents"]
+        elif entry["href"] != "index.ipynb" and entry.get("text") != called.get(entry["href"]):
+            at_home = called.get(entry["href"], "not on the home page")
+            found.append(
+                f"_quarto.yml: {entry['href']} is {entry.get('text')!r} in the sidebar, {at_home!r} at home"
+            )
+    return found
 
 
 def guide_problems(name: str) -> list[str]:
@@ -295,7 +320,205 @@ def concept_problems(
     return problems
 
 
+# ---- the literature ---------------------------------------------------------------------------------------
+
+CITED = re.compile(r"(?<![\w@.])-?@([a-zA-Z][\w:-]*)")
+NEEDED = ("author", "title", "year")
+DOI = re.compile(r"10\.\d{4,9}/\S*[^\s.,;]")
+EPRINT = re.compile(r"\d{4}\.\d{4,5}(v\d+)?")
+# "Lurz et al. 2021", "Ding, Li and Jordan (2010)", also with a "de" or "la" before the name.
+_NAME = r"(?:(?:de|den|der|van|Van) )*[A-Z](?![A-Z])[\w'-]*[^\W\d_A-Z](?: la [A-Z][a-z]+)?"
+AUTHORS = re.compile(
+    rf"\b({_NAME})(?:, {_NAME})*(?:,? (?:and|&) {_NAME})?(?: et al\.?)?,? \(?((?:18|19|20)\d\d)\)?"
+)
+NO_AUTHORS = {"Sensorium", "Apache", "Python", "Version", "Since", "Nov", "In", "Until", "Before"}
+
+
+def entries(text: str) -> dict[str, dict[str, str]]:
+    "key -> field -> value of a BibTeX file whose fields stand in lines of their own; a key met twice has 'twice'."
+    found: dict[str, dict[str, str]] = {}
+    for kind, key, body in re.findall(r"^@(\w+)\{([^,\s]+),\n(.*?)^\}", text, flags=re.M | re.S):
+        fields = dict(re.findall(r"^\s*(\w+)\s*=\s*\{(.*)\},?\s*$", body, flags=re.M))
+        found[key] = fields | {"kind": kind} | ({"twice": key} if key in found else {})
+    return found
+
+
+def family(name: str) -> str:
+    "A family name as keys have it: plain lower case letters of its first word that is no particle."
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().strip("{} ").lower()
+    plain = re.sub(r"^(?:(?:de|den|der|van) )+", lambda m: m.group().replace(" ", ""), plain)
+    return re.split(r"[^a-z]", plain)[0]
+
+
+def entry_problems(key: str, fields: dict[str, str]) -> list[str]:
+    "What is wrong with one entry of the bibliography."
+    problems = [f"@{key} has no {name}" for name in NEEDED if not fields.get(name, "").strip()]
+    if "twice" in fields:
+        problems.append(f"@{key} stands there twice")
+    if fields.get("kind") == "article" and "doi" in fields and "volume" not in fields:
+        problems.append(f"@{key} has no volume: it would be said to be ahead of print")
+    doi, eprint = fields.get("doi"), fields.get("eprint")
+    if doi is not None and not DOI.fullmatch(doi):
+        problems.append(f"@{key}: {doi!r} is no DOI (10.1234/name, without https://)")
+    if eprint is not None and not EPRINT.fullmatch(eprint):
+        problems.append(f"@{key}: {eprint!r} is no number of arXiv (2101.00001)")
+    author = fields.get("author", "").split(" and ")[0].split(",")[0]
+    expected = family(author) + fields.get("year", "")
+    if not problems and not re.fullmatch(rf"{expected}[a-z]?", key):
+        problems.append(f"@{key}: its key should be {expected}, from the first author and the year")
+    return problems
+
+
+@dataclass
+class Citations:
+    "What one notebook says of the literature."
+
+    cited: set[str] = field(default_factory=set)  # keys
+    named: set[tuple[str, str]] = field(default_factory=set)  # (family, year) in comments and docstrings
+    listed: set[tuple[str, str]] = field(default_factory=set)  # (family, year) in the list of further reading
+    bare: list[tuple[str, str, str]] = field(default_factory=list)  # (as written, family, year) in its text
+    numbers: set[str] = field(default_factory=set)  # DOIs and numbers of arXiv
+
+
+def page_citations(path: Path) -> Citations:
+    "Read what a notebook cites, names and lists."
+    found = Citations()
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        text = text_of(cell["source"])
+        if cell["cell_type"] == "code":
+            said = "\n".join(re.findall(r'"[^"\n]*"|#.*|^    .*', text, flags=re.M))
+            found.named |= {(who, year) for _, who, year in mentions(text) if f"{year}" in said}
+            continue
+        found.numbers |= {
+            x.removeprefix("10.48550/arXiv.") for x in re.findall(r"\[(?:doi|arXiv):(\S+?)\]\(", text)
+        }
+        text = re.sub(r"\]\([^)]*\)|<?https?://\S+", "]", without_code(text))
+        found.cited |= set(CITED.findall(text))
+        text, _, reading = text.partition("## Further reading")
+        found.bare += mentions(text)
+        found.listed |= {(who, year) for _, who, year in mentions(reading)}
+    return found
+
+
+def mentions(text: str) -> list[tuple[str, str, str]]:
+    "(as written, family, year) of each author with a year."
+    found = [m for m in AUTHORS.finditer(text) if m.group(1).split()[0] not in NO_AUTHORS]
+    return [(m.group(0), family(m.group(1)), m.group(2)) for m in found]
+
+
+def citation_problems(
+    root: Path = ROOT,  # a checkout
+) -> list[str]:  # of the bibliography, of citations without an entry, of entries that nobody cites
+    "Compare references.bib with what the pages cite, and with the DOIs of their lists of further reading."
+    file = root / BIBLIOGRAPHY
+    if not file.exists():
+        return [f"{BIBLIOGRAPHY}: missing"]
+    known = entries(file.read_text(encoding="utf-8"))
+    problems = [
+        f"{BIBLIOGRAPHY}: {text}" for key, fields in known.items() for text in entry_problems(key, fields)
+    ]
+    used: set[str] = set()
+    keys: dict[tuple[str, str], set[str]] = {}
+    for key, fields in known.items():
+        keys.setdefault((family(fields.get("author", "").split(",")[0]), fields.get("year", "")), set()).add(
+            key
+        )
+    numbers = {fields[kind] for fields in known.values() for kind in ("doi", "eprint") if kind in fields}
+    for path in notebooks(root):
+        name, page = path.relative_to(root).as_posix(), page_citations(path)
+        missing = [f"@{key}" for key in sorted(page.cited - set(known))]
+        missing += sorted(page.numbers - numbers)
+        neuro = name.startswith("neuro_nbs/")
+        missing += [
+            f"{who} {year}, named in code,"
+            for who, year in sorted(page.named)
+            if neuro and (who, year) not in keys
+        ]
+        problems += [f"{name}: {text} is not in {BIBLIOGRAPHY}" for text in missing]
+        bare = [text for text, who, year in page.bare if neuro or (who, year) in keys]
+        problems += [f"{name}: {text!r} should be a citation, [@key]" for text in bare]
+        used |= {
+            key for key, fields in known.items() if {fields.get("doi"), fields.get("eprint")} & page.numbers
+        }
+        used |= page.cited | {key for pair in page.named | page.listed for key in keys.get(pair, ())}
+        for shown, target in re.findall(
+            r"\[doi:(\S+?)\]\(https://doi\.org/([^()\s]+(?:\([^)]*\)[^()\s]*)*)\)",
+            path.read_text(encoding="utf-8"),
+        ):
+            if not DOI.fullmatch(shown) or unquote(target) != shown:
+                problems.append(f"{name}: doi:{shown} leads to {target}")
+    return problems + [f"{BIBLIOGRAPHY}: nothing cites @{key}" for key in sorted(set(known) - used)]
+
+
 # ---- the whole -------------------------------------------------------------------------------------------
+
+
+LINKED = re.compile(r"\[(`+[^`\n]+`+)\]\((https?://[^)\s]*|[\w./-]*\.(?:html|ipynb)[^)\s]*)\)")
+EXPORTED = re.compile(r"^#\| code-fold: show(\n#\| code-summary: \"Exported source\")", flags=re.M)
+COMMANDS = "cli.html#"  # the page whose functions are commands: `demo` elsewhere is a size, not the command
+
+
+def unlink_code(text: str) -> str:
+    "Markdown in which names within fenced code are no links: there they would be shown as brackets and addresses."
+    return re.sub(
+        r"^(```+)[^\n]*\n.*?^\1[ \t]*$", lambda m: LINKED.sub(r"\1", m.group()), text, flags=re.M | re.S
+    )
+
+
+def mended(text: str, commands: bool) -> str:
+    "A text of a page without links in code and, unless it is about `commands`, without links to them by accident."
+    text = unlink_code(text)
+    return (
+        text if commands else LINKED.sub(lambda m: m.group(1) if COMMANDS in m.group(2) else m.group(), text)
+    )
+
+
+def mend(
+    proc: Path,  # pages that nbdev has made; changed
+) -> None:
+    "Take out what nbdev puts in and nobody wants: links inside code, wrong links, messages; close exported source."
+    for path in notebooks(proc):
+        book = json.loads(path.read_text(encoding="utf-8"))
+        commands = path.name.startswith("19")
+        for cell in book["cells"]:
+            if cell["cell_type"] == "markdown":
+                cell["source"] = mended(text_of(cell["source"]), commands)
+            elif EXPORTED.search(text_of(cell["source"])):
+                cell["source"] = EXPORTED.sub(r"#| code-fold: true\1", text_of(cell["source"]))
+            made = "show_doc(" in text_of(cell["source"])  # by the build, not by whoever ran the notebook
+            outputs = [o for o in cell.get("outputs", []) if not (made and o.get("name") == "stderr")]
+            for output in outputs:
+                if "text/markdown" in output.get("data", {}):
+                    output["data"]["text/markdown"] = mended(
+                        text_of(output["data"]["text/markdown"]), commands
+                    )
+            if "outputs" in cell:
+                cell["outputs"] = outputs
+        path.write_text(json.dumps(book), encoding="utf-8")
+
+
+def leftovers(
+    cell: dict,  # of a page
+    commands: bool,  # whether the page is about the command line
+) -> list[str]:  # links in code, links to commands by accident, paths of the machine that built the page
+    "What `mend` should have removed."
+    shown = [text_of(o.get("data", {}).get("text/markdown")) for o in cell.get("outputs", [])]
+    shown += [text_of(cell["source"])] if cell["cell_type"] == "markdown" else []
+    told = "\n".join([*shown, *(text_of(o.get("text")) for o in cell.get("outputs", []))])
+    problems = [
+        f"a link inside code: {m.group()[:80]}"
+        for t in shown
+        for m in LINKED.finditer(t)
+        if t != unlink_code(t)
+    ]
+    if not commands:
+        problems += [
+            f"{m.group(1)} leads to a command"
+            for t in shown
+            for m in LINKED.finditer(t)
+            if COMMANDS in m.group(2)
+        ]
+    return problems + [f"a path of this machine: {m}" for m in re.findall(r"\S*/site-packages/\S*", told)[:1]]
 
 
 def build(
@@ -308,6 +531,7 @@ def build(
         causes = re.findall(r"^(?:\w+\.)*\w*Error\b.*", done.stderr, flags=re.M)
         cell = done.stderr.rpartition("\nException: ")[2].strip()[:1000]
         return "building the pages failed: " + "\n".join([*dict.fromkeys(causes), cell])
+    mend(copy / "_proc")
     made = {p.relative_to(copy / "_proc").as_posix() for p in notebooks(copy / "_proc")}
     lost = {p.relative_to(ROOT).as_posix() for p in notebooks()} - made
     if lost:
@@ -330,10 +554,13 @@ def check(proc: Path) -> tuple[list[Page], list[str]]:
         seen.setdefault(page.address, page.source)
         found = [*page.problems, *(check_link(page, link, by_place, proc, base) for link in page.links)]
         problems += [f"{page.source}: {text}" for text in dict.fromkeys(found) if text]
-    problems += sidebar_problems(pages, yaml.safe_load((proc / "_quarto.yml").read_text(encoding="utf-8")))
+    config = yaml.safe_load((proc / "_quarto.yml").read_text(encoding="utf-8"))
+    home = json.loads((ROOT / "index.ipynb").read_text(encoding="utf-8"))["cells"]
+    problems += sidebar_problems(pages, config)
+    problems += name_problems(config, "\n\n".join(text_of(c["source"]) for c in home))
     for name in GUIDES:
         problems += guide_problems(name)
-    return pages, problems + concept_problems()
+    return pages, problems + concept_problems() + citation_problems()
 
 
 def main() -> int:

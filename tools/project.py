@@ -23,7 +23,7 @@ def copy_project(
     target: Path,  # an empty folder
 ) -> Path:
     "Copy what nbdev reads (settings, site configuration, notebooks and their pictures, library)."
-    for name in ("settings.ini", "_quarto.yml"):
+    for name in ("settings.ini", "_quarto.yml", "references.bib"):
         if (ROOT / name).exists():
             shutil.copy2(ROOT / name, target)
     for path in ROOT.glob("*.ipynb"):

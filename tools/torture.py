@@ -36,9 +36,6 @@ import optuna  # noqa: E402
 import test_decoders  # noqa: E402
 import test_tuning  # noqa: E402
 import torch  # noqa: E402
-from cortexlit.data.splits import split_by_concept  # noqa: E402
-from cortexlit.simulate.session import embedded_session, write_session  # noqa: E402
-from cortexlit.simulate.subject import write_things  # noqa: E402
 from toy_training import FRAMES, LAST, Toy, tiers, tiny_model  # noqa: E402
 from toys import toy_recording  # noqa: E402
 
@@ -46,8 +43,11 @@ from cortexlit import cli, core  # noqa: E402
 from cortexlit.data.clips import MouseDataset, build_dataset  # noqa: E402
 from cortexlit.data.exchange import import_arrays  # noqa: E402
 from cortexlit.data.scenes import ScenesDataset  # noqa: E402
+from cortexlit.data.splits import split_by_concept  # noqa: E402
 from cortexlit.data.things import ThingsDataset, build_things, open_things  # noqa: E402
 from cortexlit.models.adapters import Adapters, add_adapters, load_adapters, save_adapters  # noqa: E402
+from cortexlit.simulate.session import embedded_session, write_session  # noqa: E402
+from cortexlit.simulate.subject import write_things  # noqa: E402
 from cortexlit.training import lora  # noqa: E402
 from cortexlit.training.decoders import FoldFits, fit_folds  # noqa: E402
 from cortexlit.training.features import cached_features  # noqa: E402

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from ..simulate.session import embedded_session
 from tqdm.std import tqdm
 
 from ..core import DataError, MissingError, generated, locked, rng
@@ -30,6 +29,7 @@ from ..data.inputs import open_for
 from ..evaluation.baselines import behaviour_ridge, blind_mean
 from ..metrics import mean_score, single_trial_correlation
 from ..models.viv1t import ViV1T
+from ..simulate.session import embedded_session
 from ..training.heads import train_head
 from ..training.trainer import best_folder, predict
 

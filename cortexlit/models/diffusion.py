@@ -70,8 +70,8 @@ class Diffusion(Patterns):
     Salimans (2022), arXiv:2207.12598. Responses are float (batch, inputs), z-scored; labels float (batch, labels).
     `DataError` for other shapes, missing labels, or values that are not finite.
 
-    Example
-    -------
+    Examples
+    --------
     >>> model = Diffusion(DiffusionConfig(inputs=64, labels=3)).fit(responses, labels)
     >>> made = model.sample(labels)  # one new response for each row
     """

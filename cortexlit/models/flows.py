@@ -65,8 +65,8 @@ class FlowMatching(Patterns):
     float (batch, inputs), z-scored, since the noise has variance 1; labels float (batch, labels). Time runs from noise,
     0, to responses, 1. `DataError` for other shapes, missing labels, or values that are not finite.
 
-    Example
-    -------
+    Examples
+    --------
     >>> model = FlowMatching(FlowMatchingConfig(inputs=64, labels=3))
     >>> model(responses, labels).loss.backward()
     >>> made = model.eval().sample(labels)  # one new response for each row

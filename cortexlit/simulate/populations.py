@@ -16,6 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy.ndimage import gaussian_filter
+from scipy.optimize import brentq
+from scipy.signal import lfilter
+
+from ..core import DataError, digest, generated, locked, rng
 from cortexlit.simulate.session import (
     DEGREES_PER_FIELD_PX,
     FIELD,
@@ -29,11 +34,6 @@ from cortexlit.simulate.session import (
     size_named,
     write_session,
 )
-from scipy.ndimage import gaussian_filter
-from scipy.optimize import brentq
-from scipy.signal import lfilter
-
-from ..core import DataError, digest, generated, locked, rng
 
 # %% ../../neuro_nbs/02b_second_population.ipynb #6938840e
 SUBUNITS = 3

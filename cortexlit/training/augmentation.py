@@ -142,8 +142,8 @@ def augmenter(
     Made trials get the labels of the recorded ones in turn, each as often as the others (for "mixing", mixtures of two).
     The same arguments give the same bits. `DataError` for unknown names, shapes that do not fit, values that are not finite.
 
-    Example
-    -------
+    Examples
+    --------
     >>> more = augmenter("normal", patterns[train], labels[train])
     >>> x, y = more(0.5)  # the recorded trials, and half as many made ones below
     """
@@ -266,8 +266,8 @@ def pretrain_decoder(
     Masked: He et al. (2022), arXiv:2111.06377. JEPA: Assran et al. (2023), arXiv:2301.08243; the teacher is the moving
     average of the model, sees every token, and gets no gradient. `DataError` for other attention, or shapes that do not fit.
 
-    Example
-    -------
+    Examples
+    --------
     >>> model = pretrain(ViT3D(config), dataset.responses[unlabelled], "masked")
     """
     _named("pretraining", how, PRETRAINING)

@@ -22,20 +22,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from ..simulate.populations import V1Like, drives, filtered, pools, two_lobes
-from cortexlit.simulate.session import (
-    FIELD,
-    FRAME_RATE,
-    GABORS,
-    LATENCY,
-    MEMORY,
-    Population,
-    calcium,
-    rate_of,
-    receptive_fields,
-    resize,
-    scene,
-)
 from scipy.signal import lfilter
 from torch.nn import functional as F
 from tqdm.std import tqdm
@@ -61,6 +47,20 @@ from cortexlit.core import (
 from ..data.clips import resize_frames
 from ..metrics import single_trial_correlation
 from ..models.viv1t import ViV1T, ViV1TConfig
+from ..simulate.populations import V1Like, drives, filtered, pools, two_lobes
+from cortexlit.simulate.session import (
+    FIELD,
+    FRAME_RATE,
+    GABORS,
+    LATENCY,
+    MEMORY,
+    Population,
+    calcium,
+    rate_of,
+    receptive_fields,
+    resize,
+    scene,
+)
 
 # %% ../../neuro_nbs/07_pretraining.ipynb #6c796ec1
 @dataclass(frozen=True)

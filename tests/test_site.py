@@ -1,0 +1,112 @@
+"""What the build of the site takes from nbdev's pages, and what it notices if it were left; on toy pages."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+import check_docs  # noqa: E402
+
+LINK = "[`DataError`](https://cortexlit.github.io/cortexlit/nbs/core.html#dataerror)"
+COMMAND = "[`demo`](https://cortexlit.github.io/cortexlit/neuro_nbs/cli.html#demo)"
+
+
+def page(folder: Path, name: str, text: str, code: str = "", outputs: tuple[dict, ...] = ()) -> Path:
+    "A page of one markdown and one code cell."
+    (folder / "neuro_nbs").mkdir(exist_ok=True)
+    cells = [
+        {"cell_type": "markdown", "source": text},
+        {"cell_type": "code", "source": code, "outputs": [*outputs]},
+    ]
+    path = folder / "neuro_nbs" / name
+    path.write_text(json.dumps({"cells": cells}))
+    return path
+
+
+def shown(text: str) -> dict:
+    return {"output_type": "execute_result", "data": {"text/markdown": text}}
+
+
+def told(text: str) -> dict:
+    return {"output_type": "stream", "name": "stderr", "text": text}
+
+
+def test_names_in_a_signature_are_no_links_and_names_in_words_are(tmp_path):
+    signature = f"```python\ndef f(\n    path, # as a {LINK}\n)\n```\n\nRaises {LINK}."
+    path = page(tmp_path, "page.ipynb", f"See {LINK}.", "show_doc(f)", (shown(signature),))
+    check_docs.mend(tmp_path)
+    text, code = json.loads(path.read_text())["cells"]
+    assert text["source"] == f"See {LINK}."
+    assert code["outputs"][0]["data"]["text/markdown"] == signature.replace(f"a {LINK}", "a `DataError`")
+
+
+def test_a_word_that_is_a_command_elsewhere_is_no_link_to_it(tmp_path):
+    first = page(tmp_path, "page.ipynb", f"At {COMMAND} scale.")
+    other = page(tmp_path, "19_cli.ipynb", f"The command {COMMAND}.")
+    check_docs.mend(tmp_path)
+    assert json.loads(first.read_text())["cells"][0]["source"] == "At `demo` scale."
+    assert json.loads(other.read_text())["cells"][0]["source"] == f"The command {COMMAND}."
+
+
+def test_messages_of_the_build_go_and_those_of_a_notebook_stay(tmp_path):
+    path = page(
+        tmp_path, "page.ipynb", "", "show_doc(f)", (told("/usr/site-packages/x.py: warning"), shown("f"))
+    )
+    other = page(tmp_path, "other.ipynb", "", "f()", (told("UserWarning: the pupil was not measured"),))
+    check_docs.mend(tmp_path)
+    assert [o["output_type"] for o in json.loads(path.read_text())["cells"][1]["outputs"]] == [
+        "execute_result"
+    ]
+    assert json.loads(other.read_text())["cells"][1]["outputs"][0]["name"] == "stderr"
+
+
+def test_exported_source_is_closed_and_other_code_is_as_it_was(tmp_path):
+    exported = '#| code-fold: show\n#| code-summary: "Exported source"\ndef f(): ...'
+    path = page(tmp_path, "page.ipynb", "", exported)
+    other = page(tmp_path, "other.ipynb", "", "#| code-fold: show\nf()")
+    check_docs.mend(tmp_path)
+    assert json.loads(path.read_text())["cells"][1]["source"].startswith(
+        "#| code-fold: true\n#| code-summary"
+    )
+    assert json.loads(other.read_text())["cells"][1]["source"] == "#| code-fold: show\nf()"
+
+
+@pytest.mark.parametrize(
+    ("text", "output", "problem"),
+    [
+        ("nothing", "nothing", None),
+        (f"{LINK}", f"{LINK}", None),
+        (f"```python\n# {LINK}\n```", "", "a link inside code"),
+        ("", f"```python\n# {LINK}\n```", "a link inside code"),
+        (f"{COMMAND}", "", "leads to a command"),
+    ],
+)
+def test_what_was_left_is_noticed(text, output, problem):
+    found = check_docs.leftovers({"cell_type": "markdown", "source": text, "outputs": [shown(output)]}, False)
+    assert [problem in f for f in found] == ([] if problem is None else [True])
+
+
+def test_a_path_of_the_machine_is_noticed():
+    cell = {
+        "cell_type": "code",
+        "source": "f()",
+        "outputs": [told("/home/me/.venv/lib/site-packages/x.py:3: odd")],
+    }
+    assert "a path of this machine" in check_docs.leftovers(cell, True)[0]
+
+
+def test_the_sidebar_calls_a_page_as_the_home_page_does():
+    home = "| [Core](nbs/00_core.ipynb) | places | |\n| [Plots](nbs/00a_plots.ipynb) | figures | |"
+    pages = [
+        {"text": "Core", "href": "nbs/00_core.ipynb"},
+        {"text": "Figures", "href": "nbs/00a_plots.ipynb"},
+    ]
+    pages = [{"section": "Foundations", "contents": [*pages, "nbs/01_autograd.ipynb"]}]
+    config = {"website": {"sidebar": {"contents": [{"text": "Overview", "href": "index.ipynb"}, *pages]}}}
+    found = check_docs.name_problems(config, home)
+    assert len(found) == 2
+    assert "00a_plots.ipynb is 'Figures' in the sidebar, 'Plots' at home" in found[0]
+    assert "01_autograd.ipynb needs a short name" in found[1]
