@@ -225,12 +225,13 @@ def build_folds(
         }
         card["options"] |= {"split": "folds", "folds": folds}
         key = pd.MultiIndex.from_frame(clips[["movie", "start"]])
+        grey = _grey(recording, movies)
         for k in range(folds):
             tiers = pd.Series(fold_tiers(clips, k), key).loc[
                 list(zip(samples["movie"], samples["start"], strict=True))
             ]
             one = card | {"options": card["options"] | {"fold": k}, "warnings": list(card["warnings"])}
-            _write_fold(built, folder / str(k), tiers.tolist(), one, _grey(recording, movies))
+            _write_fold(built, folder / str(k), tiers.tolist(), one, grey)
         shutil.rmtree(built)
         _finish(folder, samples, clips, card, folds)
     return Path(out)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from scipy.linalg import LinAlgError, LinAlgWarning, solve
+from scipy.linalg import LinAlgWarning, get_lapack_funcs, solve
 from scipy.signal import lfilter
 from sklearn.preprocessing import StandardScaler
 
@@ -84,14 +84,13 @@ def _ridges(
     a, b = ((v - m) * root[:, None].astype(v.dtype) for v, m in ((x, mx), (y, my)))
     dual = len(a) < a.shape[1]  # the smaller of the two square matrices
     gram, target = (a @ a.T, b) if dual else (a.T @ a, a.T @ b)
-    diagonal = gram.diagonal().copy()
+    diagonal, by_cholesky = gram.diagonal().copy(), get_lapack_funcs("posv", (gram, target))
     for alpha in alphas:
         np.fill_diagonal(gram, diagonal + gram.dtype.type(alpha))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", LinAlgWarning)  # small penalties lose on validation anyway
-            try:
-                solved = solve(gram, target, assume_a="pos")
-            except LinAlgError:  # rounding has made the matrix indefinite
+        _, solved, failed = by_cholesky(gram, target)  # `solve` would also estimate the condition
+        if failed:  # rounding has made the matrix indefinite
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", LinAlgWarning)  # small penalties lose on validation anyway
                 solved = solve(gram, target, assume_a="sym")
         weights = a.T @ solved if dual else solved
         yield alpha, weights, my - mx @ weights

@@ -246,23 +246,46 @@ def nested_ridge(
         raise DataError(
             f"{len(groups)} folds", expected="three or more: one to test, two to choose the penalty"
         )
-    inner = np.zeros((len(spectra), len(alphas), len(groups), targets.shape[1]))
-    for s, a, residuals in _each(spectra, targets, alphas):
+    return _nested(spectra, targets, None, groups, alphas)
+
+
+def _nested(
+    spectra: Sequence[Spectrum],
+    basis: np.ndarray,  # (n, k)
+    mixing: np.ndarray | None,  # (k, targets): targets = basis @ mixing; None: the basis
+    groups: Sequence[np.ndarray],  # rows of each fold
+    alphas: np.ndarray,
+) -> NestedRidge:
+    "`nested_ridge`; errors are linear in the targets, so many that are mixed from few cost as much as the few."
+    count = (basis if mixing is None else mixing).shape[1]
+    inner = np.zeros((len(spectra), len(alphas), len(groups), count))
+
+    def squared(errors: np.ndarray) -> np.ndarray:
+        return (errors**2).sum(0) if mixing is None else errors.T @ errors
+
+    for s, a, residuals in _each(spectra, basis, alphas):
+        total = [0.0] * len(groups)
         for i, j in itertools.combinations(range(len(groups)), 2):
             rows = np.concatenate([groups[i], groups[j]])
-            errors = _left_out(spectra[s], rows, residuals, alphas[a]) ** 2
+            errors = _left_out(spectra[s], rows, residuals, alphas[a])
             # rows of fold i were judged with i and j left out: that counts for outer fold j, and vice versa
-            inner[s, a, j] += errors[: len(groups[i])].sum(0)
-            inner[s, a, i] += errors[len(groups[i]) :].sum(0)
+            total[j] = total[j] + squared(errors[: len(groups[i])])
+            total[i] = total[i] + squared(errors[len(groups[i]) :])
+        inner[s, a] = total if mixing is None else [((t @ mixing) * mixing).sum(0) for t in total]
     best = inner.reshape(-1, *inner.shape[2:]).argmin(0)
     mixture, alpha = np.divmod(best, len(alphas))
-    out = np.empty(targets.shape)
-    for s, a, residuals in _each(spectra, targets, alphas):
+    out = np.empty((len(basis), count))
+    for s, a, residuals in _each(spectra, basis, alphas):
         for i, rows in enumerate(groups):
             used = np.flatnonzero((mixture[i] == s) & (alpha[i] == a))
-            if len(used):
+            if not len(used):
+                continue
+            if mixing is None:
                 errors = _left_out(spectra[s], rows, residuals[:, used], alphas[a])
-                out[np.ix_(rows, used)] = targets[np.ix_(rows, used)] - errors
+                out[np.ix_(rows, used)] = basis[np.ix_(rows, used)] - errors
+            else:
+                errors = _left_out(spectra[s], rows, residuals, alphas[a])
+                out[np.ix_(rows, used)] = (basis[rows] - errors) @ mixing[:, used]
     return NestedRidge(out, alphas[alpha], mixture)
 
 
@@ -465,9 +488,15 @@ def permutation_scores(
     "R2 of the whole procedure, penalty choice included, when concepts and ratings are shuffled."
     count, out = np.shape(targets)[1], []
     shuffled = permuted_targets(targets, groups, permutations, seed)
+    spectra, rows = (
+        [spectra] if isinstance(spectra, Spectrum) else list(spectra),
+        _fold_rows(folds, len(shuffled)),
+    )
+    _, first, place = np.unique(groups, return_index=True, return_inverse=True)
+    which = np.eye(len(first))[place]  # (n, groups): all targets are mixed from these
     for start in range(0, shuffled.shape[1], 100 * count):  # bounded memory
         part = shuffled[:, start : start + 100 * count]
-        predictions = nested_ridge(spectra, part, folds, alphas).predictions
+        predictions = _nested(spectra, which, part[first], rows, _alphas(alphas)).predictions
         out.append(r2_by_target(predictions, part, constant_predictions(part, folds)))
     return np.concatenate(out).reshape(permutations, count)
 

@@ -227,13 +227,15 @@ def score_scenes(
     predictions: Mapping[str | tuple[str, int], np.ndarray]
     | None = None,  # name or (name, seed) -> (presentations, neurons) of the test tier, in units of its labels
     name: str | None = None,  # of the dataset in the sheet; default its session
+    baselines: Mapping[str, np.ndarray | str]
+    | None = None,  # from `scene_baselines` of this folder, if at hand; they are fitted otherwise
 ) -> ScoreSheet:
     "Baselines, ceilings and any further predictions on the test tier of a static dataset folder."
     card = check_folder(root)
     parts = {tier: load_scenes(root, tier) for tier in ("train", "validation", "test")}
     test = parts["test"]
     given = {label: _checked(label, p, test) for label, p in (predictions or {}).items()}
-    rows: dict[str | tuple[str, int], np.ndarray | str] = scene_baselines(root)
+    rows: dict[str | tuple[str, int], np.ndarray | str] = dict(baselines or scene_baselines(root))
     taken = sorted(map(str, given.keys() & {*rows, ORACLE, SPLIT_HALVES}))
     if taken:
         raise DataError(f"the sheet has a row {taken[0]!r} of its own", fix="give the model another name")

@@ -421,11 +421,12 @@ def demo_twin(
     seed: int = 0,  # of the head
 ) -> Twin:  # a control is trusted, so that it can be shown what it should fail
     "The twin of the embedded session A: made on first use, found ever after."
-    name = "-".join(["demo", *(control or "head").split(), str(seed)])
-    root, run = generated("insilico", "demo-stimuli"), generated("insilico", name)
+    root = generated("insilico", "demo-stimuli")
     with locked(root):
         if not (root / "card.json").exists():
             session = open_session(900000001, cache_dir=embedded_session("demo"))
             build_dataset(session, root, split="stimuli", overwrite=True)
-    train_head(root, control=control, seed=seed, out=run, progress=False)  # a finished run is found again
-    return open_twin(run, root, trust=control is not None)
+    run = train_head(
+        root, control=control, seed=seed, progress=False
+    )  # a finished run is found by its content
+    return open_twin(run.folder, root, trust=control is not None)

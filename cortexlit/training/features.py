@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import ConcatDataset
 from tqdm.std import tqdm
 
 from cortexlit.core import (
@@ -34,6 +35,7 @@ from cortexlit.core import (
     sha256,
     write_json,
 )
+from ..data.clips import MouseDataset
 from ..data.inputs import check_inputs
 from ..models.adapters import tensors_digest
 from ..models.readouts import own_code
@@ -70,17 +72,28 @@ def core_inputs(
     dataset: Any,  # map-style
 ) -> list[str]:  # (samples,) 16 hex digits each, equal for samples that are equal to the core
     "Content hash of what enters the core, sample by sample."
-    fields = ("video", "image", *(STATE if getattr(model.config, "core_state", True) else ()))
-    names = []
-    for i in range(len(dataset)):
+    if isinstance(dataset, ConcatDataset):
+        return [name for part in dataset.datasets for name in core_inputs(model, part)]
+    state = getattr(model.config, "core_state", True)
+    fields = ("video", "image", *(STATE if state else ()))
+    # to a core without state the repeats of a clip are equal: the first is read
+    clips = (
+        dataset.samples["clip"].tolist()
+        if type(dataset) is MouseDataset and not state
+        else range(len(dataset))
+    )
+    names: dict[int, str] = {}
+    for i, clip in enumerate(clips):
+        if clip in names:
+            continue
         known, item = hashlib.sha256(), dataset[i]
         for field in fields:
             if field in item:
                 value = np.ascontiguousarray(item[field])
                 known.update(f"{field} {value.dtype} {value.shape}".encode())
                 known.update(value)
-        names.append(known.hexdigest()[:16])
-    return names
+        names[clip] = known.hexdigest()[:16]
+    return [names[clip] for clip in clips]
 
 # %% ../../neuro_nbs/06a_features.ipynb #1e91f9d3
 _STORED = {

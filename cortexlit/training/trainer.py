@@ -478,7 +478,10 @@ class Fit(Shown):
         "Losses and validation correlation by epoch."
         h, named = self.history, getattr(self.model.config, "loss", None)
         loss = f": {named}" if named else ""
-        fig, axes = plt.subplots(1, 2, figsize=(8.4, 2.9), dpi=80, layout="constrained")
+        fig, axes = plt.subplots(1, 2, figsize=(8.4, 2.9), dpi=80)
+        fig.subplots_adjust(
+            left=0.09, right=0.98, bottom=0.18, top=0.88, wspace=0.25
+        )  # a solver of layouts is slow
         axes[0].plot(h["epoch"], h["loss"], "o-", ms=3, label="training")
         axes[0].plot(h["epoch"], h["validation_loss"], "o-", ms=3, label="validation")
         axes[0].set(xlabel="epoch", ylabel="loss", title=f"loss{loss}")
