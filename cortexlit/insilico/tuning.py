@@ -170,7 +170,9 @@ def grating_tuning(
     group = table.groupby(names)
     condition, kinds = group.ngroup().to_numpy(), group.size().index.to_frame(index=False)
     if len(kinds) != np.prod([kinds[n].nunique() for n in names]):
-        raise DataError(f"{len(kinds)} conditions", expected="all combinations of the values, `grating_table`")
+        raise DataError(
+            f"{len(kinds)} conditions", expected="all combinations of the values, `grating_table`"
+        )
     means = pd.DataFrame(responses).groupby(condition).mean()
     over = {n: means.groupby(kinds[n].to_numpy()).mean() for n in names}
     mean, one, two = direction_waves(over["direction"].index, over["direction"].to_numpy())
