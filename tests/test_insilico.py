@@ -218,7 +218,8 @@ def test_one_repeat_has_no_interval_and_an_uneven_table_counts_conditions():
     table, responses = sweeps(random, angles, 1, 0.0)
     found = grating_tuning(table, responses)
     assert found["orientation_within"].isna().all() and angle_error(found["orientation"], angles).max() < 1e-6
-    often = np.concatenate([np.arange(len(table)), np.repeat(3, 40)])  # one grating, 41 times
+    responses = responses * table["temporal_frequency"].to_numpy()[:, None]
+    often = np.concatenate([np.arange(len(table)), np.repeat(5, 40)])  # one grating, 41 times
     again = grating_tuning(table.iloc[often], responses[often])
     assert angle_error(again["orientation"], angles).max() < 1e-6
 
@@ -248,7 +249,7 @@ def recorded(blank=1.0, end=30):
             "end": [3, 8, 13, 18, end + 3, 23],
         }
     )
-    traces = np.arange(30.0)[None].repeat(2, 0)
+    traces = np.arange(30.0)[None].repeat(2, 0) ** 2
     return SimpleNamespace(
         name="r", stimulus_tables={"drifting_gratings": table}, traces=traces, timestamps=np.arange(30) / 10, metadata={"rate": 10.0}
     )  # fmt: skip
@@ -257,7 +258,8 @@ def recorded(blank=1.0, end=30):
 def test_measured_responses_are_late_above_grey_and_of_what_a_film_can_show():
     table, responses = measured_gratings(recorded(), delay=0.2)
     assert table["direction"].tolist() == [0, 90, 0] and table["phase"].tolist() == [0, 0, 1]
-    assert responses[:, 0].tolist() == [1.5 - 21.5, 6.5 - 21.5, 11.5 - 21.5]  # two frames late, both
+    late = [np.square(np.arange(start + 2, start + 6)).mean() for start in (0, 5, 10, 20)]
+    assert np.allclose(responses[:, 0], np.array(late[:3]) - late[3])
     with pytest.raises(MissingError, match="no blank sweep"):
         measured_gratings(recorded(blank=0.0))
 
