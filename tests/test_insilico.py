@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cortexlit.core import DataError, MissingError
+from cortexlit.insilico.fields import field_correlation, fit_gabors, gradient_fields, noise_fields
 from cortexlit.insilico.stimuli import (
     Screen,
     Twin,
@@ -273,3 +274,82 @@ def test_exchanged_neurons_are_no_better_than_chance():
     assert far["p"] > 0.05 and abs(far["null_median"] - 45) < 8
     with pytest.raises(DataError, match="five or more"):
         against_shuffled(np.r_[angles[:4], [np.nan] * 6], angles[:10])
+
+
+def gabor(azimuth, altitude, orientation, frequency, width, length, phase):
+    "A Gabor on the screen, angles in degrees."
+    x, y = SCREEN.angles()
+    angle, dx, dy = np.deg2rad(orientation), x - azimuth, y - altitude
+    along, across = dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)
+    window = np.exp(-0.5 * ((along / width) ** 2 + (across / length) ** 2))
+    return window * np.cos(2 * np.pi * frequency * along + np.deg2rad(phase))
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.floats(-25, 25), st.floats(-12, 12), st.floats(0, 179), st.floats(0.03, 0.08), st.floats(0.9, 1.6), st.floats(0, 359)
+)  # fmt: skip
+def test_a_gabor_is_found_where_it_was_put(azimuth, altitude, orientation, frequency, longer, phase):
+    width = 0.3 / frequency
+    field = gabor(azimuth, altitude, orientation, frequency, width, longer * width, phase)
+    found = fit_gabors(np.stack([field, -7 * field]), SCREEN)
+    assert np.hypot(found["azimuth"] - azimuth, found["altitude"] - altitude).max() < 0.5
+    assert angle_error(found["orientation"], orientation).max() < 2 and found["r2"].min() > 0.98
+    assert np.allclose(found["spatial_frequency"], frequency, rtol=0.1)
+    again = [
+        gabor(*row)
+        for row in found[[*found.columns[:3], "spatial_frequency", "width", "length", "phase"]].to_numpy()
+    ]
+    scale = [(a * f).sum() / (a * a).sum() for a, f in zip(again, (field, -7 * field), strict=True)]
+    assert min(scale) > 0, "its phase is turned around"  # the phase has the sign
+
+
+def test_a_field_of_nothing_has_no_gabor_and_one_of_noise_a_bad_one():
+    noise = np.random.default_rng(0).standard_normal(SCREEN.size)
+    found = fit_gabors(np.stack([np.zeros(SCREEN.size), noise]), SCREEN)
+    assert found.iloc[0].isna().all() and found["r2"][1] < 0.2
+    with pytest.raises(DataError, match="finite"):
+        fit_gabors(np.full((1, *SCREEN.size), np.nan), SCREEN)
+
+
+def test_gradients_and_noise_find_the_fields_of_known_neurons():
+    twin = known_twin([0.0, 50.0, 100.0, 150.0])
+    built = twin.model.weights.detach().numpy()
+    linear, axes = gradient_fields(twin, white_noise(SCREEN, 12, seed=1), frames=2)
+    alike = field_correlation(axes[:, 0], built)
+    assert np.diag(alike).min() > 0.99 and (alike.argmax(1) == range(4)).all()
+    step = np.zeros(
+        (1, 2, *SCREEN.size), np.float32
+    )  # the gradient is that of the answer: a pixel moved by hand
+    pictures = white_noise(SCREEN, 2, seed=4)
+    step[0, :, 18, 32] = 0.01
+    moved = [
+        twin.model(torch.from_numpy(p[None, None, None]), "m").logits[0, :, 0]
+        for p in (*pictures, *(pictures + step[0]))
+    ]
+    slope = ((moved[2] + moved[3] - moved[0] - moved[1]) / 0.02).detach().numpy()
+    assert np.allclose(gradient_fields(twin, pictures, frames=3)[0][:, 18, 32], slope, rtol=0.05, atol=1e-5)
+    fits = fit_gabors(axes[:, 0], SCREEN)
+    assert angle_error(fits["orientation"], [0, 50, 100, 150]).max() < 2
+    _, energy = noise_fields(twin, sparse_noise(SCREEN, 3000, degrees=6.0, seed=1), frames=1)
+    x, y = SCREEN.angles()
+    weight = np.clip(energy, 0, None) ** 2
+    centre = [(weight * v).sum((1, 2)) / weight.sum((1, 2)) for v in (x, y)]
+    assert np.abs(centre).max() < 5
+
+
+def test_the_same_picture_again_says_nothing():
+    for pictures in (
+        np.zeros((3, *SCREEN.size)),
+        np.zeros((1, *SCREEN.size)),
+        2 * white_noise(SCREEN, 2, contrast=1.0),
+    ):
+        with pytest.raises(DataError):
+            gradient_fields(known_twin([0.0]), pictures, frames=2)
+
+
+def test_fields_in_a_plane_correlate_whatever_their_phase():
+    pair = np.stack([gabor(0, 0, 40, 0.05, 8, 8, p) for p in (0, 90)])[None]
+    turned = np.stack([gabor(0, 0, 40, 0.05, 8, 8, p) for p in (10, 200, 313)])
+    other = np.stack([gabor(0, 0, 130, 0.05, 8, 8, 0)])
+    assert field_correlation(turned, pair).min() > 0.99 and field_correlation(other, pair).max() < 0.2
