@@ -285,7 +285,7 @@ def gabor(azimuth, altitude, orientation, frequency, width, length, phase):
     return window * np.cos(2 * np.pi * frequency * along + np.deg2rad(phase))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     st.floats(-25, 25), st.floats(-12, 12), st.floats(0, 179), st.floats(0.03, 0.08), st.floats(0.9, 1.6), st.floats(0, 359)
 )  # fmt: skip

@@ -183,9 +183,8 @@ def _fit(field: np.ndarray, screen: Screen, at: tuple, bounds: tuple, evaluation
         )
     values = min(searches, key=lambda s: s.cost).x
     a, b = _weights(_gabor_pair(values, *at), flat)
-    angle, phase = (
-        np.rad2deg(values[2]),
-        np.rad2deg(np.arctan2(-b, a)),
-    )  # a cos - b sin = cos(carrier + phase)
+    angle = np.rad2deg(values[2])
+    phase = np.rad2deg(np.arctan2(-b, a))  # a cos - b sin = cos(carrier + phase)
+    phase *= 1 - 2 * (np.floor(angle / 180) % 2)  # half a turn of the angle turns the carrier around
     frequency, width, length = np.exp(values[3:])
     return [*values[:2], angle % 180, frequency, width, length, phase % 360, 1 - (left(values) ** 2).sum()]
