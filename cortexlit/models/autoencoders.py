@@ -201,8 +201,8 @@ class VAE(Patterns):
     best z-scored; labels float (batch, labels). `DataError` for other shapes, missing labels, or values that are
     not finite.
 
-    Example
-    -------
+    Examples
+    --------
     >>> model = VAE(VAEConfig(inputs=64, labels=3, latents=2))
     >>> model(responses, labels).loss.backward()
     >>> made = model.eval().sample(labels)  # one new response for each row

@@ -78,8 +78,8 @@ class GAN(Patterns):
     are float (batch, inputs), best z-scored; labels float (batch, labels). `DataError` for other shapes, missing labels,
     or values that are not finite.
 
-    Example
-    -------
+    Examples
+    --------
     >>> model = GAN(GANConfig(inputs=64, labels=3)).fit(responses, labels)
     >>> made = model.sample(labels)  # one new response for each row
     """
