@@ -25,10 +25,11 @@ from . import __version__, core
 
 # %% auto #0
 __all__ = ['app', 'Json', 'Cache', 'Embedded', 'METRICS', 'Scale', 'Core', 'Last', 'scenes', 'things', 'Rois', 'Ratings',
-           'Properties', 'Folds', 'Cached', 'DEMO_RECORDING', 'DEMO', 'sessions', 'build_command', 'score_command',
-           'fit_command', 'grid', 'design_command', 'folds', 'scenes_build', 'scenes_fit', 'scenes_score',
-           'things_build', 'things_fit', 'things_score', 'real_files', 'data', 'clear_demo', 'run_demo', 'show_demo',
-           'demo', 'pretrain_command', 'main']
+           'Properties', 'Folds', 'Cached', 'insilico', 'Run', 'Dataset', 'Report', 'Neurons', 'Trust', 'Replace',
+           'DEMO_RECORDING', 'DEMO', 'sessions', 'build_command', 'score_command', 'fit_command', 'grid',
+           'design_command', 'folds', 'scenes_build', 'scenes_fit', 'scenes_score', 'things_build', 'things_fit',
+           'things_score', 'insilico_tune', 'insilico_fields', 'real_files', 'data', 'clear_demo', 'run_demo',
+           'show_demo', 'demo', 'pretrain_command', 'main']
 
 # %% ../neuro_nbs/19_cli.ipynb #5b9f17b6
 if TYPE_CHECKING:  # a command that prints no table starts without them
@@ -905,6 +906,76 @@ def _show_decoding(table: pd.DataFrame) -> None:
         )
         for row in rows[(rows["metric"] == "R2 mean") & (rows["note"] != "")].itertuples():
             _out.print(f"{row.model}: {row.note}", markup=False, highlight=False)
+
+# %% ../neuro_nbs/19_cli.ipynb #fab3109d
+insilico = typer.Typer(
+    help="What a trained model says of its neurons: tuning, receptive fields.", no_args_is_help=True
+)
+app.add_typer(insilico, name="insilico")
+
+Run = Annotated[
+    Path, typer.Argument(help="Folder of a run, by `cortexlit fit` or `train_head`, or of weights.")
+]
+Dataset = Annotated[Path, typer.Argument(help="The dataset folder that it was trained on.")]
+Report = Annotated[Path, typer.Option(help="Folder to write: a table, a figure, JSON.")]
+Neurons = Annotated[
+    list[int] | None, typer.Option(help="Rows of neurons.csv, from 0 (repeat the option); default all.")
+]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Ask a model that is no better than its baselines, too.")
+]
+Replace = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier report.")]
+
+
+def _tell_report(title: str, table: Any, twin: Any, out: Path, as_json: bool) -> None:
+    "A report in short."
+    if as_json:
+        _print_json({"folder": out, "validation": twin.scores, "neurons": table.to_dict("records")})
+        return
+    _show(f"{title}, simulated by the model: {out}", table.round(2).head(20))
+    scores = ", ".join(f"{name} {score:.4f}" for name, score in twin.scores.items())
+    _out.print(f"validation correlation: {scores}", markup=False, highlight=False, soft_wrap=True)
+
+
+@insilico.command("tune")
+def insilico_tune(
+    run: Run, dataset: Dataset, out: Report, neurons: Neurons = None, trust: Trust = False,
+    directions: Annotated[int, typer.Option(help="Directions of drift, evenly spaced.")] = 16,
+    overwrite: Replace = False, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Show drifting gratings to a model: preferred orientation, direction and frequencies of its neurons.
+
+    Examples:
+      cortexlit insilico tune _runs/head data/mouse --out reports/tuning --neurons 3 --neurons 5
+    """
+    from cortexlit.insilico.reports import tuning_report
+
+    from cortexlit.insilico.stimuli import open_twin
+
+    twin = open_twin(run, dataset, trust=trust)
+    options = {"directions": directions, "overwrite": overwrite, "progress": not as_json}
+    _tell_report("tuning", tuning_report(twin, out, neurons, **options), twin, out, as_json)
+
+
+@insilico.command("fields")
+def insilico_fields(
+    run: Run, dataset: Dataset, out: Report, neurons: Neurons = None, trust: Trust = False,
+    pictures: Annotated[int, typer.Option(help="Noise pictures around which gradients are taken.")] = 24,
+    seed: Annotated[int, typer.Option(help="Of the pictures.")] = 0,
+    overwrite: Replace = False, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Differentiate a model: where its neurons look, with a Gabor for each.
+
+    Examples:
+      cortexlit insilico fields _runs/head data/mouse --out reports/fields
+    """
+    from cortexlit.insilico.reports import fields_report
+
+    from cortexlit.insilico.stimuli import open_twin
+
+    twin = open_twin(run, dataset, trust=trust)
+    table = fields_report(twin, out, neurons, pictures, seed, overwrite)
+    _tell_report("receptive fields", table, twin, out, as_json)
 
 # %% ../neuro_nbs/19_cli.ipynb #b7e2f0d4
 def real_files() -> dict[str, Any]:  # by name: `OpenFile`

@@ -25,7 +25,7 @@ ALLOWED = {
     "evaluation": {"core", "metrics"},
     "insilico": {"core", "metrics", "data", "simulate", "models", "training", "evaluation"},
     "front": {"core", "metrics", "data", "simulate", "models", "training", "evaluation"},
-    "cli": {"core", "metrics", "plots", "data", "simulate", "models", "training", "evaluation"},
+    "cli": {"core", "metrics", "plots", "data", "simulate", "models", "training", "evaluation", "insilico"},
 }
 # Exceptions, module by module: what scores, or plans, by a dataset folder can read it; figures take a
 # recording.

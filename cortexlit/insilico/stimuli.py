@@ -26,7 +26,7 @@ from ..data.allen import open_session
 from ..data.clips import build_dataset, load_tier, resize_frames
 from ..data.folder import check_folder
 from ..data.inputs import open_for
-from ..evaluation.baselines import behaviour_ridge, blind_mean
+from ..evaluation.baselines import behaviour_ridge, blind_mean, scored_frames
 from ..metrics import mean_score, single_trial_correlation
 from ..models.viv1t import ViV1T
 from ..simulate.session import embedded_session
@@ -316,7 +316,7 @@ def open_twin(
     root: str | Path,  # the dataset folder it was trained on
     screen: Screen | None = None,  # None: `screen_of` the folder
     trust: bool = False,  # take a model that is no better than its baselines
-    last: int = 66,  # frames at the end of each clip that are scored
+    last: int | None = None,  # frames at the end of each clip that are scored; None: as in `scored_frames`
 ) -> Twin:
     """A model that can be shown any stimulus; `DataError` if it predicts worse than what knows no stimulus.
 
@@ -333,11 +333,12 @@ def open_twin(
         raise DataError(
             f"the model has no mouse {mouse!r}", expected=f"{sorted(model.config.neurons)}", path=root
         )
-    scores, each = _validated(model, root, last)
-    best = max(scores, key=scores.get)
-    if best != "model" and not trust:
+    scores, each = _validated(model, root, last or scored_frames(train[0]["labels"].shape[-1]))
+    scores_of = {"constant": 0.0} | {name: score for name, score in scores.items() if name != "model"}
+    best = max(scores_of, key=scores_of.get)
+    if scores["model"] <= scores_of[best] and not trust:
         raise DataError(
-            f"the model predicts {scores['model']:.4f} on the validation tier, and the {best} {scores[best]:.4f}",
+            f"the model predicts {scores['model']:.4f} on the validation tier, and the {best} {scores_of[best]:.4f}",
             expected="a model that is better than its baselines",
             fix="train it longer, or say trust=True and do not believe what it says about neurons",
         )

@@ -1,0 +1,131 @@
+"A trained model is opened, asked and written down: refused where it knows nothing, whole or not at all, by call and by command."
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+import cortexlit as cx
+from cortexlit.cli import app
+from cortexlit.core import DataError, MissingError, check_card, read_json, write_json
+from cortexlit.insilico.reports import fields_report, tuning_report
+from cortexlit.insilico.stimuli import open_twin, present, screen_of
+from cortexlit.models.viv1t import ViV1T
+from cortexlit.training.trainer import best_folder
+
+pytestmark = pytest.mark.usefixtures("no_curves")
+FEW = {"directions": 6, "spatial_frequencies": [0.02], "temporal_frequencies": [2.0]}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    "A dataset folder of the tiny session, and the run of a head that was hardly trained."
+    root = tmp_path_factory.mktemp("insilico")
+    session = cx.open_session(900000001, cache_dir=cx.embedded_session("tiny"))
+    mouse = cx.build(session, root / "mouse", split="stimuli", clip_frames=40, gap=5)
+    run = cx.train_head(mouse, epochs=1, last=12, progress=False, out=root / "run")
+    return mouse, run.folder
+
+
+@pytest.fixture(scope="module")
+def twin(trained):
+    return open_twin(trained[1], trained[0], trust=True, last=12)
+
+
+def test_a_model_that_knows_less_than_its_baselines_is_refused(trained):
+    mouse, run = trained
+    model = ViV1T.from_pretrained(best_folder(run))
+    for readout in model.readouts.values():  # a head that answers with the same number whatever it sees
+        for weight in readout.parameters():
+            weight.data.zero_()
+    with pytest.raises(DataError, match="the model predicts 0.0000 on the validation tier, and the"):
+        open_twin(model, mouse)
+    assert open_twin(model, mouse, trust=True).scores["model"] == 0
+
+
+def test_a_twin_is_that_of_its_mouse_and_screen(trained, twin, tmp_path):
+    mouse, run = trained
+    card = read_json(mouse / "card.json")
+    assert twin.mouse == card["name"] and len(twin.neurons) == len(twin.trial_correlation)
+    assert twin.screen == screen_of(mouse) and twin.screen.rate == pytest.approx(card["rate"])
+    model = ViV1T.from_pretrained(best_folder(run))
+    model.config.neurons = {"another": model.config.neurons[twin.mouse]}
+    with pytest.raises(DataError, match="the model has no mouse"):
+        open_twin(model, mouse, trust=True)
+
+
+def test_what_is_shown_is_what_the_dataset_would_show(trained, twin):
+    "A film of the folder, as contrast, gives the model's answer to the clip with behaviour at its mean."
+    mouse, _ = trained
+    test = cx.open_dataset(mouse, "test")
+    film = (np.load(mouse / "videos.npy")[int(test.samples["clip"].iloc[0])] / 127.5 - 1).clip(-1, 1)
+    answer = present(twin, film[None].astype(np.float32))
+    assert answer.shape[1] == len(twin.neurons) and np.isfinite(answer).all()
+    assert np.ptp(answer, axis=-1).max() > 0
+    again = present(twin, np.stack([film, film]).astype(np.float32))
+    np.testing.assert_allclose(again[0], again[1], atol=1e-5)
+    np.testing.assert_allclose(again[0], answer[0], atol=1e-5)
+
+
+def test_reports_are_whole_and_say_what_was_asked(twin, tmp_path):
+    tuned = tuning_report(twin, tmp_path / "tuning", [4, 2], **FEW)
+    found = fields_report(twin, tmp_path / "fields", [4, 2], pictures=3)
+    for kind, table in (("tuning", tuned), ("fields", found)):
+        card = check_card(tmp_path / kind, "report", "again", [f"{kind}.csv", f"{kind}.json", f"{kind}.png"])
+        assert card["kind"] == kind and card["mouse"] == twin.mouse and card["neurons"] == 2
+        assert card["validation correlation"] == pytest.approx(twin.scores)
+        written = pd.read_csv(tmp_path / kind / f"{kind}.csv")
+        pd.testing.assert_frame_equal(written, table, check_dtype=False)
+        assert written["cell_id"].tolist() == twin.neurons["cell_id"].iloc[[4, 2]].tolist()
+    other = tuning_report(twin, tmp_path / "all", **FEW)
+    columns = ["orientation", "direction"]  # a neuron's answer is the same alone and among all others
+    np.testing.assert_allclose(other.iloc[[4, 2]][columns], tuned[columns], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("neurons", "told"),
+    [([99], "neuron 99"), ([-1], "neuron -1"), ([], "from 0"), ([1, 1], "each once"), ([0.5], "from 0")],
+)
+def test_neurons_that_are_none_are_named(twin, tmp_path, neurons, told):
+    for report in (tuning_report, fields_report):
+        with pytest.raises(DataError, match=told):
+            report(twin, tmp_path / "x", neurons)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_report_replaces_its_own_kind_only(twin, tmp_path):
+    tuning_report(twin, tmp_path / "r", [1], **FEW)
+    with pytest.raises(DataError, match="exists already"):
+        tuning_report(twin, tmp_path / "r", [1], **FEW)
+    tuning_report(twin, tmp_path / "r", [2], **FEW, overwrite=True)
+    assert pd.read_csv(tmp_path / "r" / "tuning.csv")["neuron"].tolist() == [2]
+    with pytest.raises(DataError, match="tuning"):
+        fields_report(twin, tmp_path / "r", [1], pictures=2, overwrite=True)
+    write_json(tmp_path / "other" / "thesis.json", {}) if (tmp_path / "other").mkdir() is None else None
+    with pytest.raises(DataError):
+        tuning_report(twin, tmp_path / "other", [1], **FEW, overwrite=True)
+    assert (tmp_path / "other" / "thesis.json").exists()
+
+
+def test_the_commands_write_the_same(trained, twin, tmp_path):
+    mouse, run = map(str, trained)
+    words = [run, mouse, "--trust", "--neurons", "1", "--neurons", "3", "--json"]
+    done = CliRunner().invoke(
+        app, ["insilico", "fields", *words, "--pictures", "2", "--out", str(tmp_path / "f")]
+    )
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert [row["neuron"] for row in told["neurons"]] == [1, 3]
+    direct = fields_report(twin, tmp_path / "direct", [1, 3], pictures=2)
+    np.testing.assert_allclose(direct["azimuth"], [row["azimuth"] for row in told["neurons"]], atol=1e-6)
+    done = CliRunner().invoke(
+        app, ["insilico", "tune", *words, "--directions", "6", "--out", str(tmp_path / "t")]
+    )
+    assert done.exit_code == 0 and (tmp_path / "t" / "tuning.png").stat().st_size > 1000
+    done = CliRunner().invoke(
+        app, ["insilico", "tune", str(tmp_path / "no"), mouse, "--out", str(tmp_path / "n")]
+    )
+    assert done.exit_code and isinstance(done.exception, (DataError, MissingError, SystemExit))
+    assert not (tmp_path / "n").exists()
