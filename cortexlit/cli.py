@@ -949,7 +949,6 @@ def insilico_tune(
       cortexlit insilico tune _runs/head data/mouse --out reports/tuning --neurons 3 --neurons 5
     """
     from cortexlit.insilico.reports import tuning_report
-
     from cortexlit.insilico.stimuli import open_twin
 
     twin = open_twin(run, dataset, trust=trust)
@@ -970,7 +969,6 @@ def insilico_fields(
       cortexlit insilico fields _runs/head data/mouse --out reports/fields
     """
     from cortexlit.insilico.reports import fields_report
-
     from cortexlit.insilico.stimuli import open_twin
 
     twin = open_twin(run, dataset, trust=trust)
