@@ -26,7 +26,7 @@ from . import __version__, core
 # %% auto #0
 __all__ = ['app', 'Json', 'Cache', 'Embedded', 'METRICS', 'Scale', 'Core', 'Last', 'scenes', 'things', 'Rois', 'Ratings',
            'Properties', 'Folds', 'Cached', 'insilico', 'Run', 'Dataset', 'Report', 'Neurons', 'Trust', 'Replace',
-           'DEMO_RECORDING', 'DEMO', 'sessions', 'build_command', 'score_command', 'fit_command', 'grid',
+           'Degrees', 'DEMO_RECORDING', 'DEMO', 'sessions', 'build_command', 'score_command', 'fit_command', 'grid',
            'design_command', 'folds', 'scenes_build', 'scenes_fit', 'scenes_score', 'things_build', 'things_fit',
            'things_score', 'insilico_tune', 'insilico_fields', 'real_files', 'data', 'clear_demo', 'run_demo',
            'show_demo', 'demo', 'pretrain_command', 'main']
@@ -927,6 +927,24 @@ Trust = Annotated[
 Replace = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier report.")]
 
 
+Degrees = Annotated[
+    tuple[float, float] | None,
+    typer.Option(help="Height and width of the screen, where the recording's source does not say."),
+]
+
+
+def _twin(run: Path, dataset: Path, degrees: tuple[float, float] | None, trust: bool) -> Any:
+    "The model in a laboratory with its screen."
+    from cortexlit.data.folder import check_folder
+    from cortexlit.insilico.stimuli import Screen, open_twin
+
+    if degrees is None:
+        return open_twin(run, dataset, trust=trust)
+    card = check_folder(dataset, "clips")
+    screen = Screen(tuple(card["options"]["size"]), degrees, True, float(card["rate"] or 30.0))
+    return open_twin(run, dataset, screen, trust)
+
+
 def _tell_report(title: str, table: Any, twin: Any, out: Path, as_json: bool) -> None:
     "A report in short."
     if as_json:
@@ -941,6 +959,7 @@ def _tell_report(title: str, table: Any, twin: Any, out: Path, as_json: bool) ->
 def insilico_tune(
     run: Run, dataset: Dataset, out: Report, neurons: Neurons = None, trust: Trust = False,
     directions: Annotated[int, typer.Option(help="Directions of drift, evenly spaced.")] = 16,
+    degrees: Degrees = None,
     overwrite: Replace = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Show drifting gratings to a model: preferred orientation, direction and frequencies of its neurons.
@@ -949,9 +968,8 @@ def insilico_tune(
       cortexlit insilico tune _runs/head data/mouse --out reports/tuning --neurons 3 --neurons 5
     """
     from cortexlit.insilico.reports import tuning_report
-    from cortexlit.insilico.stimuli import open_twin
 
-    twin = open_twin(run, dataset, trust=trust)
+    twin = _twin(run, dataset, degrees, trust)
     options = {"directions": directions, "overwrite": overwrite, "progress": not as_json}
     _tell_report("tuning", tuning_report(twin, out, neurons, **options), twin, out, as_json)
 
@@ -961,6 +979,7 @@ def insilico_fields(
     run: Run, dataset: Dataset, out: Report, neurons: Neurons = None, trust: Trust = False,
     pictures: Annotated[int, typer.Option(help="Noise pictures around which gradients are taken.")] = 24,
     seed: Annotated[int, typer.Option(help="Of the pictures.")] = 0,
+    degrees: Degrees = None,
     overwrite: Replace = False, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Differentiate a model: where its neurons look, with a Gabor for each.
@@ -969,9 +988,8 @@ def insilico_fields(
       cortexlit insilico fields _runs/head data/mouse --out reports/fields
     """
     from cortexlit.insilico.reports import fields_report
-    from cortexlit.insilico.stimuli import open_twin
 
-    twin = open_twin(run, dataset, trust=trust)
+    twin = _twin(run, dataset, degrees, trust)
     table = fields_report(twin, out, neurons, pictures, seed, overwrite)
     _tell_report("receptive fields", table, twin, out, as_json)
 

@@ -611,7 +611,10 @@ def commands(root: Path) -> dict[str, tuple[list[str], dict[str, list[str]]]]:
     data, pictures = str(clips(root / "clips")), str(scenes(root / "scenes"))
     cache = str(things.build_things(things.open_things(study), root / "cache"))
     folds = str(build_folds(recording(), root / "folds", folds=3, clip_frames=10, size=(6, 8), gap=2))
-    tiny_model(core_state=False, size=(6, 8)).save_core(root / "core")
+    model = tiny_model(core_state=False, size=(6, 8))
+    model.save_core(root / "core")
+    model.save_pretrained(root / "model")
+    run = str(root / "model")
     out = str(root / "new")
     outs = [
         str(root / "file"),
@@ -669,6 +672,11 @@ def commands(root: Path) -> dict[str, tuple[list[str], dict[str, list[str]]]]:
         "data": ([], {"--nothing": NAME}),
         "pretrain": (["--out", out], {"--seed": WHOLE, "--out": outs}),
         "demo": ([], {"--out": outs[:4]}),
+        "insilico tune": ([run, data, "--out", out, "--trust", "--degrees", "60", "120"], {
+            "0": [*not_(), "owner/nothing"], "1": not_(data), "--neurons": [*WHOLE, "10000"], "--directions": [*WHOLE, "0"], "--out": outs}),
+        "insilico fields": ([run, data, "--out", out, "--trust", "--degrees", "60", "120"], {
+            "0": [*not_(), "owner/nothing"], "1": not_(data), "--neurons": [*WHOLE, "10000"], "--pictures": [*WHOLE, "0", "1"],
+            "--seed": WHOLE, "--out": outs}),
     }  # fmt: skip
 
 

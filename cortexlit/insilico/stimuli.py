@@ -289,6 +289,8 @@ def _opened(model: Any) -> Any:
     if not isinstance(model, str | Path):
         return model
     folder = Path(model)
+    if not folder.is_dir():
+        raise MissingError("no such run", "the folder of a run, or of weights", path=folder)
     return ViV1T.from_pretrained(best_folder(folder) if (folder / "best").is_dir() else folder)
 
 
