@@ -208,7 +208,9 @@ def test_what_comes_before_a_layer_is_part_of_the_gradient(bias):
         torch.testing.assert_close(own, plain)
     layer.eval()
     quiet = layer(x, before=before[:2])
-    torch.testing.assert_close(quiet, layer.base_layer(before[1](before[0](x))) + 1.5 * before[1](before[0](x)) @ a.T @ b.T)
+    torch.testing.assert_close(
+        quiet, layer.base_layer(before[1](before[0](x))) + 1.5 * before[1](before[0](x)) @ a.T @ b.T
+    )
 
 
 def test_masks_leave_the_share_that_was_asked_for():
