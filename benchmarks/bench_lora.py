@@ -110,7 +110,8 @@ def work(part: str, variant: str, args: argparse.Namespace) -> dict[str, object]
 
 def compare(part: str, args: argparse.Namespace) -> list[dict[str, object]]:
     "All variants of a part in turn; one case for each but the first."
-    found: dict[str, list[dict]] = {variant: [] for variant in VARIANTS[part]}
+    asked = [variant for variant in VARIANTS[part] if args.variants is None or variant in args.variants]
+    found: dict[str, list[dict]] = {variant: [] for variant in asked}
     for _ in range(args.rounds):
         for variant in found:
             job = [sys.executable, __file__, "--worker", part, variant, "--steps", str(args.steps)]
@@ -155,7 +156,7 @@ def compare(part: str, args: argparse.Namespace) -> list[dict[str, object]]:
                 else {}
             ),
         }
-        for variant in VARIANTS[part][1:]
+        for variant in asked[1:]
     ]
 
 
@@ -166,6 +167,9 @@ def main() -> None:
     )
     parser.add_argument("--out", help="JSON file to write")
     parser.add_argument("--parts", nargs="+", default=list(VARIANTS), help="what to measure")
+    parser.add_argument(
+        "--variants", nargs="+", help="not all of them, but these; full and r8-all among them"
+    )
     parser.add_argument("--rounds", type=int, default=2, help="processes started for each variant")
     parser.add_argument("--steps", type=int, default=2, help="timed steps in each process")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
