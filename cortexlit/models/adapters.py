@@ -107,56 +107,6 @@ class Adapters:
             use_rslora=self.rslora,
         )
 
-# %% ../../neuro_nbs/05c_adapters.ipynb #e72d8632
-def add_adapters(
-    model: PreTrainedModel,  # changed in place: its layers get adapters, everything else is frozen
-    adapters: Adapters,
-    seed: int = 0,  # of the matrices A
-) -> PeftModel:  # the wrapper; `model` itself is adapted, too
-    "Give a model low-rank adapters."
-    check_targets(model, adapters)
-    with seeded(seed):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
-            wrapper = _kept_lean(get_peft_model(model, adapters.config()))
-    if adapters.head:
-        for weight in _head(model).values():
-            weight.requires_grad_(True)
-    return wrapper
-
-
-def check_targets(
-    model: nn.Module,
-    adapters: Adapters,
-) -> None:
-    "Raise `DataError` if a model lacks the layers that adapters ask for, or has adapters already."
-    if _adapted(model):
-        raise DataError("the model has adapters already", fix="merged(...) makes them part of its weights")
-    names = [name for name, part in model.named_modules() if isinstance(part, nn.Linear)]
-    if hasattr(model, "core") and not any(name.startswith("core.") for name in names):
-        problem = "the core has no linear layer that adapters could correct"
-        raise DataError(problem, fix='adapt="full" trains all weights, adapt="head" the head')
-    for end in adapters.layers:
-        if not any(name == end or name.endswith("." + end) for name in names):
-            kinds = sorted({re.sub(r"^.*\.\d+\.", "", name) for name in names})
-            raise DataError(f"no linear layer is called {end!r}", expected=f"one of {', '.join(kinds)}")
-    layers = [
-        part
-        for name, part in model.named_modules()
-        if isinstance(part, nn.Linear) and name.endswith(adapters.layers)
-    ]
-    numbers = adapters.rank * sum(sum(layer.weight.shape) for layer in layers)
-    need_memory(4 * numbers, f"rank={adapters.rank} in {len(layers)} layers", "take a smaller rank")
-
-
-def _adapted(model: nn.Module) -> bool:
-    return any(".lora_" in name for name, _ in model.named_parameters())
-
-
-def _head(model: nn.Module) -> dict[str, nn.Parameter]:
-    "Parameters outside the core."
-    return {name: p for name, p in model.named_parameters() if not name.startswith("core.")}
-
 # %% ../../neuro_nbs/05c_adapters.ipynb #5e61bcc1
 def _left(
     like: Tensor,  # gives shape, type and device
@@ -287,6 +237,56 @@ def _kept_lean(wrapper: PeftModel) -> PeftModel:
         if type(part) is lora.Linear and isinstance(part.base_layer, nn.Linear):
             part.__class__ = _Lean
     return wrapper
+
+# %% ../../neuro_nbs/05c_adapters.ipynb #e72d8632
+def add_adapters(
+    model: PreTrainedModel,  # changed in place: its layers get adapters, everything else is frozen
+    adapters: Adapters,
+    seed: int = 0,  # of the matrices A
+) -> PeftModel:  # the wrapper; `model` itself is adapted, too
+    "Give a model low-rank adapters."
+    check_targets(model, adapters)
+    with seeded(seed):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
+            wrapper = _kept_lean(get_peft_model(model, adapters.config()))
+    if adapters.head:
+        for weight in _head(model).values():
+            weight.requires_grad_(True)
+    return wrapper
+
+
+def check_targets(
+    model: nn.Module,
+    adapters: Adapters,
+) -> None:
+    "Raise `DataError` if a model lacks the layers that adapters ask for, or has adapters already."
+    if _adapted(model):
+        raise DataError("the model has adapters already", fix="merged(...) makes them part of its weights")
+    names = [name for name, part in model.named_modules() if isinstance(part, nn.Linear)]
+    if hasattr(model, "core") and not any(name.startswith("core.") for name in names):
+        problem = "the core has no linear layer that adapters could correct"
+        raise DataError(problem, fix='adapt="full" trains all weights, adapt="head" the head')
+    for end in adapters.layers:
+        if not any(name == end or name.endswith("." + end) for name in names):
+            kinds = sorted({re.sub(r"^.*\.\d+\.", "", name) for name in names})
+            raise DataError(f"no linear layer is called {end!r}", expected=f"one of {', '.join(kinds)}")
+    layers = [
+        part
+        for name, part in model.named_modules()
+        if isinstance(part, nn.Linear) and name.endswith(adapters.layers)
+    ]
+    numbers = adapters.rank * sum(sum(layer.weight.shape) for layer in layers)
+    need_memory(4 * numbers, f"rank={adapters.rank} in {len(layers)} layers", "take a smaller rank")
+
+
+def _adapted(model: nn.Module) -> bool:
+    return any(".lora_" in name for name, _ in model.named_parameters())
+
+
+def _head(model: nn.Module) -> dict[str, nn.Parameter]:
+    "Parameters outside the core."
+    return {name: p for name, p in model.named_parameters() if not name.startswith("core.")}
 
 # %% ../../neuro_nbs/05c_adapters.ipynb #fddcd46d
 def merged(
