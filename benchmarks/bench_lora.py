@@ -1,11 +1,14 @@
 """Time and memory of a training step with adapters, against full fine-tuning, and with kept tokens.
 
-python benchmarks/bench_lora.py --out FILE.json [--rounds 1] [--steps 2] [--threads 2] [--device cpu]
+python benchmarks/bench_lora.py --out FILE.json [--rounds 2] [--steps 2] [--threads 2] [--device cpu]
 
-published: the published size, one clip of 140 frames, bfloat16 autocast. Adapters are those of study 1. Full
-           fine-tuning is what the others are compared with.
+published: the published size, one clip of 140 frames. Adapters are those of study 1. Full fine-tuning is what the
+           others are compared with; "by peft" computes the adapted layers as peft itself does.
 demo:      the demonstration core, a batch of the ten repeats of one clip (the core runs once for them), float32.
-Every variant runs in a process of its own; its losses are recorded, so that variants which must agree can be seen to.
+Every variant runs in a process of its own, all in turn, `--rounds` times; the ratios are those of medians, of time
+and of processor time (all threads together), which other programs on the machine disturb less. Losses are recorded,
+so that variants which must agree can be seen to. `--precision` holds for all variants of the published size; a
+processor without bfloat16 in hardware multiplies it many times slower than float32.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import numpy as np
 import psutil
 import torch
 from bench_viv1t import published
+from peft.tuners import lora
 from side_by_side import peak_mib
 
 from cortexlit.core import provenance, write_json
@@ -30,7 +34,7 @@ from cortexlit.models.viv1t import ViV1T
 from cortexlit.training.pretraining import demo_core
 
 VARIANTS = {
-    "published": ["full", "r8-all", "r8-all, kept tokens", "r8-fused", "r32-all"],
+    "published": ["full", "r8-all", "r8-all, kept tokens", "r8-all, by peft", "r8-fused", "r32-all"],
     "demo": ["full", "r8-all", "r8-all, kept tokens", "r8-all, core once per repeat"],
 }
 
@@ -55,12 +59,17 @@ def held_mib(device: str) -> float:
     return held / 2**20
 
 
-def prepared(part: str, variant: str, device: str) -> Callable[[], float]:
+def prepared(part: str, variant: str, device: str, precision: str) -> Callable[[], float]:
     "A training step; returns its loss."
+    half = part == "published" and precision == "bfloat16"
     model, batch = (published if part == "published" else demo)(device)
     if variant != "full":
         rank, targets = variant.split(",")[0].split("-")
         add_adapters(model, Adapters(int(rank[1:]), targets))
+    if "by peft" in variant:
+        for layer in model.modules():
+            if isinstance(layer, lora.Linear):
+                layer.__class__ = lora.Linear
     if "tokens" in variant:
         with torch.no_grad():
             state = {name: batch[name] for name in ("behavior", "pupil_center")}
@@ -74,7 +83,7 @@ def prepared(part: str, variant: str, device: str) -> Callable[[], float]:
 
     def step() -> float:
         optimizer.zero_grad()
-        with torch.autocast(device, torch.bfloat16, enabled=part == "published"):
+        with torch.autocast(device, torch.bfloat16, enabled=half):
             loss = model(**batch).loss
         loss.backward()
         optimizer.step()
@@ -86,24 +95,27 @@ def prepared(part: str, variant: str, device: str) -> Callable[[], float]:
 def work(part: str, variant: str, args: argparse.Namespace) -> dict[str, object]:
     "Seconds, memory and losses of one variant in this process."
     torch.set_num_threads(args.threads)
-    step = prepared(part, variant, args.device)
-    before, seconds, losses = held_mib(args.device), [], []
+    step = prepared(part, variant, args.device, args.precision)
+    before, seconds, processor, losses = held_mib(args.device), [], [], []
     for _ in range(args.steps + 1):  # the first is not counted
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.process_time()
         losses.append(step())
         if args.device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    return {"seconds": seconds[1:], "losses": losses, "extra_mib": peak_mib(args.device) - before}
+        processor.append(time.process_time() - busy)
+    measured = {"seconds": seconds[1:], "processor": processor[1:], "losses": losses}
+    return measured | {"extra_mib": peak_mib(args.device) - before}
 
 
 def compare(part: str, args: argparse.Namespace) -> list[dict[str, object]]:
     "All variants of a part in turn; one case for each but the first."
-    found: dict[str, list[dict]] = {variant: [] for variant in VARIANTS[part]}
+    asked = [variant for variant in VARIANTS[part] if args.variants is None or variant in args.variants]
+    found: dict[str, list[dict]] = {variant: [] for variant in asked}
     for _ in range(args.rounds):
         for variant in found:
             job = [sys.executable, __file__, "--worker", part, variant, "--steps", str(args.steps)]
-            job += ["--threads", str(args.threads), "--device", args.device]
+            job += ["--threads", str(args.threads), "--device", args.device, "--precision", args.precision]
             done = subprocess.run(job, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"{part}: {variant}\n{done.stderr}")
@@ -114,6 +126,7 @@ def compare(part: str, args: argparse.Namespace) -> list[dict[str, object]]:
                 file=sys.stderr,
             )
     seconds = {variant: [s for run in runs for s in run["seconds"]] for variant, runs in found.items()}
+    busy = {variant: [s for run in runs for s in run["processor"]] for variant, runs in found.items()}
     memory = {variant: max(run["extra_mib"] for run in runs) for variant, runs in found.items()}
     losses = {variant: runs[0]["losses"] for variant, runs in found.items()}
     plain = losses["r8-all"]
@@ -124,6 +137,9 @@ def compare(part: str, args: argparse.Namespace) -> list[dict[str, object]]:
             "full_s": seconds["full"],
             "variant_s": seconds[variant],
             "ratio_of_medians": statistics.median(seconds["full"]) / statistics.median(seconds[variant]),
+            "full_processor_s": busy["full"],
+            "variant_processor_s": busy[variant],
+            "ratio_of_processor_time": statistics.median(busy["full"]) / statistics.median(busy[variant]),
             "full_extra_mib": memory["full"],
             "extra_mib": memory[variant],
             "ratio_of_memory": memory["full"] / memory[variant],
@@ -140,7 +156,7 @@ def compare(part: str, args: argparse.Namespace) -> list[dict[str, object]]:
                 else {}
             ),
         }
-        for variant in VARIANTS[part][1:]
+        for variant in asked[1:]
     ]
 
 
@@ -151,10 +167,16 @@ def main() -> None:
     )
     parser.add_argument("--out", help="JSON file to write")
     parser.add_argument("--parts", nargs="+", default=list(VARIANTS), help="what to measure")
-    parser.add_argument("--rounds", type=int, default=1, help="processes started for each variant")
+    parser.add_argument(
+        "--variants", nargs="+", help="not all of them, but these; full and r8-all among them"
+    )
+    parser.add_argument("--rounds", type=int, default=2, help="processes started for each variant")
     parser.add_argument("--steps", type=int, default=2, help="timed steps in each process")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument(
+        "--precision", default="float32", choices=["float32", "bfloat16"], help="published size"
+    )
     parser.add_argument("--worker", nargs=2, metavar=("PART", "VARIANT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -164,7 +186,8 @@ def main() -> None:
         parser.error("--out is needed")
     cases = [case for part in args.parts for case in compare(part, args)]
     device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
-    options = {"threads": args.threads, "rounds": args.rounds, "steps": args.steps, "device": device}
+    options = {name: getattr(args, name) for name in ("threads", "rounds", "steps", "precision")}
+    options["device"] = device
     write_json(args.out, {"cases": cases, "provenance": provenance(**options)})
     for case in cases:
         print(json.dumps({k: v for k, v in case.items() if not k.endswith("_s")}))

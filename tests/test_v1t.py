@@ -950,3 +950,17 @@ def test_the_trainer_leaves_a_frozen_core_alone(tmp_path):
     moved = {name for name, value in run.model.state_dict().items() if not torch.equal(value, state[name])}
     assert moved and all(name.startswith(("readouts.", "behaviors.")) for name in moved)
     assert any(name.startswith("behaviors.") for name in moved) and run.model.config.loss == "correlation"
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+def test_bfloat16_weights_answer_nearly_as_float32(options, given):
+    model = tiny_model(**{**options, "image_sampling": "bilinear"})  # the nearest pixel may be another one
+    batch = tiny_batch(model.config)
+    with torch.no_grad():
+        full = model(**batch).logits
+        half = model.to(torch.bfloat16)(**{name: x.to(given) for name, x in batch.items()}).logits
+    assert torch.isfinite(half).all() and half.shape == full.shape
+    assert (half.float() - full).norm() < 0.1 * full.norm()
+    model.train()(**batch, labels=torch.rand_like(full)).loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from cortexlit.core import CortexlitError, DataError, MissingError
 from cortexlit.models import viv1t
 from cortexlit.models.losses import LOSSES
+from cortexlit.models.readouts import MODULATORS
 from cortexlit.models.viv1t import ViV1T, ViV1TConfig, published_viv1t_config
 
 FIXTURE = Path(__file__).parent / "fixtures" / "viv1t_tiny.safetensors"
@@ -743,6 +744,25 @@ def test_half_precision_core_gives_nearly_the_same_responses():
             half = model(**clip).logits
     assert half.dtype == torch.float32
     assert np.corrcoef(half.flatten(), full.flatten())[0, 1] > 0.999
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, *({"modulator": name} for name in MODULATORS), {"positions": "free"}, {"core_state": False},
+     {"core": "conv", "size": (36, 64), "shifter": False, "readout": "factorised"}],
+)  # fmt: skip
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+def test_bfloat16_weights_answer_nearly_as_float32(options, given):
+    model = tiny_model(**options) if "core" not in options else ViV1T(tiny(**options)).eval()
+    clip = tiny_clip(model.config)
+    with torch.no_grad():
+        full = model(**clip).logits
+        half = model.to(torch.bfloat16)(**{name: x.to(given) for name, x in clip.items()}).logits
+    assert torch.isfinite(half).all() and half.shape == full.shape
+    assert (half.float() - full).norm() < 0.05 * full.norm()
+    loss = model.train()(**clip, labels=torch.rand_like(full)).loss
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
 def test_without_behaviour_and_pupil():

@@ -9,7 +9,7 @@ import copy
 import hashlib
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +19,11 @@ __all__ = ['TARGETS', 'Adapters', 'add_adapters', 'check_targets', 'merged', 'te
 # %% ../../neuro_nbs/05c_adapters.ipynb #2ab8c045
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners import lora
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from cortexlit.core import (
@@ -36,6 +38,7 @@ from cortexlit.core import (
     write_card,
     write_json,
 )
+from .layers import project
 
 # %% ../../neuro_nbs/05c_adapters.ipynb #b8636426
 TARGETS = {
@@ -110,6 +113,137 @@ class Adapters:
             use_rslora=self.rslora,
         )
 
+# %% ../../neuro_nbs/05c_adapters.ipynb #5e61bcc1
+def _left(
+    like: Tensor,  # gives shape, type and device
+    p: float,  # probability of a zero
+    seed: int,
+) -> Tensor:  # 1 where a number stays, else 0
+    "A mask of dropout from 16 random bits for each number, four numbers per draw: p is taken to 16 bits."
+    draw = torch.Generator(like.device).manual_seed(seed)
+    words = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
+    bits = words.random_(-(2**63), None, generator=draw).view(torch.int16)[: like.numel()]
+    return torch.ge(bits.view(like.shape), round(p * 2**16) - 2**15, out=torch.empty_like(like))
+
+
+def _through(parts: Sequence[nn.Module], x: Tensor) -> Tensor:
+    for part in parts:
+        x = part(x)
+    return x
+
+# %% ../../neuro_nbs/05c_adapters.ipynb #b7aaf207
+@dataclass(frozen=True)
+class _Frozen:
+    "What stays as it is around the two factors of one layer."
+
+    weight: Tensor  # (outputs, inputs)
+    bias: Tensor | None
+    scale: float  # of the correction
+    before: tuple[nn.Module, ...]  # what x passes first
+    p: float  # of dropout after that
+    seed: int
+    half: torch.dtype | None  # of autocast
+
+    def enter(self, x: Tensor) -> Tensor:
+        "What dropout gets: (tokens, inputs)."
+        with torch.autocast(x.device.type, self.half, enabled=self.half is not None):
+            return _through(self.before, x).flatten(0, -2)
+
+    @property
+    def up(self) -> float:
+        "By how much the numbers that dropout leaves are scaled up."
+        return 1 / (1 - round(self.p * 2**16) / 2**16)
+
+    def matrices(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        "A, and W beside B, in the type of the product; A and W scale up what dropout has left."
+        dtype, weight = self.half or self.weight.dtype, self.weight.detach()
+        wide = torch.cat([weight * self.up if self.p else weight, self.scale * b], 1)
+        return (self.up * a).to(dtype), wide.to(dtype)
+
+# %% ../../neuro_nbs/05c_adapters.ipynb #ba874825
+class _Corrected(torch.autograd.Function):
+    "W x + scale B A x of what passes other layers first, with gradients of x, A and B."
+
+    @staticmethod
+    def forward(ctx, x: Tensor, a: Tensor, b: Tensor, frozen: _Frozen) -> Tensor:
+        inner, (a_up, wide) = frozen.enter(x), frozen.matrices(a, b)
+        both = wide.new_empty(len(inner), wide.shape[1])  # x, and A x beside it
+        own, narrow = both.split([a.shape[1], len(a)], 1)
+        own.copy_(inner) if not frozen.p else torch.mul(inner, _left(inner, frozen.p, frozen.seed), out=own)
+        narrow.copy_(own @ a_up.T)
+        with torch.autocast(x.device.type, enabled=False):
+            y = project(both.view(*x.shape[:-1], -1), wide)
+        ctx.frozen = frozen
+        ctx.save_for_backward(x, narrow.clone(), a, b)
+        return y if frozen.bias is None else y + frozen.bias.detach().to(y.dtype)
+
+# %% ../../neuro_nbs/05c_adapters.ipynb #1a6c9d7c
+@once_differentiable
+def _pulled_back(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
+    "Gradients of x, A and B."
+    (x, narrow, a, b), frozen = ctx.saved_tensors, ctx.frozen
+    with torch.enable_grad():
+        x = x.detach().requires_grad_(ctx.needs_input_grad[0])
+        inner = frozen.enter(x)
+    own, dx = inner.detach(), None
+    keep = _left(own, frozen.p, frozen.seed) if frozen.p else None
+    with torch.autocast(x.device.type, enabled=False):
+        a_up, wide = frozen.matrices(a, b)
+        grad = grad.flatten(0, -2).to(wide.dtype)
+        db = frozen.scale * (narrow.T @ grad).T
+        if x.requires_grad:
+            pulled, low = (grad @ wide).split([a.shape[1], len(a)], 1)
+            pulled = torch.addmm(pulled, low, a_up).to(own.dtype)
+            pulled = pulled if keep is None else pulled.mul_(keep)
+            dx = torch.autograd.grad(inner, x, pulled)[0] if frozen.before else pulled.view(x.shape)
+        else:
+            low = grad @ wide[:, a.shape[1] :]
+        own = (own if keep is None else own * keep).to(low.dtype)
+        da = frozen.up * (low.T @ own)
+    return dx, da.to(a.dtype), db.to(b.dtype), None
+
+
+_Corrected.backward = staticmethod(_pulled_back)
+
+# %% ../../neuro_nbs/05c_adapters.ipynb #e8dc9ced
+class _Lean(lora.Linear):
+    "peft's layer, which keeps for its gradients no more than they need."
+
+    keeps_less = True
+
+    def forward(self, x: Tensor, *args, before: tuple[nn.Module, ...] = (), **kwargs) -> Tensor:
+        name = self._plain(before)
+        if name is None or args or kwargs:
+            return super().forward(_through(before, x), *args, **kwargs)
+        last = before[-1] if before and isinstance(before[-1], nn.Dropout) else None
+        kind, base = x.device.type, self.base_layer
+        half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        inner = before if last is None else before[:-1]
+        p = last.p if last is not None and last.training else 0.0
+        seed = int(torch.randint(2**63 - 1, ())) if p else 0
+        frozen = _Frozen(base.weight, base.bias, self.scaling[name], inner, p, seed, half)
+        return _Corrected.apply(x, self.lora_A[name].weight, self.lora_B[name].weight, frozen)
+
+    def _plain(self, before: tuple[nn.Module, ...]) -> str | None:
+        "The one adapter that is trained while all else is frozen; None if there is none, or more is asked for."
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or len(names) != 1:
+            return None
+        other = self.disable_adapters or self.merged or names[0] in self.lora_variant
+        drops = self.training and not isinstance(self.lora_dropout[names[0]], nn.Identity)
+        biased = self.lora_A[names[0]].bias is not None or self.lora_B[names[0]].bias is not None
+        parts = (self.base_layer, *before)
+        learns = any(weight.requires_grad for part in parts for weight in part.parameters())
+        return None if other or drops or biased or learns or self.fan_in_fan_out else names[0]
+
+
+def _kept_lean(wrapper: PeftModel) -> PeftModel:
+    "The same adapters in layers that keep less; names and files stay peft's."
+    for part in wrapper.modules():
+        if type(part) is lora.Linear and isinstance(part.base_layer, nn.Linear):
+            part.__class__ = _Lean
+    return wrapper
+
 # %% ../../neuro_nbs/05c_adapters.ipynb #e72d8632
 def add_adapters(
     model: PreTrainedModel,  # changed in place: its layers get adapters, everything else is frozen
@@ -121,7 +255,7 @@ def add_adapters(
     with seeded(seed):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
-            wrapper = get_peft_model(model, adapters.config())
+            wrapper = _kept_lean(get_peft_model(model, adapters.config()))
     if adapters.head:
         for weight in _head(model).values():
             weight.requires_grad_(True)
@@ -285,7 +419,7 @@ def load_adapters(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # between peft and transformers; names are compared below
-            wrapper = PeftModel.from_pretrained(model, str(folder))
+            wrapper = _kept_lean(PeftModel.from_pretrained(model, str(folder)))
     except Exception as error:  # peft fails in many ways
         raise DataError(
             f"these adapters do not fit this model: {next(iter(str(error).splitlines()), type(error).__name__)}",

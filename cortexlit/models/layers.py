@@ -16,7 +16,7 @@ from ..core import DataError
 from .attention import attend, attention_weights, share
 
 # %% auto #0
-__all__ = ['ACTIVATIONS', 'TOKENS_AT_ONCE', 'DropPath', 'Projection', 'ParallelBlock', 'Transformer']
+__all__ = ['ACTIVATIONS', 'TOKENS_AT_ONCE', 'DropPath', 'project', 'Projection', 'ParallelBlock', 'Transformer']
 
 # %% ../../nbs/11_transformer.ipynb #c4bf7baa
 #| code-fold: true
@@ -55,8 +55,20 @@ def _init(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, std=0.02)
 
 
+def project(
+    x: Tensor,  # (..., inputs), as a rule (samples, tokens, inputs)
+    weight: Tensor,  # (outputs, inputs)
+) -> Tensor:  # (..., outputs)
+    "Product of every token with a matrix; in float32 on a CPU computed as a convolution of width one."
+    plain = x.device.type == "cpu" and x.dtype == torch.float32 and x.ndim == 3
+    if not plain or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight)
+    image = x.transpose(1, 2).unsqueeze(2)  # (samples, inputs, 1, tokens): a view, channels last in memory
+    return F.conv2d(image, weight[..., None, None]).squeeze(2).transpose(1, 2)
+
+
 class Projection(nn.Linear):
-    "`nn.Linear` without bias; in float32 on a CPU computed as a convolution of width one."
+    "`nn.Linear` without bias, computed by `project`."
 
     def __init__(
         self,
@@ -69,12 +81,16 @@ class Projection(nn.Linear):
         self,
         x: Tensor,  # (samples, tokens, inputs)
     ) -> Tensor:  # (samples, tokens, outputs)
-        if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
-            return super().forward(x)
-        image = x.transpose(1, 2).unsqueeze(
-            2
-        )  # (samples, inputs, 1, tokens): a view, channels last in memory
-        return F.conv2d(image, self.weight[..., None, None]).squeeze(2).transpose(1, 2)
+        return project(x, self.weight)
+
+
+def _behind(layer: nn.Module, x: Tensor, *before: nn.Module) -> Tensor:
+    "The layer behind others; one with `keeps_less` is told of them, so that it need not store what they gave."
+    if getattr(layer, "keeps_less", False):
+        return layer(x, before=before)
+    for part in before:
+        x = part(x)
+    return layer(x)
 
 
 class ParallelBlock(nn.Module):
@@ -108,7 +124,7 @@ class ParallelBlock(nn.Module):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         "q, k, v (samples, heads, tokens, head_dim) and the feed-forward units: views of one product."
-        *qkv, ff = self.fused_linear(self.norm(x)).split(self.sizes, dim=-1)
+        *qkv, ff = _behind(self.fused_linear, x, self.norm).split(self.sizes, dim=-1)
         q, k, v = (part.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2) for part in qkv)
         return q, k, v, ff
 
@@ -117,8 +133,10 @@ class ParallelBlock(nn.Module):
         x: Tensor,  # (samples, tokens, dim)
     ) -> Tensor:  # (samples, tokens, dim)
         q, k, v, ff = self._project(x)
-        attended = self.attn_dropout(attend(q, k, v).transpose(1, 2).flatten(-2))
-        return x + self.drop_path(self.attn_out(attended)) + self.drop_path(self.ff_out(ff))
+        attended = attend(q, k, v).transpose(1, 2).flatten(-2)
+        x = x + self.drop_path(_behind(self.attn_out, attended, self.attn_dropout))
+        activation, dropout, last = self.ff_out
+        return x + self.drop_path(_behind(last, ff, activation, dropout))
 
     def attention_map(
         self,

@@ -21,8 +21,9 @@ from ..core import CortexlitError, DataError
 
 # %% auto #0
 __all__ = ['OUTPUTS', 'MODULATORS', 'CORES', 'READOUTS', 'sample_map', 'standard_coordinates', 'Gaussian2dReadout', 'Shifter',
-           'elu1', 'output_named', 'initial_bias', 'MLPModulator', 'MLP2Modulator', 'MLP3Modulator', 'register_core',
-           'register_readout', 'part_named', 'check_parts', 'parts_told', 'own_code', 'make_core', 'make_readout']
+           'elu1', 'output_named', 'initial_bias', 'MLPModulator', 'MLP2Modulator', 'MLP3Modulator', 'in_float32',
+           'as_weights', 'register_core', 'register_readout', 'part_named', 'check_parts', 'parts_told', 'own_code',
+           'make_core', 'make_readout']
 
 # %% ../../neuro_nbs/05a_readouts.ipynb #d2866020
 def sample_map(
@@ -331,6 +332,32 @@ MODULATORS: dict[str, type[nn.Module]] = {
     "mlp-v2": MLP2Modulator,
     "mlp-v3": MLP3Modulator,
 }
+
+# %% ../../neuro_nbs/05a_readouts.ipynb #199ee523
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def in_float32(
+    module: nn.Module,  # a small part of a model: a readout, a shifter, a modulator
+    *given: torch.Tensor | None,  # what it takes
+) -> torch.Tensor:
+    "What a module gives; one whose weights have 16 bits is computed in float32: places and rates need more than 8 bits."
+    weights = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    if not any(value.dtype in _HALF for value in weights.values()):
+        return module(*given)
+    weights = {name: v.float() if v.dtype in _HALF else v for name, v in weights.items()}
+    given = tuple(x if x is None else x.float() for x in given)
+    with torch.autocast(next(x for x in given if x is not None).device.type, enabled=False):
+        return torch.func.functional_call(module, weights, given)
+
+
+def as_weights(
+    module: nn.Module,  # a core
+    x: torch.Tensor | None,
+) -> torch.Tensor | None:
+    "An input in the type of a module's weights, if that has 16 bits; otherwise as it is."
+    dtype = next((weight.dtype for weight in module.parameters()), None)
+    return x.to(dtype) if x is not None and dtype in _HALF else x
 
 # %% ../../neuro_nbs/05a_readouts.ipynb #5a0c0002
 CORES: dict[str, type[nn.Module]] = {}  # name -> class

@@ -36,7 +36,9 @@ from cortexlit.models.readouts import (
     OUTPUTS,
     Gaussian2dReadout,
     Shifter,
+    as_weights,
     check_parts,
+    in_float32,
     make_core,
     make_readout,
     parts_told,
@@ -681,19 +683,23 @@ class V1T(Heads, PreTrainedModel):
         if len(self.image_shifters):
             more = {"behavior": behavior} if c.shift == "both+behavior" else {}
             state = self._state(**more, pupil_center=pupil_center)
-            shifts = self.image_shifters[self._mouse(mouse_id)](state[..., None])[..., 0] * (1 - c.crop)
+            shifts = in_float32(self.image_shifters[self._mouse(mouse_id)], state[..., None])[..., 0] * (
+                1 - c.crop
+            )
+        image = image.to(torch.promote_types(image.dtype, torch.float32))  # places need more than 8 bits
         image = seen_part(image, c.crop, shifts, c.image_sampling, c.resize)
         if c.behavior == "channels":
             state = self._state(behavior=behavior)
             image = torch.cat([image, state[..., None, None].expand(-1, -1, *image.shape[-2:])], 1)
         if c.core != "vit":
-            return image, None
+            return as_weights(self.core, image), None
         if not c.state_channels:
-            return image, [None] * c.depth
+            return as_weights(self.core, image), [None] * c.depth
         pupil = {} if c.behavior == "block-mlp" else {"pupil_center": pupil_center}
         state = self._state(behavior=behavior, **pupil)
         mlps = self.behaviors[self._mouse(mouse_id)] if c.behavior == "per-mouse" else self.core.behavior
-        return image, [mlp(state) for mlp in mlps]
+        states = [as_weights(self.core, in_float32(mlp, state)) for mlp in mlps]
+        return as_weights(self.core, image), states
 
     def encode(
         self,
@@ -716,7 +722,7 @@ class V1T(Heads, PreTrainedModel):
         if not len(self.shifters):
             return points
         pupil = self._state(pupil_center=pupil_center)
-        return points + self.shifters[mouse](pupil[..., None]).transpose(1, 2)
+        return points + in_float32(self.shifters[mouse], pupil[..., None]).transpose(1, 2)
 
     def read(
         self,
@@ -727,8 +733,8 @@ class V1T(Heads, PreTrainedModel):
         "Core shifter and readout of one mouse on the core's map: one frame of what ViV1T's readout takes."
         mouse, shifts = self._mouse(mouse_id), None
         if len(self.shifters):
-            shifts = self.shifters[mouse](self._state(pupil_center=pupil_center)[..., None])
-        return self.readouts[mouse](features[:, :, None], shifts, None)[..., 0]
+            shifts = in_float32(self.shifters[mouse], self._state(pupil_center=pupil_center)[..., None])
+        return in_float32(self.readouts[mouse], features[:, :, None], shifts, None)[..., 0]
 
     def forward(
         self,

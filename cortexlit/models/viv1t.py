@@ -46,7 +46,9 @@ from cortexlit.models.readouts import (
     OUTPUTS,
     Gaussian2dReadout,
     Shifter,
+    as_weights,
     check_parts,
+    in_float32,
     initial_bias,
     make_core,
     make_readout,
@@ -709,6 +711,8 @@ class ViV1T(Heads, PreTrainedModel):
             given = given[:1]
         if tokens is None:
             state = self._state(behavior, pupil_center) if self.config.core_state else None
+            if self.config.core != "vivit":  # whose tokenizer takes float32
+                given, state = as_weights(self.core, given), as_weights(self.core, state)
             features = self.core(given, state)
         else:
             features = self._able("core", self.core, "mix")(given)
@@ -731,9 +735,10 @@ class ViV1T(Heads, PreTrainedModel):
         state = None if state is None else self.align(state, frames)
         shifts = None
         if self.config.shifter:
-            shifts = self.shifters[mouse](state[:, self.config.behavior_channels :])
-        raw = self.readouts[mouse](features, shifts, state if self.config.state_encoder else None)
-        return self.modulators[mouse](raw, state) if self.config.modulator else raw
+            shifts = in_float32(self.shifters[mouse], state[:, self.config.behavior_channels :])
+        told = state if self.config.state_encoder else None
+        raw = in_float32(self.readouts[mouse], features, shifts, told)
+        return in_float32(self.modulators[mouse], raw, state) if self.config.modulator else raw
 
     def forward(
         self,
