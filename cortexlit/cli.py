@@ -935,14 +935,9 @@ Degrees = Annotated[
 
 def _twin(run: Path, dataset: Path, degrees: tuple[float, float] | None, trust: bool) -> Any:
     "The model in a laboratory with its screen."
-    from cortexlit.data.folder import check_folder
-    from cortexlit.insilico.stimuli import Screen, open_twin
+    from cortexlit.insilico.stimuli import open_twin, screen_of
 
-    if degrees is None:
-        return open_twin(run, dataset, trust=trust)
-    card = check_folder(dataset, "clips")
-    screen = Screen(tuple(card["options"]["size"]), degrees, True, float(card["rate"] or 30.0))
-    return open_twin(run, dataset, screen, trust)
+    return open_twin(run, dataset, screen_of(dataset, degrees), trust)
 
 
 def _tell_report(title: str, table: Any, twin: Any, out: Path, as_json: bool) -> None:

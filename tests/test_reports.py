@@ -103,7 +103,8 @@ def test_a_report_replaces_its_own_kind_only(twin, tmp_path):
     assert pd.read_csv(tmp_path / "r" / "tuning.csv")["neuron"].tolist() == [2]
     with pytest.raises(DataError, match="tuning"):
         fields_report(twin, tmp_path / "r", [1], pictures=2, overwrite=True)
-    write_json(tmp_path / "other" / "thesis.json", {}) if (tmp_path / "other").mkdir() is None else None
+    (tmp_path / "other").mkdir()
+    write_json(tmp_path / "other" / "thesis.json", {})
     with pytest.raises(DataError):
         tuning_report(twin, tmp_path / "other", [1], **FEW, overwrite=True)
     assert (tmp_path / "other" / "thesis.json").exists()

@@ -108,6 +108,10 @@ def test_folds_and_pictures_say_theirs(tmp_path):
     split = split_of(root)
     assert split.tier.shape[0] == 3 == len(fold_folders(root)) and (split.fold >= 0).all()
     split.audit()
+    table = fold_folders(root)[1] / "samples.csv"
+    table.write_text(table.read_text().replace("test", "train", 1))
+    with pytest.raises(DataError, match="differs from what the card recorded"):
+        split_of(root)
     draw = np.random.default_rng(0)
     scenes = import_arrays(draw.random((30, 8, 8)), draw.random((30, 5)), tmp_path / "scenes")
     assert (
@@ -133,4 +137,7 @@ def test_a_subject_keeps_the_split_it_was_built_with(subject, tmp_path):
     other = split_by_session(trials.assign(image=trials["image"].to_numpy()[::-1]))
     with pytest.raises((DataError, SplitLeak)):
         build_things(subject, tmp_path / "other", split=other)
+    late = split_by_session(trials.assign(trial=trials["trial"] + 1))
+    with pytest.raises(DataError, match="a split of other trials"):
+        build_things(subject, tmp_path / "other", split=late)
     assert not (tmp_path / "other").exists()

@@ -18,6 +18,7 @@ import pandas as pd
 from ..core import DataError, MissingError, SplitLeak, digest, read_json, reading, rng, write_json
 from .checks import load_table, same_length, whole
 from .folder import check_folder
+from .folds import fold_folders
 
 # %% auto #0
 __all__ = ['UNITS', 'audit_units', 'Split', 'split_by_concept', 'split_by_session', 'split_of']
@@ -285,17 +286,16 @@ def split_of(
             fix = "build_things(..., split=split_by_concept(things.index.stimuli)), or make a split of its trials"
             raise MissingError("this subject was cached without a split", "split.json", fix, root)
         return Split.load(root / "split.json")
-    folders = (
-        [root / str(k) for k in range(int(card["options"]["folds"]))] if card["kind"] == "folds" else [root]
-    )
+    folders = fold_folders(root) if card.get("kind") == "folds" else [root]
+    for folder in folders:
+        check_folder(folder)  # that of all folds vouches for the cards of each, and these for the tables
     tables = [
         load_table(folder / "samples.csv", ["sample", "tier"]).sort_values("sample") for folder in folders
     ]
     samples = tables[0].drop(columns="tier").reset_index(drop=True)
     tier = np.array([[t if t in _TIERS else "" for t in table["tier"].fillna("")] for table in tables])
-    return Split(
-        str(card["options"]["split"]), tier, samples, card["options"].get("seed"), card["split_hash"]
-    )
+    options = card["options"]
+    return Split(str(options["split"]), tier, samples, options.get("seed"), card.get("split_hash", ""))
 
 
 _TIERS = ("train", "validation", "test")

@@ -1066,7 +1066,8 @@ def build_things(
     if split is not None:
         split.audit()
         same_length("trials", {"split": len(split.samples), "subject": len(stimuli)}, things.root)
-        if not split.samples["image"].eq(stimuli["image"].to_numpy()).all():
+        keys = ["session", "run", "trial", "image"]
+        if not (split.samples[keys].to_numpy() == stimuli[keys].to_numpy()).all():
             raise DataError("a split of other trials", "one of things.index.stimuli", path=things.root)
     keep = np.ones(len(things.voxels), bool) if rois is None else select_rois(things.rois, rois)
     shape = (len(stimuli), int(keep.sum()))

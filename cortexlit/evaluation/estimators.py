@@ -74,13 +74,13 @@ class GroupRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
         )
         targets = y.reshape(len(y), -1).astype(float)
         folds = _folds(groups, len(X))
-        spectra, weights = self._spectra(X)
+        spectra, weights, shares = self._spectra(X)
         errors = np.stack(
             [((leave_group_out(s, targets, folds, self.alphas) - targets) ** 2).sum(1) for s in spectra]
         )  # (mixtures, alphas, targets)
         mixture, alpha = np.divmod(errors.reshape(-1, targets.shape[1]).argmin(0), errors.shape[1])
         self.alpha_ = np.asarray(self.alphas, float)[alpha]
-        self.mixture_ = np.ones((len(alpha), 1)) if self.bands is None else self._shares[mixture]
+        self.mixture_ = shares[mixture]
         coefficients = np.empty((targets.shape[1], X.shape[1]))
         mean_x, mean_y = X.mean(0), targets.mean(0)
         for m, a in set(zip(mixture, alpha, strict=True)):
@@ -102,22 +102,22 @@ class GroupRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
         X = validate_data(self, X, dtype=np.float64, reset=False)
         return X @ self.coef_.T + self.intercept_
 
-    def _spectra(self, X: np.ndarray) -> tuple[list[Any], np.ndarray]:
-        "Decompositions of the mixtures, and the weight of each column in each."
+    def _spectra(self, X: np.ndarray) -> tuple[list[Any], np.ndarray, np.ndarray]:
+        "Decompositions of the mixtures, and in each the weight of each column and the share of each band."
         if self.bands is None:
-            return [decompose(X)], np.ones((1, X.shape[1]))
+            return [decompose(X)], np.ones((1, X.shape[1])), np.ones((1, 1))
         columns = [np.asarray(c, int) for c in self.bands.values()]
         if sorted(np.concatenate(columns).tolist()) != list(range(X.shape[1])):
             wish = f"each of the {X.shape[1]} columns in one band"
             raise DataError(f"bands of {[len(c) for c in columns]} columns", expected=wish)
-        spectra, self._shares = mixed_bands(
+        spectra, shares = mixed_bands(
             {n: X[:, c] for n, c in zip(self.bands, columns, strict=True)}, self.steps
         )
         weights = np.zeros((len(spectra), X.shape[1]))
         for k, column in enumerate(columns):
             spread = np.sqrt(((X[:, column] - X[:, column].mean(0)) ** 2).sum() / len(X))
-            weights[:, column] = np.sqrt(self._shares[:, k : k + 1]) / spread
-        return spectra, weights
+            weights[:, column] = np.sqrt(shares[:, k : k + 1]) / spread
+        return spectra, weights, shares
 
 # %% ../../neuro_nbs/12d_estimators.ipynb #12d00008
 def _folds(groups: np.ndarray | None, n: int) -> np.ndarray:

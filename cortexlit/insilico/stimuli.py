@@ -89,15 +89,16 @@ _SCREENS = {"synthetic": (60.0, 120.0), "allen": (85.5, 120.0)}  # degrees, heig
 
 def screen_of(
     root: str | Path,  # a dataset folder
+    degrees: tuple[float, float] | None = None,  # height and width; None: as its source says
 ) -> Screen:  # warped, of the size and rate of its clips
     "The screen on which a recording's films were shown; `MissingError` if its source does not say."
     card = check_folder(root, "clips")
-    degrees = _SCREENS.get(card["source"])
+    degrees = degrees or _SCREENS.get(card["source"])
     if degrees is None:
         raise MissingError(
             f"nobody knows the screen of a recording from {card['source']!r}",
             path=Path(root),
-            fix="say it: Screen(size, degrees=(height, width), warped, rate)",
+            fix="say it: screen_of(root, degrees=(height, width)), or Screen(size, degrees, warped, rate)",
         )
     return Screen(tuple(card["options"]["size"]), degrees, True, float(card["rate"] or 30.0))
 
