@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from math import isnan
 from pathlib import Path
@@ -314,9 +314,9 @@ Core = Annotated[
 Last = Annotated[int, typer.Option(help="Frames at the end of each clip that are fitted and scored.")]
 
 
-def _options(scale: str | None, core_given: str | None) -> tuple[dict, dict]:
-    "Options of `train_head` and of `fit` at a scale."
-    from cortexlit.training.lora import HEADS, SCALES
+def _options(scale: str | None, core_given: str | None) -> tuple[str, dict]:
+    "The scale, and the options of `train_head` there."
+    from cortexlit.training.recipes import SCALES, STUDY_HEAD
 
     scale = scale or core.scale()
     if scale not in SCALES:
@@ -327,7 +327,7 @@ def _options(scale: str | None, core_given: str | None) -> tuple[dict, dict]:
             expected="--core with published weights, such as bryanlimy/ViV1T/viv1t_001 or a run folder",
             fix="--scale demo uses the demonstration core",
         )
-    return HEADS[scale], SCALES[scale]
+    return scale, dict(STUDY_HEAD.at(scale).fit)
 
 
 @app.command("fit")
@@ -359,7 +359,7 @@ def fit_command(
     """
     from cortexlit.models.adapters import check_targets
     from cortexlit.training.heads import fresh_head, train_head
-    from cortexlit.training.lora import FULL, at_scale
+    from cortexlit.training.recipes import FULL
     from cortexlit.training.trainer import ADAPT, check_options
     from cortexlit.training.trainer import fit as train
 
@@ -367,18 +367,17 @@ def fit_command(
         raise core.DataError(f"--adapt {adapt}", expected=f"one of {', '.join(ADAPT)}")
     if adapt != "lora" and (rank is not None or targets is not None):
         raise core.DataError(f"--rank or --targets with --adapt {adapt}", expected="--adapt lora")
-    head_options, options = _options(scale, core_folder)
+    scale, head_options = _options(scale, core_folder)
     common = {"last": last, "resume": resume, "progress": not as_json}
     core.check_out(out)
     if adapt != "head":  # looked at before the head is trained
         wanted = (
             [FULL] if adapt == "full" else _configurations([8 if rank is None else rank], [targets or "all"])
         )
-        (chosen,) = at_scale(wanted, scale)
-        options = options | chosen.options | common
+        options = wanted[0].at(scale).fit | common
         check_options(seed=seed, **options)
-        if chosen.adapters is not None:
-            check_targets(fresh_head(dataset, core_folder, seed=seed), chosen.adapters)
+        if options["adapters"] is not None:
+            check_targets(fresh_head(dataset, core_folder, seed=seed), options["adapters"])
     head_out = out if adapt == "head" else None
     done = train_head(dataset, core_folder, seed=seed, out=head_out, **head_options | common)
     if adapt != "head":
@@ -388,13 +387,13 @@ def fit_command(
 
 def _configurations(ranks: list[int] | None, targets: list[str] | None) -> list:
     "All pairs of ranks and targets; without either, those of study 1."
-    from cortexlit.training.lora import STUDY, configuration
+    from cortexlit.training.recipes import STUDY, lora_recipe
 
-    own = [(c.adapters.rank, c.adapters.targets) for c in STUDY]
+    own = [(c.fit["adapters"].rank, c.fit["adapters"].targets) for c in STUDY]
     ranks = dict.fromkeys(ranks or sorted({rank for rank, _ in own}))  # each once
     targets = dict.fromkeys(targets or sorted({layers for _, layers in own}))
     return [
-        configuration(r, tuple(t.split(",")) if "," in t or "." in t else t) for r in ranks for t in targets
+        lora_recipe(r, tuple(t.split(",")) if "," in t or "." in t else t) for r in ranks for t in targets
     ]
 
 
@@ -427,13 +426,14 @@ def grid(
       cortexlit grid _data/demo --rank 8 --rank 32 --targets fused --seeds 5
       cortexlit grid _data/a --scale paper --core viv1t_001/ --storage postgresql://user@host/grid
     """
-    from cortexlit.training.lora import FULL, Grid, at_scale
+    from cortexlit.training.lora import Grid
+    from cortexlit.training.recipes import FULL
 
-    head, options = _options(scale, core_folder)
-    chosen = at_scale(_configurations(rank, targets) + [FULL] * full, scale)
+    scale, head = _options(scale, core_folder)
+    chosen = [recipe.at(scale) for recipe in _configurations(rank, targets) + [FULL] * full]
     if seeds < 1:
         raise core.DataError(f"--seeds {seeds}", expected="a whole number from 1 up")
-    whole = Grid(dataset, chosen, range(seeds), core_folder, out, storage, last, head, **options)
+    whole = Grid(dataset, chosen, range(seeds), core_folder, out, storage, last, head)
     if not resume and len(whole.table()):
         raise core.DataError("there are finished runs", path=whole.folder, fix="--resume, or another --out")
     table = whole.run(progress=not as_json).table()
@@ -508,7 +508,7 @@ def folds(
     from cortexlit.evaluation.baselines import score_dataset
     from cortexlit.training.folds import HEAD, fold_predictions
     from cortexlit.training.heads import CONTROLS
-    from cortexlit.training.lora import FULL, STUDY, at_scale
+    from cortexlit.training.recipes import FULL, STUDY
     from cortexlit.training.trainer import ADAPT
 
     wanted = list(dict.fromkeys(adapt or ["head"]))
@@ -516,12 +516,11 @@ def folds(
         raise core.DataError(f"--adapt {unknown[0]}", expected=f"one of {', '.join(ADAPT)}")
     if seeds < 1:
         raise core.DataError(f"--seeds {seeds}", expected="1 or more")
-    head_options, options = _options(scale, core_folder)
+    scale, head_options = _options(scale, core_folder)
     core.check_out(out)
     given = {"head": (HEAD, None)}
-    for name, configurations in (("lora", STUDY[:1]), ("full", (FULL,))):
-        (chosen,) = at_scale(configurations, scale)
-        given[name] = (chosen.name, options | chosen.options)
+    for name, recipe in (("lora", STUDY[0]), ("full", FULL)):
+        given[name] = (recipe.name, recipe.at(scale).fit)
     models = fold_predictions(
         dataset, dict(given[a] for a in wanted), core_folder, range(seeds), CONTROLS if controls else (), last,
         head_options, progress=not as_json,
@@ -602,8 +601,8 @@ def scenes_fit(
       cortexlit scenes fit _data/scenes --session 4
       cortexlit scenes fit _data/501559087 --session 5 --scale paper
     """
-    from cortexlit.models.parts import CONV_RECIPE
-    from cortexlit.training.scenes import SCENE_RECIPE, SESSIONS, sessions_at_scale, train_scenes
+    from cortexlit.training.recipes import CONV_RECIPE, SCENE_RECIPE, SESSIONS
+    from cortexlit.training.scenes import train_scenes
 
     if session is not None and not 1 <= session <= len(SESSIONS):
         raise core.DataError(f"--session {session}", expected=f"1 to {len(SESSIONS)}")
@@ -615,8 +614,8 @@ def scenes_fit(
         told = "v1t or conv" if session is None else "v1t, which the sessions are of"
         raise core.DataError(f"--model {model}", expected=told)
     core.check_out(out)
-    recipe = replace(SCENE_RECIPE, **CONV_RECIPE) if model == "conv" else SCENE_RECIPE
-    (chosen,) = [recipe] if session is None else sessions_at_scale([SESSIONS[session - 1]], scale)
+    chosen = CONV_RECIPE if model == "conv" else SCENE_RECIPE
+    chosen = chosen if session is None else SESSIONS[session - 1].at(scale)
     given = {k: v for k, v in {"epochs": epochs, "lr": lr}.items() if v is not None}
     done = train_scenes(dataset, chosen, seed=seed, out=out, progress=not as_json, **given)
     _tell_run(chosen.name, done, as_json)
@@ -1086,6 +1085,7 @@ def _demo_fmri(out: Path) -> Any:
     from cortexlit.models.vit3d import decoder
     from cortexlit.simulate.subject import embedded_things
     from cortexlit.training.decoders import fit_folds
+    from cortexlit.training.recipes import RECIPES
 
     root = embedded_things("demo")
     things = open_things(root, "01", "figshare")
@@ -1093,11 +1093,10 @@ def _demo_fmri(out: Path) -> Any:
         build_things(things, out / "datasets" / "things", overwrite=True), root / "ratings", "visual"
     )
     split = split_by_concept(data.trials, 5, 0)
-    recipe = {"schedule": "plateau", "lr": 6e-3, "epochs": 60, "patience": 5, "batch_size": 128}
-    found = fit_folds(decoder(data, "parcels"), data, split, progress=False, **recipe).predictions
+    fits = fit_folds(decoder(data, "parcels"), data, split, progress=False, **RECIPES["decoder"].fit)
     return score_subject(
         data.responses.astype(float), data.labels.astype(float), data.trials["concept"].to_numpy(), split,
-        data.properties, {("ViT3D on regions", 0): found}, dataset="synthetic fMRI subject", root=data.folder,
+        data.properties, {("ViT3D on regions", 0): fits.predictions}, dataset="synthetic fMRI subject", root=data.folder,
     )  # fmt: skip
 
 # %% ../neuro_nbs/19_cli.ipynb #1aaaf61c

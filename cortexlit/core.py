@@ -995,8 +995,7 @@ def provenance(
 
     Examples
     --------
-    >>> import cortexlit as cx
-    >>> sorted(cx.provenance(seed=0))
+    >>> sorted(provenance(seed=0))
     ['commit', 'machine', 'packages', 'python', 'seed']
     """
     return {

@@ -23,7 +23,7 @@ NAMES = {
     "simulate.subject": "embedded_things",
     "data.clips": "build_dataset MouseDataset",
     "data.scenes": "build_scenes ScenesDataset",
-    "data.exchange": "import_tree import_arrays import_sensorium2022",
+    "data.exchange": "import_tree import_arrays",
     "data.folds": "build_folds",
     "data.things": "open_things build_things ThingsDataset load_properties",
     "data.splits": "split_by_concept split_by_session split_of",
@@ -34,6 +34,7 @@ NAMES = {
     "models.readouts": "register_core register_readout",
     "models.adapters": "Adapters",
     "training.trainer": "fit predict",
+    "training.recipes": "Recipe RECIPES",
     "training.heads": "train_head",
     "training.scenes": "train_scenes",
     "training.lora": "Grid",
@@ -45,7 +46,7 @@ NAMES = {
     "evaluation.comparison": "compare",
     "evaluation.design": "design",
     "evaluation.scores": "ScoreSheet",
-    "core": "CortexlitError provenance",
+    "core": "CortexlitError",
     "front": "build open_dataset score",
 }
 PLACES = {name: module for module, names in NAMES.items() for name in names.split()}

@@ -10,7 +10,7 @@ from toys import toy_recording
 
 from cortexlit import cli
 from cortexlit.data.clips import build_dataset
-from cortexlit.training import lora
+from cortexlit.training import recipes
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 
@@ -27,7 +27,7 @@ def inputs(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     "One epoch of the head, in place of six."
-    monkeypatch.setitem(lora.HEADS, "demo", {"epochs": 1})
+    monkeypatch.setitem(recipes.STUDY_HEAD.demo["fit"], "epochs", 1)
 
 
 def run(capsys, monkeypatch, *words: str) -> tuple[int, dict]:

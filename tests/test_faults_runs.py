@@ -30,6 +30,7 @@ from cortexlit.data.clips import build_dataset
 from cortexlit.models.adapters import Adapters, add_adapters, load_adapters, save_adapters
 from cortexlit.training import lora, pretraining, trainer, tuning
 from cortexlit.training.features import cached_features
+from cortexlit.training.recipes import Recipe
 from cortexlit.training.trainer import best_folder, check_options, check_trained_on, fit
 
 pytestmark = pytest.mark.usefixtures("no_curves")  # dozens of tiny models are trained
@@ -424,6 +425,9 @@ def test_wrong_options_are_named(option, tmp_path):
     )
 
 
+ONE = Recipe("good", {"adapt": "lora", "adapters": Adapters(2, "fused"), "lr": 0.1, "epochs": 1})
+
+
 def test_every_way_to_train_looks_first(tmp_path, monkeypatch):
     from cortexlit.training import decoders
 
@@ -433,17 +437,17 @@ def test_every_way_to_train_looks_first(tmp_path, monkeypatch):
         toys.toy_recording(), tmp_path / "ds", clip_frames=20, size=(10, 14), split="stimuli", gap=5
     )
     tiny_model(core_state=False).save_core(tmp_path / "core")
-    bad = lora.Configuration("bad", Adapters(2, "fused"), 0.1, "cosin", (1,))
-    layer = lora.Configuration("layer", Adapters(2, ("nowhere",)), 0.1, "cosine", (1,))
-    for configuration in (bad, layer):
-        with pytest.raises(DataError, match="cosin|nowhere"):
+    with pytest.raises(DataError, match="cosin"):
+        ONE.but("bad", fit={"schedule": "cosin"})
+    layer = ONE.but("layer", fit={"adapters": Adapters(2, ("nowhere",))})
+    for configuration in (layer, ONE.but("other", fit={"adapters": Adapters(2, ("nowhere",)), "epochs": 2})):
+        with pytest.raises(DataError, match="nowhere"):
             lora.Grid(folder, [configuration], [0], core=tmp_path / "core", last=LAST, out=tmp_path / "grid")
-        with pytest.raises(DataError, match="cosin|nowhere"):
+        with pytest.raises(DataError, match="nowhere"):
             lora.cross_validate(folder, configuration, core=tmp_path / "core", last=LAST)
-    good = lora.Configuration("good", Adapters(2, "fused"), 0.1, "cosine", (1,))
     for options in ({"lr_": 1}, {"head": {"lr": -1}}, {"weight_decay": -1}, {"seeds": [-1]}):
         with pytest.raises(DataError):
-            lora.Grid(folder, [good], core=tmp_path / "core", last=LAST, **options)
+            lora.Grid(folder, [ONE], core=tmp_path / "core", last=LAST, **options)
     with pytest.raises(DataError, match="lr="):
         tuning.tune(
             lambda p: tiny_model(), tiers(), tuning.Space({"lr": tuning.Range(-1.0, 1.0)}), out=tmp_path / "t"
@@ -529,7 +533,6 @@ def test_seeds_are_whole_numbers_from_zero_up(seed, tmp_path):
 
 def test_two_mice_with_one_split_are_two_grids(tmp_path):
     tiny_model(core_state=False).save_core(tmp_path / "core")
-    good = lora.Configuration("good", Adapters(2, "fused"), 0.1, "cosine", (1,))
     names = []
     for k, seed in enumerate((0, 1, 0)):
         folder = build_dataset(
@@ -540,13 +543,13 @@ def test_two_mice_with_one_split_are_two_grids(tmp_path):
             split="stimuli",
             gap=5,
         )
-        names.append(lora.Grid(folder, [good], [0], core=tmp_path / "core", last=LAST).name)
+        names.append(lora.Grid(folder, [ONE], [0], core=tmp_path / "core", last=LAST).name)
     assert names[0] == names[2] != names[1]
     other = tiny_model(core_state=False)
     with torch.no_grad():
         next(other.core.parameters()).view(-1)[0] += 1e-6
     other.save_core(tmp_path / "core2")
-    assert lora.Grid(folder, [good], [0], core=tmp_path / "core2", last=LAST).name not in names
+    assert lora.Grid(folder, [ONE], [0], core=tmp_path / "core2", last=LAST).name not in names
 
 
 def test_kept_arrays_belong_to_what_made_them(tmp_path):

@@ -14,7 +14,8 @@ from cortexlit.data.inputs import InputScheme, check_inputs, comparable, open_fo
 from cortexlit.models.viv1t import ViV1T, ViV1TConfig, published_viv1t_config
 from cortexlit.training.features import cached_features
 from cortexlit.training.heads import at_rate, fresh_head, train_head
-from cortexlit.training.lora import Configuration, Grid, clip_folds
+from cortexlit.training.lora import Grid, clip_folds
+from cortexlit.training.recipes import Recipe
 from cortexlit.training.trainer import fit, predict
 
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -88,7 +89,7 @@ def test_everything_that_trains_opens_folders_as_the_core_was_taught(inputs, tmp
         progress=False,
     )
     clip_folds(root, 2, 0, head.model)
-    grid = Grid(root, [Configuration("full", None, 0.01, "cosine", (1,))], [0], core=core, out=tmp_path / "grid", last=LAST,
+    grid = Grid(root, [Recipe("full", {"adapt": "full", "lr": 0.01, "schedule": "cosine", "epochs": 1})], [0], core=core, out=tmp_path / "grid", last=LAST,
                 head={"epochs": 1}, batch_size=4)  # fmt: skip
     grid.run(progress=False).predictions()
     assert set(opened) == {"closed-loop"}

@@ -22,15 +22,23 @@ from cortexlit.data.clips import MouseDataset, build_dataset
 from cortexlit.metrics import single_trial_correlation
 from cortexlit.models.adapters import Adapters, load_adapters
 from cortexlit.training import lora
-from cortexlit.training.lora import FULL, STUDY, Configuration, Grid, at_scale, clip_folds
+from cortexlit.training.lora import Grid, clip_folds
+from cortexlit.training.recipes import FULL, STUDY, Recipe
 from cortexlit.training.trainer import Fit, predict
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 
 LAST = 8
+
+
+def _adapting(name: str, adapters: Adapters, lr: float, schedule: str, epochs: tuple[int, ...]) -> Recipe:
+    fit = {"adapt": "lora", "adapters": adapters, "lr": lr, "schedule": schedule, "epochs": epochs}
+    return Recipe(name, fit)
+
+
 CONFIGURATIONS = (
-    Configuration("small", Adapters(2, "fused"), 0.01, "cosine", (1,)),
-    Configuration("large", Adapters(4, "all"), 0.01, "linear", (1, 1)),
+    _adapting("small", Adapters(2, "fused"), 0.01, "cosine", (1,)),
+    _adapting("large", Adapters(4, "all"), 0.01, "linear", (1, 1)),
 )
 
 
@@ -70,14 +78,14 @@ def grid(inputs, out: Path, configurations=CONFIGURATIONS, seeds=(0, 1), **optio
 
 
 def test_the_studys_configurations():
-    assert [(c.adapters.rank, c.adapters.targets) for c in STUDY] == [
+    assert [(c.fit["adapters"].rank, c.fit["adapters"].targets) for c in STUDY] == [
         (rank, targets) for rank in (8, 16, 32) for targets in ("all", "fused")
     ]
-    assert [c.lr for c in STUDY] == [0.0036, 0.001, 0.001, 0.001, 0.0036, 0.001]
-    assert [c.schedule for c in STUDY] == ["linear", "cosine"] * 1 + ["linear", "cosine"] * 2
-    assert [c.epochs for c in STUDY] == [(25,), (25, 35), (30,), (30,), (35,), (35,)]
-    assert all(c.adapters.config().lora_alpha == 2 * c.adapters.rank for c in STUDY)
-    assert [c.epochs for c in at_scale([*STUDY, FULL], "demo")] == [
+    assert [c.fit["lr"] for c in STUDY] == [0.0036, 0.001, 0.001, 0.001, 0.0036, 0.001]
+    assert [c.fit["schedule"] for c in STUDY] == ["linear", "cosine"] * 1 + ["linear", "cosine"] * 2
+    assert [c.fit["epochs"] for c in STUDY] == [(25,), (25, 35), (30,), (30,), (35,), (35,)]
+    assert all(c.fit["adapters"].config().lora_alpha == 2 * c.fit["adapters"].rank for c in STUDY)
+    assert [c.at("demo").fit["epochs"] for c in [*STUDY, FULL]] == [
         (2,),
         (2, 2),
         (2,),
@@ -86,9 +94,9 @@ def test_the_studys_configurations():
         (2,),
         (2,),
     ]
-    assert at_scale(STUDY, "paper") == list(STUDY)
-    with pytest.raises(DataError, match="paper, demo"):
-        at_scale(STUDY, "large")
+    assert [c.at("paper") for c in STUDY] == list(STUDY)
+    with pytest.raises(DataError, match="demo, paper"):
+        STUDY[0].at("large")
 
 
 def test_a_grid_and_what_it_keeps(inputs, tmp_path, capsys):

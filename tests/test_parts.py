@@ -22,7 +22,7 @@ from cortexlit.models.v1t import V1T, V1TConfig
 from cortexlit.models.viv1t import ViV1T, ViV1TConfig
 from cortexlit.training.features import cached_features
 from cortexlit.training.heads import reverse_correlate
-from cortexlit.training.scenes import SceneConfiguration
+from cortexlit.training.recipes import Recipe
 from cortexlit.training.trainer import best_folder, fit, model_content, predict
 
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -361,7 +361,18 @@ def test_pictures_from_fit_to_the_sheet(tmp_path, register_both):
         register_core("mine")(Mean)
         register_readout("whole")(Whole)
     parts = {"core": "mine", "readout": "whole"} if register_both else CONV | {"readout": "factorised"}
-    chosen = SceneConfiguration("own", 0.01, size=None, epochs=2, core=parts | {"emb_dim": 4})
+    chosen = Recipe(
+        "own",
+        {
+            "adapt": "full",
+            "loss": "poisson",
+            "lr": 0.01,
+            "epochs": 2,
+            "schedule": "plateau",
+            "batch_size": 16,
+        },
+        parts | {"emb_dim": 4},
+    )
     run = cx.train_scenes(root, chosen, progress=False)
     test = cx.open_dataset(root, "test")
     assert np.array_equal(

@@ -8,17 +8,17 @@ from safetensors.torch import load_file
 from cortexlit.core import DataError, read_json
 from cortexlit.models.viv1t import ViV1T, ViV1TConfig
 from cortexlit.training import pretraining
-from cortexlit.training.pretraining import Recipe, demo_core, neuron_types, pretrain, simulate
+from cortexlit.training.pretraining import Pretraining, demo_core, neuron_types, pretrain, simulate
 
-TINY = Recipe(mice=1, types=8, clips=2, steps=4, batch_size=1)
+TINY = Pretraining(mice=1, types=8, clips=2, steps=4, batch_size=1)
 
 
 @pytest.fixture
 def places(tmp_path, monkeypatch):
     "Generated data and runs of this test only, and a core with a quarter of the tokens."
-    config = Recipe.config.fget
+    config = Pretraining.config.fget
     coarse = property(lambda recipe: ViV1TConfig(**config(recipe).to_diff_dict() | {"stride": (1, 8, 8)}))
-    monkeypatch.setattr(Recipe, "config", coarse)
+    monkeypatch.setattr(Pretraining, "config", coarse)
     for name in ("generated", "runs"):
         monkeypatch.setattr(pretraining, name, lambda *parts, name=name: tmp_path.joinpath(name, *parts))
     return tmp_path
@@ -65,22 +65,22 @@ def test_population_is_the_same_every_time_and_of_other_mice(places):
     assert not np.array_equal(first.videos, other.videos)
     assert np.isfinite(np.asarray(first.responses, np.float32)).all() and (first.responses >= 0).all()
     assert (
-        neuron_types(Recipe())["cell_id"].min() > 920_000_000 + 1000 * 7000
+        neuron_types(Pretraining())["cell_id"].min() > 920_000_000 + 1000 * 7000
     )  # no embedded mouse has such a number
 
 
 @pytest.mark.parametrize("wrong", [{"types": 0}, {"types": 30}, {"lr": -1.0}, {"mice": 3, "types": 88}])
 def test_wrong_recipes_are_refused(wrong):
     with pytest.raises(DataError):
-        Recipe(**wrong)
+        Pretraining(**wrong)
 
 
 def test_the_core_that_ships():
     core = demo_core()
     assert (core / "model.safetensors").stat().st_size <= 3e6
     model = ViV1T.from_published(core, core_only=True, mice={})
-    recipe = Recipe(**read_json(core / "provenance.json")["recipe"])
-    assert recipe == Recipe() and model.config.grid == recipe.config.grid
+    recipe = Pretraining(**read_json(core / "provenance.json")["recipe"])
+    assert recipe == Pretraining() and model.config.grid == recipe.config.grid
     with torch.no_grad():
         features = model.encode(torch.rand(1, 1, 140, 36, 64), last=66)
     assert features.shape == (1, 88, 66, 5, 12) and torch.isfinite(features).all()

@@ -13,15 +13,10 @@ from cortexlit.data.exchange import import_arrays
 from cortexlit.data.scenes import ScenesDataset, load_scenes
 from cortexlit.models.v1t import V1T, V1TConfig
 from cortexlit.simulate.session import scene
+from cortexlit.training.recipes import CORE, SCENE_RECIPE, SESSIONS, Recipe
 from cortexlit.training.scenes import (
-    CORE,
-    REPORTED,
-    SCENE_RECIPE,
-    SESSIONS,
-    SceneConfiguration,
     fresh_model,
     locate,
-    sessions_at_scale,
     simulated_core,
     simulated_responses,
     train_scenes,
@@ -33,7 +28,12 @@ pytestmark = pytest.mark.usefixtures("no_curves")
 
 BLIND = {"behavior": "none", "behavior_channels": 0, "pupil_channels": 0, "shift": "none"}
 SMALL = {"patch": 8, "stride": 7, "emb_dim": 8, "heads": 1, "mlp_dim": 16, "depth": 1, "patch_dropout": 0.0, "dropout": 0.0}  # fmt: skip
-TINY = SceneConfiguration("tiny", 0.01, batch_size=16, epochs=4, schedule="cosine", core=SMALL)
+TINY = Recipe(
+    "tiny",
+    SESSIONS[0].fit | {"lr": 0.01, "batch_size": 16, "epochs": 4, "schedule": "cosine"},
+    SMALL,
+    {"size": (36, 64)},
+)
 QUIET = {"progress": False}
 AT = rng(0, "places").uniform(0.25, 0.75, (6, 2))  # x, y of what each planted neuron sees
 
@@ -66,8 +66,19 @@ def weights(run) -> torch.Tensor:
 
 def test_the_studys_sessions():
     numbers = [
-        (c.samples, c.batch_size, c.lr, c.core_lr, c.loss, c.beta2, c.eps, c.size, c.behavior)
+        (
+            c.data["samples"],
+            f["batch_size"],
+            f["lr"],
+            f["core_lr"],
+            f["loss"],
+            f["betas"][1],
+            f["eps"],
+            c.data["size"],
+            c.data["behavior"],
+        )
         for c in SESSIONS
+        for f in [c.fit]
     ]
     large, small = (144, 256), (36, 64)
     assert numbers == [
@@ -78,12 +89,14 @@ def test_the_studys_sessions():
         (None, 16, 0.004, 0.007, "poisson", 0.999, 1e-6, small, False),
         (None, 16, 0.004, 0.007, "poisson", 0.999, 1e-6, small, True),
     ]
-    assert list(REPORTED.items()) == [
+    assert [(c.name, c.reported) for c in SESSIONS] == [
         ("session 1", 0.0760), ("session 2", 0.0245), ("session 3", 0.0402),
         ("session 4", 0.1402), ("session 5", 0.1633), ("session 6", 0.1529),
     ]  # fmt: skip
-    assert {c.epochs for c in SESSIONS} == {300} and {c.schedule for c in SESSIONS} == {"plateau"}
-    assert not any(c.core for c in SESSIONS)  # the published core
+    assert {c.fit["epochs"] for c in SESSIONS} == {300} and {c.fit["schedule"] for c in SESSIONS} == {
+        "plateau"
+    }
+    assert not any(c.model for c in SESSIONS)  # the published core
 
 
 def test_paper_scale_is_the_published_core(root):
@@ -95,33 +108,35 @@ def test_paper_scale_is_the_published_core(root):
 
 
 def test_scales(monkeypatch):
-    assert sessions_at_scale(SESSIONS, "paper") == list(SESSIONS)
-    demo = sessions_at_scale(SESSIONS, "demo")
-    assert {c.epochs for c in demo} == {3} and all(c.core == CORE for c in demo)
-    assert [replace(c, epochs=300, core={}) for c in demo] == list(SESSIONS)
+    assert [c.at("paper") for c in SESSIONS] == list(SESSIONS)
+    demo = [c.at("demo") for c in SESSIONS]
+    assert {c.fit["epochs"] for c in demo} == {3} and all(c.model == CORE for c in demo)
+    back = [replace(c.but(fit={"epochs": 300}), model={}, demo=SESSIONS[0].demo) for c in demo]
+    assert back == list(SESSIONS) and [c.at("demo") for c in demo] == demo
     monkeypatch.setenv("CORTEXLIT_SCALE", "paper")
-    assert sessions_at_scale(SESSIONS) == list(SESSIONS)
+    assert [c.at() for c in SESSIONS] == list(SESSIONS)
     with pytest.raises(DataError, match="one of demo, paper"):
-        sessions_at_scale(SESSIONS, "large")
+        SESSIONS[0].at("large")
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("part", "change", "words"),
     [
-        ({"loss": "mse"}, "one of 'poisson', 'correlation'"),
-        ({"size": (64, 36)}, r"one of \(36, 64\), \(144, 256\)"),
-        ({"lr": 0}, "lr=0"),
-        ({"core_lr": -1.0}, "core_lr=-1.0"),
-        ({"eps": float("nan")}, "eps=nan"),
-        ({"beta2": 1.0}, "0 <= beta2 < 1"),
-        ({"samples": 0}, "samples=0"),
-        ({"batch_size": 1.5}, "batch_size=1.5"),
-        ({"epochs": None}, "epochs=None"),
+        ("fit", {"loss": "mse"}, "one of 'poisson', 'correlation'"),
+        ("data", {"size": (64, 36)}, r"one of \(36, 64\), \(144, 256\)"),
+        ("fit", {"lr": 0}, "lr=0"),
+        ("fit", {"core_lr": -1.0}, "core_lr=-1.0"),
+        ("fit", {"eps": float("nan")}, "eps=nan"),
+        ("fit", {"betas": (0.9, 1.0)}, "betas=1.0"),
+        ("data", {"samples": 0}, "samples=0"),
+        ("data", {"sample": 10}, "some of samples"),
+        ("fit", {"batch_size": 1.5}, "batch_size=1.5"),
+        ("fit", {"epochs": None}, "epochs=None"),
     ],
 )
-def test_what_no_session_can_have(change, words):
+def test_what_no_session_can_have(root, part, change, words):
     with pytest.raises(DataError, match=words):
-        replace(SESSIONS[0], **change)
+        train_scenes(root, SESSIONS[0].but(**{part: change}))
 
 
 # --- models and runs
@@ -140,13 +155,13 @@ def test_a_fresh_model_knows_the_mean_response_only(root):
 
 def test_what_a_folder_cannot_give(root, tmp_path):
     with pytest.raises(DataError, match=r"takes pictures of \(144, 256\)"):
-        fresh_model(root, replace(TINY, size=(144, 256)))
+        fresh_model(root, TINY.but(data={"size": (144, 256)}))
     draw = rng(0, "no behaviour")
     bare = import_arrays(
         draw.random((12, 36, 64)), draw.random((12, 2)), tmp_path / "bare", coordinates=draw.random((2, 2))
     )
     with pytest.raises(DataError, match="none was recorded"):
-        fresh_model(bare, replace(TINY, behavior=True))
+        fresh_model(bare, TINY.but(data={"behavior": True}))
     core = V1T(V1TConfig({}, **SMALL | BLIND | {"depth": 2}))
     with pytest.raises(DataError, match="the given core has other parts"):
         fresh_model(root, TINY, core)
@@ -157,14 +172,16 @@ def test_large_pictures_are_shrunk_by_the_model(tmp_path):
     large = import_arrays(
         draw.random((12, 144, 256)), draw.random((12, 2)), tmp_path / "large", coordinates=draw.random((2, 2))
     )
-    model = fresh_model(large, replace(TINY, size=(144, 256)))
+    model = fresh_model(large, TINY.but(data={"size": (144, 256)}))
     assert model.config.seen == (36, 64)
     assert predict(model, ScenesDataset(large, "test")).shape[1] == 2
 
 
 def test_training_lowers_the_loss_and_finds_what_was_planted(root, tmp_path):
     "Held-out pictures; against the same predictions with the pictures exchanged."
-    run = train_scenes(root, replace(TINY, epochs=12, located=True), out=tmp_path / "run", **QUIET)
+    run = train_scenes(
+        root, TINY.but(fit={"epochs": 12}, data={"located": True}), out=tmp_path / "run", **QUIET
+    )
     assert run.history["loss"].iloc[-1] < run.history["loss"].iloc[0]
     test = load_scenes(root, "test")
     answer = predict(run.model, ScenesDataset(root, "test"), batch_size=30)
@@ -178,7 +195,7 @@ def test_training_lowers_the_loss_and_finds_what_was_planted(root, tmp_path):
 
 def test_same_seed_same_weights(root, tmp_path):
     runs = [
-        train_scenes(root, replace(TINY, epochs=1), seed=s, out=tmp_path / str(k), **QUIET)
+        train_scenes(root, TINY.but(fit={"epochs": 1}), seed=s, out=tmp_path / str(k), **QUIET)
         for k, s in enumerate((0, 0, 1))
     ]
     assert torch.equal(weights(runs[0]), weights(runs[1])) and not torch.equal(
@@ -203,7 +220,7 @@ def test_resumed_equals_uninterrupted(root, tmp_path, monkeypatch):
         with pytest.raises(ConnectionError):
             train_scenes(root, TINY, out=tmp_path / "cut", **QUIET)
     done = len((tmp_path / "cut" / "history.csv").read_text().splitlines()) - 1
-    assert 0 < done < TINY.epochs
+    assert 0 < done < TINY.fit["epochs"]
     again = train_scenes(root, TINY, out=tmp_path / "cut", **QUIET)
     assert torch.equal(weights(whole), weights(again))
     assert whole.history.drop(columns="seconds").equals(again.history.drop(columns="seconds"))
@@ -216,11 +233,11 @@ def test_samples_are_drawn_from_train_with_the_seed(root, monkeypatch):
     )
     drawn = []
     for seed in (0, 0, 1):
-        train_scenes(root, replace(TINY, samples=50), seed=seed)
+        train_scenes(root, TINY.but(data={"samples": 50}), seed=seed)
         drawn.append(given["data"][0].indices)
     assert drawn[0] == drawn[1] != drawn[2] and len(set(drawn[0])) == 50
     assert given["data"][0].dataset.tier == "train" and given["data"][1].tier == "validation"
-    train_scenes(root, replace(TINY, samples=10_000))
+    train_scenes(root, TINY.but(data={"samples": 10_000}))
     assert len(given["data"][0]) == len(ScenesDataset(root, "train"))
     train_scenes(root, SESSIONS[4], lr=1.0)
     assert (
@@ -234,7 +251,7 @@ def test_samples_are_drawn_from_train_with_the_seed(root, monkeypatch):
 def test_running_enters_only_where_asked(root):
     item = ScenesDataset(root, "train")[0]
     for behavior in (False, True):
-        model = fresh_model(root, replace(TINY, behavior=behavior))
+        model = fresh_model(root, TINY.but(data={"behavior": behavior}))
         with torch.no_grad():
             a, b = (model(item["image"][None], torch.full((1, 1), v)).logits for v in (0.0, 3.0))
         assert torch.equal(a, b) != behavior
@@ -270,7 +287,7 @@ def test_simulated_cells_answer_to_their_place_only():
 
 def test_locate_finds_planted_places(root):
     "Reading points follow where the neurons' stimuli are, also if cortex is mirrored."
-    train, start = load_scenes(root, "train"), replace(TINY, located=True)
+    train, start = load_scenes(root, "train"), TINY.but(data={"located": True})
     for flip in (1, -1):
         model = fresh_model(root, start)
         locate(model, train, 400 * AT * [flip, 1])
@@ -281,9 +298,9 @@ def test_locate_finds_planted_places(root):
 
 def test_a_given_core_is_used(root, simulated):
     core, _ = simulated
-    recipe = replace(SCENE_RECIPE, core={k: getattr(core.config, k) for k in SCENE_RECIPE.core})
+    recipe = SCENE_RECIPE.but(model={k: getattr(core.config, k) for k in SCENE_RECIPE.model})
     for behavior in (False, True):
-        model = fresh_model(root, replace(recipe, behavior=behavior), core)
+        model = fresh_model(root, recipe.but(data={"behavior": behavior}), core)
         own = model.core.state_dict()
         assert all(torch.equal(own[name], value) for name, value in core.core.state_dict().items())
         assert any(name.startswith("behavior.") for name in own) == behavior
@@ -292,10 +309,10 @@ def test_a_given_core_is_used(root, simulated):
 def test_depth_and_learning_rate_are_tuned(root, tmp_path):
     "A search over V1T, frozen nowhere; what it saves is what `fit` takes."
     tiers = tuple(ScenesDataset(root, tier) for tier in ("train", "validation"))
-    options = {k: v for k, v in TINY.options.items() if k not in ("lr", "epochs")}
+    options = {k: v for k, v in TINY.fit.items() if k not in ("lr", "epochs")}
 
     def build(params: dict) -> V1T:
-        return fresh_model(root, replace(TINY, core=SMALL | params))
+        return fresh_model(root, TINY.but(model=params))
 
     space = Space({"depth": Choice((1, 2)), "lr": Range(1e-4, 0.03, log=True)})
     found = tune(

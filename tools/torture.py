@@ -51,11 +51,13 @@ from cortexlit.simulate.subject import write_things  # noqa: E402
 from cortexlit.training import lora  # noqa: E402
 from cortexlit.training.decoders import FoldFits, fit_folds  # noqa: E402
 from cortexlit.training.features import cached_features  # noqa: E402
+from cortexlit.training.recipes import Recipe  # noqa: E402
 from cortexlit.training.trainer import best_folder, fit  # noqa: E402
 
 CLIPS = {"clip_frames": FRAMES, "size": (10, 14), "split": "stimuli", "gap": 5}
 FIT = {"last": LAST, "epochs": 3, "batch_size": 4, "progress": False}
-GRID = (lora.Configuration("r2", Adapters(2, "fused"), 0.01, "linear", (2,)),)
+R2 = {"adapt": "lora", "adapters": Adapters(2, "fused"), "lr": 0.01, "schedule": "linear", "epochs": (2,)}
+GRID = (Recipe("r2", R2),)
 HUNG = 300  # s
 
 

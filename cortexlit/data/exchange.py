@@ -554,10 +554,9 @@ def import_sensorium2022(
     --------
     `scenes`, a folder from `build`, written in that layout and read back:
 
-    >>> import cortexlit as cx
-    >>> from cortexlit.data.exchange import export_sensorium2022
+    >>> from cortexlit.data.exchange import export_sensorium2022, import_sensorium2022
     >>> tree = export_sensorium2022(scenes, "sensorium2022")
-    >>> cx.import_sensorium2022(tree, "back").name
+    >>> import_sensorium2022(tree, "back").name
     'back'
     """
     folder, notes = Path(folder), []

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['CLASSIFIERS', 'CLASSIFIER_STUDY', 'study_split', 'block_mean', 'ClassifierConfig', 'ClassifierOutput',
-           'ConceptClassifier', 'ConceptTrials', 'classifier']
+__all__ = ['CLASSIFIERS', 'study_split', 'block_mean', 'ClassifierConfig', 'ClassifierOutput', 'ConceptClassifier',
+           'ConceptTrials', 'classifier']
 
 # %% ../../neuro_nbs/16_classifiers.ipynb #a0b92fa4
 import math
@@ -64,9 +64,6 @@ def block_mean(
 
 # %% ../../neuro_nbs/16_classifiers.ipynb #8c766192
 CLASSIFIERS = ("logistic", "mlp", "cnn")
-CLASSIFIER_STUDY = {
-    "adapt": "full", "loss": "cross-entropy", "lr": 1e-3, "weight_decay": 0.0, "schedule": "constant", "batch_size": 4,
-}  # the published recipe, Adam, as options of `fit`; with `epochs` 5 and 10  # fmt: skip
 
 
 class ClassifierConfig(PretrainedConfig):

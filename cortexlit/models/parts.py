@@ -14,7 +14,7 @@ from ..core import DataError
 from .readouts import Gaussian2dReadout, register_core, register_readout
 
 # %% auto #0
-__all__ = ['CONV', 'CONV_RECIPE', 'ConvCore', 'FactorisedReadout']
+__all__ = ['CONV', 'ConvCore', 'FactorisedReadout']
 
 # %% ../../neuro_nbs/06c_own_parts.ipynb #0c00001a
 @register_core("conv")
@@ -113,10 +113,3 @@ CONV = {
     "readout_options": {"l1": 0.1},
     "emb_dim": 8,
 }  # options of `V1TConfig` or `ViV1TConfig`: the convolutional baseline
-CONV_RECIPE = {
-    "name": "conv + factorised",
-    "lr": 3e-3,
-    "epochs": 5,
-    "located": False,
-    "core": CONV,
-}  # what differs from `SCENE_RECIPE` of `cortexlit.training.scenes`

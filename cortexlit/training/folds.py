@@ -25,7 +25,8 @@ from ..data.folds import fold_folders, pool
 from ..data.inputs import comparable, open_for
 from ..models.adapters import check_targets
 from .features import CachedFeatures, cached_features, core_inputs, source, weights_digest
-from .heads import CONTROLS, HEAD_RECIPE, fresh_head, train_head
+from .heads import CONTROLS, fresh_head, train_head
+from .recipes import HEAD_RECIPE
 from .trainer import check_options, fit, model_content, predict
 
 # %% ../../neuro_nbs/08a_all_folds.ipynb #08a00012
@@ -165,7 +166,7 @@ def fold_predictions(
     root, adapt, seeds, head = Path(root), dict(adapt or {HEAD: None}), list(seeds), dict(head or {})
     if not seeds:
         raise DataError("no seed", expected="one or more")
-    model = _checked(root, adapt, core, controls, {"last": last, "seed": seeds[0], **HEAD_RECIPE, **head})
+    model = _checked(root, adapt, core, controls, {**HEAD_RECIPE.fit, "last": last, "seed": seeds[0], **head})
     folders = fold_folders(root)
     made_from = {"model": model_content(model), "last": last, "head": head,
                  "data": [source(MouseDataset(f, "test"))["content"] for f in folders]}  # fmt: skip

@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['HEAD_RECIPE', 'CONTROLS', 'fresh_head', 'reverse_correlate', 'ShuffledLabels', 'train_head', 'head_predictions',
-           'at_rate']
+__all__ = ['CONTROLS', 'fresh_head', 'reverse_correlate', 'ShuffledLabels', 'train_head', 'head_predictions', 'at_rate']
 
 # %% ../../neuro_nbs/08_head_training.ipynb #114a97cc
 import hashlib
@@ -26,6 +25,7 @@ from ..models.readouts import Gaussian2dReadout
 from ..models.viv1t import ViV1T, ViV1TConfig
 from .features import CachedFeatures, cached_features
 from .pretraining import demo_core
+from .recipes import HEAD_RECIPE
 from .trainer import Fit, check_options, fit, predict
 
 # %% ../../neuro_nbs/08_head_training.ipynb #2f2da4bd
@@ -205,14 +205,6 @@ class ShuffledLabels:
         return {"labels": torch.from_numpy(self.dataset.read(self.source[i], "responses"))}
 
 # %% ../../neuro_nbs/08_head_training.ipynb #b403ddd8
-HEAD_RECIPE = {
-    "loss": "mse",
-    "lr": 3e-4,
-    "epochs": 6,
-    "batch_size": 8,
-    "weight_decay": 0.01,
-    "schedule": "cosine",
-}
 CONTROLS = ("random core", "shuffled labels")
 
 
@@ -224,7 +216,7 @@ def train_head(
     last: int = 66,  # frames at the end of each clip that are fitted and scored
     keep: Callable[[Any, Any], Any]
     | None = None,  # (model, dataset) -> dataset with `features`; None: `fit` keeps them
-    **options: Any,  # of `fit`, in place of those in RECIPE
+    **options: Any,  # of `fit`, in place of those of `HEAD_RECIPE`
 ) -> Fit:
     """Train a fresh head on a frozen core, or on a control.
 
@@ -239,7 +231,13 @@ def train_head(
     """
     if control not in (None, *CONTROLS):
         raise DataError(f"control={control!r}", expected=f"None or one of {CONTROLS}")
-    check_options(**{"adapt": "head", "seed": seed, "last": last, **HEAD_RECIPE, **options})
+    options = {**HEAD_RECIPE.fit, "seed": seed, "last": last, **options}
+    if options["adapt"] != "head":
+        raise DataError(
+            f"adapt={options['adapt']!r} of a head",
+            fix='train the head, then `fit` with adapt="lora" or "full"',
+        )
+    check_options(**options)
     model = fresh_head(root, core, seed=seed, random_core=control == "random core")
     train, validation = (open_for(model, root, tier) for tier in ("train", "validation"))
     train = ShuffledLabels(train, seed) if control == "shuffled labels" else train
@@ -247,7 +245,7 @@ def train_head(
         train, validation = keep(model, train), keep(model, validation)
         options = options | {"cache": False}
     reverse_correlate(model, train, validation, last)
-    return fit(model, (train, validation), adapt="head", seed=seed, last=last, **HEAD_RECIPE | options)
+    return fit(model, (train, validation), **options)
 
 
 def head_predictions(

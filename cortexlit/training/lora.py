@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['STUDY', 'FULL', 'SCALES', 'HEADS', 'GridCell', 'Configuration', 'configuration', 'at_scale', 'database',
-           'open_storage', 'fail_lost', 'run_cells', 'Grid', 'clip_folds', 'cross_validate']
+__all__ = ['GridCell', 'database', 'open_storage', 'fail_lost', 'run_cells', 'Grid', 'clip_folds', 'cross_validate']
 
 # %% ../../neuro_nbs/09_lora_grid.ipynb #54182342
 import copy
@@ -15,7 +14,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,95 +30,15 @@ from sqlalchemy import URL, text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from torch.utils.data import ConcatDataset, Subset
 
-from ..core import DataError, claim, digest, made_once, rng, runs, scale, sha256
+from ..core import DataError, claim, digest, made_once, rng, runs, sha256
 from ..data.audit import note_opening
 from ..data.clips import MouseDataset
 from ..data.inputs import comparable, open_for
-from ..models.adapters import Adapters, check_targets
+from ..models.adapters import check_targets
 from .features import cached_features, fingerprint, source
-from .heads import HEAD_RECIPE, fresh_head, reverse_correlate, train_head
+from .heads import fresh_head, reverse_correlate, train_head
+from .recipes import HEAD_RECIPE, Recipe
 from .trainer import Fit, best_folder, check_options, fit, model_content, predict
-
-# %% ../../neuro_nbs/09_lora_grid.ipynb #56ad48fe
-@dataclass(frozen=True)
-class Configuration:
-    """One way to adapt a model whose head has been trained.
-
-    Parameters
-    ----------
-    name : str
-        As in tables and folder names.
-    adapters : Adapters or None
-        None: full fine-tuning.
-    lr : float
-        Learning rate.
-    schedule : str
-        Of the learning rate: cosine, linear, constant, plateau.
-    epochs : tuple of int
-        Of each phase; the schedule starts anew in each.
-    """
-
-    name: str
-    adapters: Adapters | None
-    lr: float
-    schedule: str
-    epochs: tuple[int, ...]
-
-    @property
-    def options(self) -> dict[str, Any]:
-        "As arguments of `fit`."
-        adapt = "full" if self.adapters is None else "lora"
-        return {"adapt": adapt, "adapters": self.adapters, "lr": self.lr, "schedule": self.schedule,
-                "epochs": self.epochs}  # fmt: skip
-
-
-def _study(rank: int, targets: str, lr: float, schedule: str, *epochs: int) -> Configuration:
-    return Configuration(f"r{rank}-{targets}", Adapters(rank, targets), lr, schedule, epochs)
-
-
-STUDY = (
-    _study(8, "all", 0.0036, "linear", 25),
-    _study(8, "fused", 0.001, "cosine", 25, 35),
-    _study(16, "all", 0.001, "linear", 30),
-    _study(16, "fused", 0.001, "cosine", 30),
-    _study(32, "all", 0.0036, "linear", 35),
-    _study(32, "fused", 0.001, "cosine", 35),
-)  # study 1, report 2
-FULL = Configuration("full", None, 1e-4, "cosine", (30,))  # everything is trained; not in the study
-
-
-def configuration(
-    rank: int,
-    targets: str | tuple[str, ...] = "all",  # as of `Adapters`
-) -> Configuration:
-    "That of study 1 if it had one of this rank and these targets; otherwise a cosine of 30 epochs from 0.001 on."
-    adapters = Adapters(rank, targets)
-    own = {(c.adapters.rank, c.adapters.targets): c for c in STUDY}
-    name = f"r{rank}-{targets if isinstance(targets, str) else '+'.join(targets)}"
-    return own.get((rank, adapters.targets)) or Configuration(name, adapters, 0.001, "cosine", (30,))
-
-# %% ../../neuro_nbs/09_lora_grid.ipynb #8078a572
-SCALES = {
-    "paper": {"batch_size": 1},
-    "demo": {"batch_size": 10, "by_video": True, "cache": True},
-}  # options of `fit` that differ
-HEADS = {
-    "paper": {"lr": 1e-3, "epochs": 40, "batch_size": 1},
-    "demo": {},
-}  # options of the head's training before that; at demo scale, those of the chapter on head training
-
-
-def at_scale(
-    configurations: Iterable[Configuration],
-    size: str | None = None,  # "paper", "demo"; None: as `CORTEXLIT_SCALE` says
-) -> list[Configuration]:
-    "The same configurations with a fifteenth of the epochs at `demo` scale."
-    size = size or scale()
-    if size not in SCALES:
-        raise DataError(f"scale {size!r}", expected=f"one of {', '.join(SCALES)}")
-    if size == "paper":
-        return list(configurations)
-    return [replace(c, epochs=tuple(round(n / 15) for n in c.epochs)) for c in configurations]
 
 # %% ../../neuro_nbs/09_lora_grid.ipynb #d3ebd68f
 _HEARTBEAT = 15  # seconds between signs of life; a worker silent for four times as long is taken for dead
@@ -226,7 +145,7 @@ class Grid:
     `mouse`, a folder from `build`; two configurations of study 1, to be run with `run`:
 
     >>> import cortexlit as cx
-    >>> from cortexlit.training.lora import STUDY
+    >>> from cortexlit.training.recipes import STUDY
     >>> grid = cx.Grid(mouse, STUDY[:2], seeds=[0], last=12)
     >>> list(grid.configurations)
     ['r8-all', 'r8-fused']
@@ -235,7 +154,7 @@ class Grid:
     def __init__(
         self,
         root: str | Path,  # dataset folder
-        configurations: Iterable[Configuration],
+        configurations: Iterable[Recipe],
         seeds: Iterable[int] = (0, 1, 2),  # of head, adapters and order of samples
         core: str | Path | None = None,  # as `fresh_head`
         out: str | Path | None = None,  # folder of the runs; default one in `_runs` named after all this
@@ -259,7 +178,7 @@ class Grid:
             "data": source(open_for(model, root, "train"))["content"], "model": model_content(model), "last": last,
             "head": self.head, "options": options,
         }  # fmt: skip
-        configurations = [asdict(c) for c in self.configurations.values()]
+        configurations = [{"name": c.name, "fit": asdict(c)["fit"]} for c in self.configurations.values()]
         self.name = f"grid-{digest(self._plan | {'configurations': configurations})}"
         self.folder = runs(self.name) if out is None else Path(out)
         self.storage = storage or database(self.folder / "grid.db")
@@ -270,11 +189,11 @@ class Grid:
         "Options are looked at before anything is trained."
         common = {"last": self.last, "progress": False}
         for seed in self.seeds:
-            check_options(**{**common, "seed": seed, "adapt": "head", **HEAD_RECIPE, **self.head})
+            check_options(**{**HEAD_RECIPE.fit, **common, "seed": seed, **self.head})
         for configuration in self.configurations.values():
-            check_options(**{**common, **configuration.options, **self.options})
-            if configuration.adapters is not None:
-                check_targets(model, configuration.adapters)
+            check_options(**{**configuration.fit, **common, **self.options})
+            if (adapters := configuration.fit.get("adapters")) is not None:
+                check_targets(model, adapters)
 
     @property
     def cells(self) -> list[GridCell]:
@@ -315,7 +234,7 @@ class Grid:
             name, seed = cell["configuration"], cell["seed"]
             started, configuration = time.monotonic(), self.configurations[name]
             options = {
-                **configuration.options,
+                **configuration.fit,
                 "last": self.last,
                 "seed": seed,
                 "progress": False,
@@ -346,8 +265,8 @@ class Grid:
             if name in self.configurations and seed in self.seeds:
                 c = self.configurations[name]
                 rows.append({
-                    "configuration": name, "seed": seed, "lr": c.lr, "schedule": c.schedule,
-                    "epochs": "+".join(map(str, c.epochs)), "best epoch": trial.user_attrs["best_epoch"],
+                    "configuration": name, "seed": seed, "lr": c.fit["lr"], "schedule": c.fit["schedule"],
+                    "epochs": "+".join(map(str, np.atleast_1d(c.fit["epochs"]))), "best epoch": trial.user_attrs["best_epoch"],
                     "validation": trial.value, "seconds": trial.user_attrs["seconds"],
                 })  # fmt: skip
         table = pd.DataFrame(rows, columns=["configuration", "seed", "lr", "schedule", "epochs", "best epoch",
@@ -411,31 +330,30 @@ def clip_folds(
 
 def cross_validate(
     root: str | Path,  # dataset folder; its test tier is left alone
-    configuration: Configuration,
+    configuration: Recipe,
     folds: int = 5,
     core: str | Path | None = None,  # as `fresh_head`
     seed: int = 0,  # of the folds, and of everything that is trained
     last: int = 66,  # frames at the end of each clip that are fitted and scored
-    head: Mapping[str, Any] | None = None,  # options of `fit` for the head, in place of those in RECIPE
+    head: Mapping[str, Any]
+    | None = None,  # options of `fit` for the head, in place of those of `HEAD_RECIPE`
     **options: Any,  # of `fit`, for the adaptation
 ) -> (
     pd.DataFrame
 ):  # one row per fold: samples, correlation on the held-out clips of the head and of the adapted model
     "Train a head and adapt the core on all clips but those of one fold, fold by fold."
-    head_options = (
-        {"adapt": "head", "last": last, "seed": seed, "progress": False} | HEAD_RECIPE | dict(head or {})
-    )
+    head_options = {**HEAD_RECIPE.fit, "last": last, "seed": seed, "progress": False, **(head or {})}
     check_options(**head_options)
-    check_options(**{"last": last, "seed": seed, **configuration.options, **options})
+    options = {**configuration.fit, "last": last, "seed": seed, "progress": False, **options}
+    check_options(**options)
     first = fresh_head(root, core)
-    if configuration.adapters is not None:
-        check_targets(first, configuration.adapters)
+    if configuration.fit.get("adapters") is not None:
+        check_targets(first, configuration.fit["adapters"])
     rows = []
     for k, fold in enumerate(clip_folds(root, folds, seed, first)):
         model = fresh_head(root, core, seed=seed)
         reverse_correlate(model, *fold, last)
-        common = {"last": last, "seed": seed, "progress": False}
         start = fit(model, fold, **head_options)
-        done = fit(start.model, fold, **common | configuration.options | options)
+        done = fit(start.model, fold, **options)
         rows.append((k, len(fold[0]), len(fold[1]), start.correlation, done.correlation))
     return pd.DataFrame(rows, columns=["fold", "trained on", "held out", "head only", configuration.name])

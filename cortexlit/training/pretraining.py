@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['BEFORE', 'SKIP', 'Recipe', 'neuron_types', 'token_centres', 'tiled', 'film', 'energies', 'Simulated', 'teachers',
+__all__ = ['BEFORE', 'SKIP', 'Pretraining', 'neuron_types', 'token_centres', 'tiled', 'film', 'energies', 'Simulated', 'teachers',
            'simulate', 'held_out_correlation', 'pretrain', 'demo_core']
 
 # %% ../../neuro_nbs/07_pretraining.ipynb #621d49b3
@@ -64,7 +64,7 @@ from cortexlit.simulate.session import (
 
 # %% ../../neuro_nbs/07_pretraining.ipynb #6c796ec1
 @dataclass(frozen=True)
-class Recipe:
+class Pretraining:
     """What the demonstration core is made from.
 
     Parameters
@@ -111,7 +111,7 @@ class Recipe:
 
 # %% ../../neuro_nbs/07_pretraining.ipynb #994a1fd1
 def neuron_types(
-    recipe: Recipe,
+    recipe: Pretraining,
     seed: int = 0,  # of the population
     population: Population = GABORS,  # the kind of neurons
 ) -> pd.DataFrame:  # (types, columns of `population.neurons`)
@@ -242,7 +242,7 @@ def teachers(
 
 
 def simulate(
-    recipe: Recipe,
+    recipe: Pretraining,
     seed: int = 0,  # of the population and its films
     folder: str | Path | None = None,  # default: under the generated data
     progress: bool = True,
@@ -368,14 +368,14 @@ def _load_state(path: Path) -> dict[str, Any]:
 
 def pretrain(
     out: str | Path,  # folder of the finished core: config.json, model.safetensors, README.md, curve.csv
-    recipe: Recipe | None = None,  # default: the one of the shipped core
+    recipe: Pretraining | None = None,  # default: the one of the shipped core
     seed: int = 0,  # of population, films, first weights and order
     progress: bool = True,
     save_every: int = 100,  # steps
     population: Population = GABORS,  # the kind of neurons that teach
 ) -> Path:
     "Train a core on a simulated population that tiles the visual field."
-    recipe, out, started = recipe or Recipe(), Path(out), time.time()
+    recipe, out, started = recipe or Pretraining(), Path(out), time.time()
     if out.exists():
         raise DataError(
             "there is something in the way", path=out, fix="choose another folder, or move this one"
@@ -467,7 +467,7 @@ def pretrain(
     return out
 
 # %% ../../neuro_nbs/07_pretraining.ipynb #e9cd14e3
-def _card(recipe: Recipe, seed: int, clips: int, r: np.ndarray, population: Population = GABORS) -> str:
+def _card(recipe: Pretraining, seed: int, clips: int, r: np.ndarray, population: Population = GABORS) -> str:
     "The model card."
     low, high = np.percentile(rng(0, "card").choice(r, (2000, len(r))).mean(1), [2.5, 97.5])
     if population == GABORS:

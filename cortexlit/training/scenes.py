@@ -6,12 +6,9 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['SCENE_SIZES', 'SESSIONS', 'REPORTED', 'CORE', 'SCENE_RECIPE', 'SceneConfiguration', 'sessions_at_scale',
-           'fresh_model', 'train_scenes', 'simulated_responses', 'simulated_core', 'locate']
+__all__ = ['SCENE_SIZES', 'fresh_model', 'train_scenes', 'simulated_responses', 'simulated_core', 'locate']
 
 # %% ../../neuro_nbs/11a_v1t_training.ipynb #d0e8b8f2
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,7 @@ from scipy.signal import lfilter
 from torch.nn import functional as F
 from torch.utils.data import Subset
 
-from ..core import DataError, rng, scale, seeded
+from ..core import DataError, rng, seeded
 from ..data.clips import resize_frames
 from ..data.scenes import SceneArrays, ScenesDataset, load_scenes
 from ..models.readouts import standard_coordinates
@@ -38,144 +35,58 @@ from cortexlit.simulate.session import (
     resize,
     scene,
 )
-from .pretraining import Recipe, neuron_types
+from .pretraining import Pretraining, neuron_types
+from .recipes import CORE, SCENE_RECIPE, Recipe
 from .trainer import Fit, check_options, fit
 
-# %% ../../neuro_nbs/11a_v1t_training.ipynb #ac27c365
-_LOSSES = ("poisson", "correlation")
-SCENE_SIZES = ((36, 64), (144, 256))
-
-
-@dataclass(frozen=True)
-class SceneConfiguration:
-    """One way to train V1T on a folder of scenes.
-
-    Parameters
-    ----------
-    name : str
-        As in tables.
-    lr : float
-        Learning rate of AdamW.
-    core_lr : float or None
-        That of the core; None: the same.
-    loss : str
-        "poisson" or "correlation".
-    samples : int or None
-        Presentations drawn from the train tier; None: all.
-    size : tuple of int or None
-        Pixels of the pictures in the folder: (36, 64), or (144, 256), which the model shrinks to that.
-        None: as they are in the folder; larger ones than 72 x 128 are shrunk to fit into 36 x 64.
-    batch_size : int
-        Presentations in a batch.
-    beta2, eps : float
-        Of AdamW.
-    behavior : bool
-        Whether what was recorded of behaviour (in session B: running speed) enters the blocks.
-    epochs : int
-        At most; training stops after 20 without a better validation score.
-    schedule : str
-        Of the learning rate: "plateau", as in the study, or another of `fit`.
-    located : bool
-        Start the reading points by `locate`; they are learned one by one after that.
-    core : mapping
-        Options of `V1TConfig` that differ from the published ones.
-    """
-
-    name: str
-    lr: float
-    core_lr: float | None = None
-    loss: str = "poisson"
-    samples: int | None = None
-    size: tuple[int, int] | None = (36, 64)
-    batch_size: int = 16
-    beta2: float = 0.999
-    eps: float = 1e-8
-    behavior: bool = False
-    epochs: int = 300
-    schedule: str = "plateau"
-    located: bool = False
-    core: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name, allowed in (("loss", _LOSSES), ("size", (*SCENE_SIZES, None))):
-            if getattr(self, name) not in allowed:
-                raise DataError(
-                    f"{name}={getattr(self, name)!r}", expected=f"one of {', '.join(map(repr, allowed))}"
-                )
-        for name in ("lr", "core_lr", "eps"):
-            if not (name == "core_lr" and self.core_lr is None) and not getattr(self, name) > 0:
-                raise DataError(f"{name}={getattr(self, name)!r}", expected="a number above 0")
-        if not 0 <= self.beta2 < 1:
-            raise DataError(f"beta2={self.beta2!r}", expected="0 <= beta2 < 1")
-        for name in ("samples", "batch_size", "epochs"):
-            value = getattr(self, name)
-            if not (name == "samples" and value is None) and not (isinstance(value, int) and value >= 1):
-                raise DataError(f"{name}={value!r}", expected="a whole number from 1 up")
-
-    @property
-    def options(self) -> dict[str, Any]:
-        "As arguments of `fit`."
-        return {"adapt": "full", "loss": self.loss, "lr": self.lr, "core_lr": self.core_lr, "epochs": self.epochs,
-                "schedule": self.schedule, "patience": 20, "batch_size": self.batch_size,
-                "betas": (0.9, self.beta2), "eps": self.eps}  # fmt: skip
-
-
-_large, _small = {"batch_size": 8, "size": (144, 256)}, {"eps": 1e-6}
-SESSIONS = (
-    SceneConfiguration("session 1", 0.005, samples=1000, **_large),
-    SceneConfiguration("session 2", 0.005, samples=1000, loss="correlation", **_large),
-    SceneConfiguration("session 3", 0.008, samples=3000, loss="correlation", beta2=0.98, **_large),
-    SceneConfiguration("session 4", 0.0005, 0.0005, samples=3000, **_small),
-    SceneConfiguration("session 5", 0.004, 0.007, **_small),
-    SceneConfiguration("session 6", 0.004, 0.007, behavior=True, **_small),
-)
-REPORTED = dict(
-    zip([c.name for c in SESSIONS], (0.0760, 0.0245, 0.0402, 0.1402, 0.1633, 0.1529), strict=True)
-)
-
-# %% ../../neuro_nbs/11a_v1t_training.ipynb #e0821a67
-CORE = {"patch": 16, "stride": 6, "emb_dim": 48, "heads": 2, "mlp_dim": 192, "depth": 1}  # at demo scale
-SCENE_RECIPE = SceneConfiguration("recipe", 1e-3, size=None, batch_size=32, epochs=3, schedule="cosine", located=True,
-                       core=CORE | {"patch_dropout": 0.0, "dropout": 0.0})  # fmt: skip
-
-
-def sessions_at_scale(
-    configurations: Iterable[SceneConfiguration],
-    size: str | None = None,  # "paper", "demo"; None: as `CORTEXLIT_SCALE` says
-) -> list[SceneConfiguration]:
-    "The same configurations with a small core and a hundredth of the epochs at `demo` scale."
-    size = size or scale()
-    if size not in ("demo", "paper"):
-        raise DataError(f"scale {size!r}", expected="one of demo, paper")
-    if size == "paper":
-        return list(configurations)
-    return [replace(c, epochs=max(1, c.epochs // 100), core={**CORE, **c.core}) for c in configurations]
-
 # %% ../../neuro_nbs/11a_v1t_training.ipynb #7536fe8a
+SCENE_SIZES = ((36, 64), (144, 256))
+_LOSSES = ("poisson", "correlation")
+
+
+def _asked(recipe: Recipe) -> dict[str, Any]:
+    "What a recipe for V1T asks of the data, looked at: samples, size, behavior, located."
+    known = {"samples": None, "size": None, "behavior": False, "located": False}
+    if unknown := sorted(set(recipe.data) - set(known)):
+        raise DataError(
+            f"{unknown[0]} among the data of recipe {recipe.name!r}", expected=f"some of {', '.join(known)}"
+        )
+    asked = known | dict(recipe.data)
+    for name, value, allowed in (
+        ("loss", recipe.fit.get("loss"), (*_LOSSES, None)),
+        ("size", asked["size"], (*SCENE_SIZES, None)),
+    ):
+        if value not in allowed:
+            raise DataError(f"{name}={value!r}", expected=f"one of {', '.join(map(repr, allowed))}")
+    if (n := asked["samples"]) is not None and not (isinstance(n, int) and n >= 1):
+        raise DataError(f"samples={n!r}", expected="a whole number from 1 up, or None: all")
+    return asked
+
+
 def fresh_model(
     root: str | Path,  # a folder made by `build_scenes` or one of the importers
-    configuration: SceneConfiguration,
+    recipe: Recipe,  # such as `SCENE_RECIPE`
     core: V1T
     | None = None,  # whose core's weights to start from, e.g. of `simulated_core`; None: random ones
     seed: int = 0,  # of the weights
 ) -> V1T:
     "A model for the neurons of a folder that has seen none of its data but the mean responses."
-    train = ScenesDataset(root, "train")
+    train, asked = ScenesDataset(root, "train"), _asked(recipe)
     size, behavior = train[0]["image"].shape[-2:], train[0].get("behavior")
-    if configuration.size not in (None, tuple(size)):
-        raise DataError(f"{configuration.name} takes pictures of {configuration.size}", path=root,
+    if asked["size"] not in (None, tuple(size)):
+        raise DataError(f"{recipe.name} takes pictures of {asked['size']}", path=root,
                         expected=f"{tuple(size)}, as in the folder", fix="build_scenes(..., size=...)")  # fmt: skip
-    if configuration.behavior and behavior is None:
-        raise DataError(f"{configuration.name} takes behaviour, and none was recorded", path=root,
+    if asked["behavior"] and behavior is None:
+        raise DataError(f"{recipe.name} takes behaviour, and none was recorded", path=root,
                         fix="behavior=False")  # fmt: skip
-    own = {"behavior": "block-mlp", "behavior_channels": len(behavior)} if configuration.behavior else {}
+    own = {"behavior": "block-mlp", "behavior_channels": len(behavior)} if asked["behavior"] else {}
     own = {"behavior": "none", "behavior_channels": 0, "pupil_channels": 0, "shift": "none"} | own
     own |= {"size": tuple(size), "resize": _shrunk(tuple(size))}
     placed = train.neurons[["x_um", "y_um"]].to_numpy(float)
-    free = configuration.located or not np.isfinite(placed).all()
+    free = asked["located"] or not np.isfinite(placed).all()
     own |= {"positions": "free"} if free else {}
-    core_options = dict(configuration.core)
-    if configuration.size is None and "patch" in core_options:  # no larger than the picture
+    core_options = dict(recipe.model)
+    if asked["size"] is None and "patch" in core_options:  # no larger than the picture
         core_options["patch"] = min(core_options["patch"], *(own["resize"] or own["size"]))
     with seeded(seed):
         model = V1T(V1TConfig({}, **own | core_options))
@@ -184,7 +95,7 @@ def fresh_model(
             parts = {k: v for k, v in model.core.state_dict().items() if not k.startswith("behavior.")}
             if {k: v.shape for k, v in parts.items()} != {k: v.shape for k, v in given.items()}:
                 raise DataError(
-                    "the given core has other parts", expected=f"one made with {dict(configuration.core)}"
+                    "the given core has other parts", expected=f"one made with {dict(recipe.model)}"
                 )
             model.core.load_state_dict(given, strict=False)
         mean = load_scenes(root, "train").labels.mean(0)
@@ -200,12 +111,12 @@ def _shrunk(size: tuple[int, int]) -> tuple[int, int] | None:
 
 def train_scenes(
     root: str | Path,  # a folder of scenes
-    configuration: SceneConfiguration | None = None,  # None: `SCENE_RECIPE`, with the core that is given
+    recipe: Recipe | None = None,  # None: `SCENE_RECIPE`, with the core that is given
     core: V1T | None = None,  # as `fresh_model`
     seed: int = 0,  # of the weights, the drawn presentations and their order
-    **options: Any,  # of `fit`, in place of those of the configuration
+    **options: Any,  # of `fit`, in place of those of the recipe
 ) -> Fit:
-    """Train one configuration; the best model by validation correlation. Resumed if it was interrupted.
+    """Train by a recipe; the best model by validation correlation. Resumed if it was interrupted.
 
     Examples
     --------
@@ -216,16 +127,17 @@ def train_scenes(
     >>> cx.score(scenes, run).table()["model"].nunique() > 1
     True
     """
-    configuration = SCENE_RECIPE if configuration is None else configuration
-    check_options(**{"seed": seed, **configuration.options, **options})
+    recipe = SCENE_RECIPE if recipe is None else recipe
+    options, asked = {**recipe.fit, "seed": seed, **options}, _asked(recipe)
+    check_options(**options)
     train, validation = (ScenesDataset(root, tier) for tier in ("train", "validation"))
-    model = fresh_model(root, configuration, core, seed)
-    if configuration.located:
+    model = fresh_model(root, recipe, core, seed)
+    if asked["located"]:
         locate(model, load_scenes(root, "train"), train.neurons[["x_um", "y_um"]].to_numpy(float))
-    if configuration.samples is not None and configuration.samples < len(train):
-        drawn = rng(seed, "samples").permutation(len(train))[: configuration.samples]
+    if asked["samples"] is not None and asked["samples"] < len(train):
+        drawn = rng(seed, "samples").permutation(len(train))[: asked["samples"]]
         train = Subset(train, sorted(drawn.tolist()))
-    return fit(model, (train, validation), seed=seed, **configuration.options | options)
+    return fit(model, (train, validation), **options)
 
 # %% ../../neuro_nbs/11a_v1t_training.ipynb #140a8908
 def _places(
@@ -258,7 +170,7 @@ def simulated_responses(
     pictures: np.ndarray,  # (n, 120, 152) grey levels, from `synthetic.scene`
 ) -> np.ndarray:  # (n, types, places) float32, in standard deviations of the type
     "What cells of `emb_dim` types, one of each at every patch, answer to flashed pictures, without noise."
-    types = neuron_types(Recipe(types=config.emb_dim))
+    types = neuron_types(Pretraining(types=config.emb_dim))
     altitude, azimuth = (a.ravel() for a in np.meshgrid(*_places(config), indexing="ij"))
     tiled = types.loc[types.index.repeat(len(azimuth))]
     tiled = tiled.assign(altitude=np.tile(altitude, len(types)), azimuth=np.tile(azimuth, len(types)))
