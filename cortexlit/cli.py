@@ -796,6 +796,7 @@ def things_fit(
     from cortexlit.models.vit3d import decoder
     from cortexlit.training.augmentation import check_augmentation, check_worthwhile
     from cortexlit.training.decoders import fit_folds
+    from cortexlit.training.recipes import recipe
     from cortexlit.training.trainer import check_options
 
     core.check_out(out)
@@ -808,18 +809,11 @@ def things_fit(
     check_options(adapt="full", seed=seed, lr=lr, epochs=epochs, patience=patience, batch_size=batch_size)
     data = _subject(cache, ratings, rois, properties, "volume" if model == "study" else "voxels")
     split = split_by_concept(data.trials, folds, seed)
-    recipe = {
-        "schedule": "plateau",
-        "loss": "huber" if model == "study" else "mse",
-        "lr": lr,
-        "epochs": epochs,
-        "patience": patience,
-    }
-    recipe |= {} if augment == "none" else {"augment": augment, "ratio": ratio}
+    options = {"lr": lr, "epochs": epochs, "patience": patience, "batch_size": batch_size}
+    options = {**recipe("decoder").fit, "loss": "huber" if model == "study" else "mse", **options}
+    options |= {} if augment == "none" else {"augment": augment, "ratio": ratio}
     maker = decoder(data, model, patch, noise, mixing, layers)
-    done = fit_folds(
-        maker, data, split, out, seed=seed, progress=not as_json, batch_size=batch_size, **recipe
-    )
+    done = fit_folds(maker, data, split, out, seed=seed, progress=not as_json, **options)
     if as_json:
         _print_json({"folder": done.folder, "split_hash": split.hash, "folds": done.table.to_dict("records")})
     else:
@@ -1085,7 +1079,7 @@ def _demo_fmri(out: Path) -> Any:
     from cortexlit.models.vit3d import decoder
     from cortexlit.simulate.subject import embedded_things
     from cortexlit.training.decoders import fit_folds
-    from cortexlit.training.recipes import RECIPES
+    from cortexlit.training.recipes import recipe
 
     root = embedded_things("demo")
     things = open_things(root, "01", "figshare")
@@ -1093,7 +1087,7 @@ def _demo_fmri(out: Path) -> Any:
         build_things(things, out / "datasets" / "things", overwrite=True), root / "ratings", "visual"
     )
     split = split_by_concept(data.trials, 5, 0)
-    fits = fit_folds(decoder(data, "parcels"), data, split, progress=False, **RECIPES["decoder"].fit)
+    fits = fit_folds(decoder(data, "parcels"), data, split, progress=False, **recipe("decoder").fit)
     return score_subject(
         data.responses.astype(float), data.labels.astype(float), data.trials["concept"].to_numpy(), split,
         data.properties, {("ViT3D on regions", 0): fits.predictions}, dataset="synthetic fMRI subject", root=data.folder,

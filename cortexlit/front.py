@@ -34,7 +34,7 @@ NAMES = {
     "models.readouts": "register_core register_readout",
     "models.adapters": "Adapters",
     "training.trainer": "fit predict",
-    "training.recipes": "Recipe RECIPES",
+    "training.recipes": "Recipe recipe",
     "training.heads": "train_head",
     "training.scenes": "train_scenes",
     "training.lora": "Grid",

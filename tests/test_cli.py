@@ -82,7 +82,7 @@ def test_a_rank_that_is_given_twice_is_run_once():
         (["fit", "--adapt", "lora", "--rank", "99999999999"], "a smaller rank"),
         (["fit", "--adapt", "lora", "--targets", "everything"], "all, fused"),
         (["fit", "--adapt", "lora", "--targets", "attn_out,everything"], "attn_out"),
-        (["fit", "--scale", "large"], "paper, demo"),
+        (["fit", "--scale", "large"], "demo, paper"),
         (["grid", "--rank", "8", "--rank", "-9"], "from 1 up"),
         (["grid", "--rank", "8", "--rank", "99999999999"], "a smaller rank"),
         (["grid", "--targets", "head"], "all, fused"),
