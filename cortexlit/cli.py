@@ -413,7 +413,8 @@ def grid(
     core_folder: Core = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the runs; default one in _runs.")] = None,
     storage: Annotated[
-        str | None, typer.Option(help="Database URL shared by workers; default SQLite in --out.")
+        str | None,
+        typer.Option(help="Database URL, or journal:///FILE, shared by workers; default SQLite in --out."),
     ] = None,
     scale: Scale = None,
     last: Last = 66,

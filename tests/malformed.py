@@ -651,7 +651,7 @@ def commands(root: Path) -> dict[str, tuple[list[str], dict[str, list[str]]]]:
             "--core": cores, "--out": outs, "--scale": [*NAME, "paper"], "--last": [*WHOLE, "0", "1000"]}),
         "grid": ([data, *core, "--last", "5", "--seeds", "1"], {
             "0": not_(data), "--rank": WHOLE, "--targets": NAME, "--seeds": [*WHOLE, "0"], "--core": cores, "--out": outs,
-            "--storage": [*NAME, "sqlite:////proc/nowhere/x.db", "nothing://x"], "--scale": NAME, "--last": [*WHOLE, "0", "1000"]}),
+            "--storage": [*NAME, "sqlite:////proc/nowhere/x.db", "nothing://x", "journal:///nowhere/x.log"], "--scale": NAME, "--last": [*WHOLE, "0", "1000"]}),
         "design": ([data, "--last", "5"], {
             "0": not_(data, folds), "--effect": [*REAL, "0", "3"], "--power": [*REAL, "0", "1"], "--last": [*WHOLE, "0", "1000"]}),
         "folds": ([folds, *core, "--last", "5"], {
