@@ -29,7 +29,11 @@ setup(
     # The library itself runs on newer Pythons; the [allen] extra does not.
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"allen": allen, "dev": cfg["dev_requirements"].split() + allen},
+    extras_require={
+        "allen": allen,
+        "postgres": cfg["postgres_requirements"].split(),
+        "dev": cfg["dev_requirements"].split() + allen,
+    },
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{lib}={lib}._modidx:d"],

@@ -24,12 +24,13 @@ from rich.table import Table
 from . import __version__, core
 
 # %% auto #0
-__all__ = ['app', 'Json', 'Cache', 'Embedded', 'METRICS', 'Scale', 'Core', 'Last', 'scenes', 'things', 'Rois', 'Ratings',
-           'Properties', 'Folds', 'Cached', 'insilico', 'Run', 'Dataset', 'Report', 'Neurons', 'Trust', 'Replace',
-           'Degrees', 'DEMO_RECORDING', 'DEMO', 'sessions', 'build_command', 'score_command', 'fit_command', 'grid',
-           'design_command', 'folds', 'scenes_build', 'scenes_fit', 'scenes_score', 'things_build', 'things_fit',
-           'things_score', 'insilico_tune', 'insilico_fields', 'real_files', 'data', 'clear_demo', 'run_demo',
-           'show_demo', 'demo', 'pretrain_command', 'main']
+__all__ = ['app', 'Json', 'Cache', 'Embedded', 'METRICS', 'ARRAYS', 'Scale', 'Core', 'Epochs', 'Rate', 'Batch', 'Resume', 'Last',
+           'scenes', 'things', 'Rois', 'Ratings', 'Properties', 'Folds', 'Cached', 'insilico', 'Run', 'Dataset',
+           'Report', 'Neurons', 'Trust', 'Replace', 'Degrees', 'DEMO_RECORDING', 'DEMO', 'sessions', 'build_command',
+           'score_command', 'import_command', 'export_command', 'fit_command', 'grid', 'design_command', 'folds',
+           'scenes_build', 'scenes_fit', 'scenes_score', 'things_build', 'things_fit', 'things_score', 'insilico_tune',
+           'insilico_fields', 'real_files', 'data', 'clear_demo', 'run_demo', 'show_demo', 'demo', 'pretrain_command',
+           'main']
 
 # %% ../neuro_nbs/19_cli.ipynb #5b9f17b6
 if TYPE_CHECKING:  # a command that prints no table starts without them
@@ -299,6 +300,100 @@ def _with_interval(row: Any) -> str:
         return "none: " + row.note.split(":")[0]
     return f"{row.value:.4f} ({row.low:.3f} to {row.high:.3f})"
 
+# %% ../neuro_nbs/19_cli.ipynb #9fff2885
+ARRAYS = (
+    "behavior",
+    "pupil_center",
+    "coordinates",
+    "image_id",
+    "repeats",
+    "cell_ids",
+)  # beside images, responses
+
+
+@app.command("import")
+def import_command(
+    folder: Annotated[
+        Path, typer.Argument(help="A tree of another layout, or a folder with images.npy and responses.npy.")
+    ],
+    out: Annotated[Path, typer.Option(help="Dataset folder to write.")],
+    frames: Annotated[
+        int | None, typer.Option(help="Of movies: frames to keep; default the shortest trial.")
+    ] = None,
+    constant_neurons: Annotated[
+        str, typer.Option(help="Of pictures: error, or drop neurons that never change.")
+    ] = "error",
+    allow_shared_stimuli: Annotated[
+        bool, typer.Option("--allow-shared-stimuli", help="Take tiers that share stimuli.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a dataset folder of a tree that other loaders read, or of plain arrays.
+
+    Examples:
+      cortexlit import ~/sensorium2023/dynamic29515-10-12 --out _data/mouse
+      cortexlit import ~/sensorium2022/static21067-10-18 --out _data/pictures
+      cortexlit import ~/mine --out _data/mine
+    """
+    from cortexlit.data.exchange import import_arrays, import_sensorium2022, import_tree
+
+    common = {"allow_shared_stimuli": allow_shared_stimuli, "overwrite": overwrite}
+    if not folder.is_dir():
+        raise core.MissingError("no such folder", "a tree, or a folder of arrays", path=folder)
+    still = {"constant_neurons": constant_neurons} | common
+    arrays = (folder / "images.npy").is_file() and (folder / "responses.npy").is_file()
+    if frames is not None and (arrays or (folder / "data/images").is_dir()):
+        raise core.DataError("--frames of pictures", expected="movies, or no --frames", path=folder)
+    if arrays:
+        more = {name: path for name in ARRAYS if (path := folder / f"{name}.npy").is_file()}
+        import_arrays(
+            folder / "images.npy", folder / "responses.npy", out, **more, **still, name=folder.resolve().name
+        )
+    elif (folder / "data/images").is_dir():
+        import_sensorium2022(folder, out, **still)
+    else:
+        import_tree(folder, out, frames, **common)
+    _tell_card(out, as_json, "name", "counts", "split_hash", "warnings")
+
+
+@app.command("export")
+def export_command(
+    dataset: Annotated[Path, typer.Argument(help="A dataset folder, of clips or of pictures.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    layout: Annotated[
+        str | None,
+        typer.Option(help="Of clips: sensorium (2023, the default) or study1; of pictures: sensorium2022."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a dataset folder as a tree that published loaders read.
+
+    Examples:
+      cortexlit export _data/demo --out _data/tree
+      cortexlit export _data/scenes --out _data/static
+    """
+    from cortexlit.data.exchange import export_sensorium2022, export_tree
+    from cortexlit.data.folder import read_card
+
+    kind = read_card(dataset).get("kind", "clips")
+    layouts = {"clips": ("sensorium", "study1"), "scenes": ("sensorium2022",)}
+    if kind not in layouts:
+        raise core.DataError(f"a folder of kind {kind}", expected="clips or scenes", path=dataset)
+    layout = layouts[kind][0] if layout is None else layout
+    if layout not in layouts[kind]:
+        raise core.DataError(f"--layout {layout} of {kind}", expected=" or ".join(layouts[kind]))
+    if kind == "scenes":
+        export_sensorium2022(dataset, out, overwrite)
+    else:
+        export_tree(dataset, out, layout, overwrite)
+    found = {"folder": str(out), "layout": layout, "files": sum(p.is_file() for p in out.rglob("*"))}
+    if as_json:
+        _print_json(found)
+    else:
+        _show("exported", [found])
+
 # %% ../neuro_nbs/19_cli.ipynb #5911f38a
 Scale = Annotated[
     str | None,
@@ -311,6 +406,10 @@ Core = Annotated[
         help="Core folder, published run or Hugging Face repository; default the demonstration core.",
     ),
 ]
+Epochs = Annotated[int | None, typer.Option(help="In place of those of the recipe.")]
+Rate = Annotated[float | None, typer.Option(help="Highest learning rate, likewise.")]
+Batch = Annotated[int | None, typer.Option(help="Samples in a step, likewise.")]
+Resume = Annotated[bool, typer.Option(help="Go on with a run that is in the folder.")]
 Last = Annotated[int, typer.Option(help="Frames at the end of each clip that are fitted and scored.")]
 
 
@@ -330,6 +429,11 @@ def _options(scale: str | None, core_given: str | None) -> tuple[str, dict]:
     return scale, dict(STUDY_HEAD.at(scale).fit)
 
 
+def _given(**options: Any) -> dict[str, Any]:
+    "Options that were given."
+    return {name: value for name, value in options.items() if value is not None}
+
+
 @app.command("fit")
 def fit_command(
     dataset: Annotated[Path, typer.Argument(help="A dataset folder.")],
@@ -346,13 +450,17 @@ def fit_command(
     ] = None,
     scale: Scale = None,
     last: Last = 66,
-    resume: Annotated[bool, typer.Option(help="Go on with a run that is in the folder.")] = True,
+    epochs: Epochs = None,
+    lr: Rate = None,
+    batch_size: Batch = None,
+    resume: Resume = True,
     as_json: Json = False,
 ) -> None:
-    """Train a head on a frozen core, and adapt the core to the new mouse.
+    """Train a head on a frozen core, and adapt the core to the new mouse; epochs and steps given are of what is asked for last.
 
     Examples:
       cortexlit fit _data/demo
+      cortexlit fit _data/demo --epochs 12 --lr 1e-3 --out _runs/longer
       cortexlit fit _data/demo --adapt lora --rank 8 --targets fused
       cortexlit fit _data/demo --adapt lora --rank 2 --targets attn_out,ff_out.2
       cortexlit fit _data/a --adapt full --scale paper --core bryanlimy/ViV1T/viv1t_001
@@ -370,16 +478,18 @@ def fit_command(
     scale, head_options = _options(scale, core_folder)
     common = {"last": last, "resume": resume, "progress": not as_json}
     core.check_out(out)
+    given = _given(epochs=epochs, lr=lr, batch_size=batch_size)
     if adapt != "head":  # looked at before the head is trained
         wanted = (
             [FULL] if adapt == "full" else _configurations([8 if rank is None else rank], [targets or "all"])
         )
-        options = wanted[0].at(scale).fit | common
+        options = wanted[0].at(scale).fit | common | given
         check_options(seed=seed, **options)
         if options["adapters"] is not None:
             check_targets(fresh_head(dataset, core_folder, seed=seed), options["adapters"])
     head_out = out if adapt == "head" else None
-    done = train_head(dataset, core_folder, seed=seed, out=head_out, **head_options | common)
+    head_options = head_options | common | (given if adapt == "head" else {})
+    done = train_head(dataset, core_folder, seed=seed, out=head_out, **head_options)
     if adapt != "head":
         done = train(done.model, dataset, out=out, seed=seed, **options)
     _tell_run(f"adapt={adapt}", done, as_json)
@@ -412,7 +522,8 @@ def grid(
     core_folder: Core = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the runs; default one in _runs.")] = None,
     storage: Annotated[
-        str | None, typer.Option(help="Database URL shared by workers; default SQLite in --out.")
+        str | None,
+        typer.Option(help="Database URL, or journal:///FILE, shared by workers; default SQLite in --out."),
     ] = None,
     scale: Scale = None,
     last: Last = 66,
@@ -582,8 +693,9 @@ def scenes_fit(
     model: Annotated[
         str, typer.Option(help="v1t, or conv: a few convolutions with a factorised readout.")
     ] = "v1t",
-    epochs: Annotated[int | None, typer.Option(help="In place of those of the session or recipe.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Highest learning rate, likewise.")] = None,
+    epochs: Epochs = None,
+    lr: Rate = None,
+    batch_size: Batch = None,
     seed: Annotated[int, typer.Option(help="Of the weights, the drawn presentations and their order.")] = 0,
     out: Annotated[
         Path | None, typer.Option(help="Run folder; default one in _runs named after all options.")
@@ -591,6 +703,7 @@ def scenes_fit(
     scale: Annotated[
         str | None, typer.Option(help="demo (a small core, a hundredth of the epochs) or paper.")
     ] = None,
+    resume: Resume = True,
     as_json: Json = False,
 ) -> None:
     """Train V1T or the convolutional baseline by the library's recipe, or V1T as in one of the study's six sessions; the same call again goes on where it stopped.
@@ -616,7 +729,7 @@ def scenes_fit(
     core.check_out(out)
     chosen = CONV_RECIPE if model == "conv" else SCENE_RECIPE
     chosen = chosen if session is None else SESSIONS[session - 1].at(scale)
-    given = {k: v for k, v in {"epochs": epochs, "lr": lr}.items() if v is not None}
+    given = _given(epochs=epochs, lr=lr, batch_size=batch_size) | {"resume": resume}
     done = train_scenes(dataset, chosen, seed=seed, out=out, progress=not as_json, **given)
     _tell_run(chosen.name, done, as_json)
 

@@ -615,6 +615,9 @@ def commands(root: Path) -> dict[str, tuple[list[str], dict[str, list[str]]]]:
     model.save_core(root / "core")
     model.save_pretrained(root / "model")
     run = str(root / "model")
+    (root / "arrays").mkdir()
+    for name, shape in (("images", (30, 6, 8)), ("responses", (30, 4))):
+        np.save(root / "arrays" / f"{name}.npy", np.random.default_rng(0).random(shape))
     out = str(root / "new")
     outs = [
         str(root / "file"),
@@ -646,12 +649,16 @@ def commands(root: Path) -> dict[str, tuple[list[str], dict[str, list[str]]]]:
             "0": sessions, "--split": NAME, "--alignment": NAME, "--clip-frames": [*WHOLE, "0"], "--gap": WHOLE,
             "--resample": NAME, "--pupil": NAME, "--embedded": NAME, "--out": outs}),
         "score": ([data, "--last", "5"], {"0": not_(data), "--last": [*WHOLE, "0", "1000"], "--out": outs[:4]}),
+        "import": ([str(root / "arrays"), "--out", out], {
+            "0": not_(), "--frames": [*WHOLE, "5"], "--constant-neurons": NAME, "--out": outs}),
+        "export": ([data, "--out", out], {"0": not_(data, pictures), "--layout": NAME, "--out": outs}),
         "fit": ([data, *core, "--last", "5"], {
             "0": not_(data), "--adapt": NAME, "--rank": ["8", *WHOLE], "--targets": ["all", *NAME], "--seed": WHOLE,
-            "--core": cores, "--out": outs, "--scale": [*NAME, "paper"], "--last": [*WHOLE, "0", "1000"]}),
+            "--core": cores, "--out": outs, "--scale": [*NAME, "paper"], "--last": [*WHOLE, "0", "1000"],
+            "--epochs": ["-1", "0", "x"], "--lr": [*REAL, "0"], "--batch-size": [*WHOLE, "0"]}),
         "grid": ([data, *core, "--last", "5", "--seeds", "1"], {
             "0": not_(data), "--rank": WHOLE, "--targets": NAME, "--seeds": [*WHOLE, "0"], "--core": cores, "--out": outs,
-            "--storage": [*NAME, "sqlite:////proc/nowhere/x.db", "nothing://x"], "--scale": NAME, "--last": [*WHOLE, "0", "1000"]}),
+            "--storage": [*NAME, "sqlite:////proc/nowhere/x.db", "nothing://x", "journal:///nowhere/x.log"], "--scale": NAME, "--last": [*WHOLE, "0", "1000"]}),
         "design": ([data, "--last", "5"], {
             "0": not_(data, folds), "--effect": [*REAL, "0", "3"], "--power": [*REAL, "0", "1"], "--last": [*WHOLE, "0", "1000"]}),
         "folds": ([folds, *core, "--last", "5"], {
@@ -660,7 +667,8 @@ def commands(root: Path) -> dict[str, tuple[list[str], dict[str, list[str]]]]:
         "scenes build": (["900000002", *embedded, "--out", out], {
             "0": sessions, "--split": NAME, "--signal": NAME, "--delay": REAL, "--window": [*REAL, "0"],
             "--size": ["0 0", "-3 5", "100000 100000", "x 3"], "--constant-neurons": NAME, "--out": outs}),
-        "scenes fit": ([pictures], {"0": not_(pictures), "--model": NAME, "--session": [*WHOLE, "0", "7"], "--seed": WHOLE, "--out": outs, "--scale": NAME}),
+        "scenes fit": ([pictures], {"0": not_(pictures), "--model": NAME, "--session": [*WHOLE, "0", "7"], "--seed": WHOLE,
+            "--epochs": ["-1", "0", "x"], "--lr": [*REAL, "0"], "--batch-size": [*WHOLE, "0"], "--out": outs, "--scale": NAME}),
         "scenes score": ([pictures], {"0": not_(pictures), "--run": not_(), "--out": outs[:4]}),
         "things build": ([str(study), "--out", out], {"0": not_(), "--subject": [*NAME, "04"], "--layout": NAME, "--zscore": NAME, "--out": outs}),
         "things fit": ([cache, "--ratings", ratings, "--out", out], things_options | {

@@ -5,10 +5,12 @@ import gc
 import json
 import os
 import signal
+import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import optuna
 import pytest
 from matplotlib.figure import Figure
 from optuna.trial import TrialState
@@ -16,7 +18,7 @@ from processes import Process, barrier
 from toy_training import FRAMES, tiny_model
 from toys import toy_recording
 
-from cortexlit.core import DataError
+from cortexlit.core import CortexlitError, DataError
 from cortexlit.data.audit import openings
 from cortexlit.data.clips import MouseDataset, build_dataset
 from cortexlit.metrics import single_trial_correlation
@@ -166,6 +168,65 @@ def test_two_workers_share_a_study_and_nothing_is_run_twice(inputs, tmp_path):
     assert lines == {f"{name}, seed {seed}": 1 for name in ("small", "large") for seed in (0, 1)}
     table = grid(inputs, tmp_path / "grid").table()
     assert len(table) == 4
+
+
+def share(inputs, out, log) -> None:
+    grid(inputs, out, storage=f"journal:///{log}").run()
+
+
+def test_two_workers_share_a_journal_and_nothing_is_run_twice(inputs, tmp_path):
+    log = tmp_path / "grid.log"
+    workers = [Process(tmp_path, share, inputs, tmp_path / "grid", log) for _ in range(2)]
+    codes, told = zip(*(worker.ended() for worker in workers), strict=True)
+    assert codes == (0, 0), told
+    lines = Counter(line.split(":")[0] for out in told for line in out.splitlines())
+    assert lines == {f"{name}, seed {seed}": 1 for name in ("small", "large") for seed in (0, 1)}
+    assert len(grid(inputs, tmp_path / "grid", storage=f"journal:///{log}").table()) == 4
+
+
+def test_a_trial_in_a_journal_without_a_sign_of_life_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(lora, "_HEARTBEAT", 0.05)
+    study = optuna.create_study(storage=lora.open_storage(f"journal:///{tmp_path / 'a.log'}"))
+    other = optuna.load_study(
+        study_name=study.study_name, storage=lora.open_storage(f"journal:///{tmp_path / 'a.log'}")
+    )
+    lost, silent, alive = study.ask(), study.ask(), study.ask()
+    study._storage.record_heartbeat(lost._trial_id)  # dead after one sign of life, before one, and not at all
+    for _ in range(8):
+        study._storage.record_heartbeat(alive._trial_id)
+        lora.fail_lost(other, {})
+        time.sleep(0.05)
+    assert [t.state for t in other.trials] == [TrialState.FAIL, TrialState.FAIL, TrialState.RUNNING]
+    assert silent._trial_id != lost._trial_id
+
+
+@pytest.mark.parametrize(
+    "storage", ["journal:x.log", "journal:///", "journal:///nowhere/x.log", "journal:///bad.log"]
+)
+def test_a_journal_that_cannot_be_had_is_named(storage, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.log").write_text("a table, not a journal\n" * 3)
+    with pytest.raises(CortexlitError, match="journal"):
+        lora.open_storage(storage)
+    assert (tmp_path / "bad.log").read_text().startswith("a table")
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2", None])
+def test_the_driver_of_postgresql_that_is_installed_is_taken(driver, monkeypatch):
+    monkeypatch.setattr(lora, "find_spec", lambda name: True if name == driver else None)
+    monkeypatch.setattr(lora, "RDBStorage", lambda url, *args, **options: url)
+    url = lora.open_storage("postgresql://me@host/grid")
+    assert url == f"postgresql{f'+{driver}' if driver else ''}://me@host/grid"
+    assert lora.open_storage("sqlite:///a.db") == "sqlite:///a.db"
+
+
+def test_without_a_driver_it_is_said_what_to_install(monkeypatch):
+    def fails(*args: object, **options: object) -> None:
+        raise ImportError("No module named 'psycopg'")
+
+    monkeypatch.setattr(lora, "RDBStorage", fails)
+    with pytest.raises(DataError, match=r'pip install "cortexlit\[postgres\]"'):
+        lora.open_storage("postgresql://me@host/grid")
 
 
 def opens(moment) -> None:

@@ -10,6 +10,9 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
+import yaml
+
+import cortexlit
 
 ROOT = Path(__file__).resolve().parents[1]
 # Names of modules where they differ from those of the distribution.
@@ -58,3 +61,23 @@ def test_the_sdist_builds_the_wheel(tmp_path):
     }
     assert wanted <= held, sorted(wanted - held)
     assert any(name.endswith("entry_points.txt") for name in held)
+
+
+def test_the_version_is_the_same_everywhere(settings):
+    version = settings["version"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    site = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["website"]
+    assert cortexlit.__version__ == version == citation["version"]
+    assert re.search(rf"\b{re.escape(version)}\b", site["page-footer"]["left"])
+    assert re.search(
+        rf"^## {re.escape(version)}\b", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M
+    )
+
+
+def test_the_citation_has_what_its_format_asks_for(settings):
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    assert all("name" in who or {"family-names", "given-names"} <= set(who) for who in citation["authors"])
+    assert citation["repository-code"] == settings["git_url"]
+    assert citation["url"] == settings["doc_host"] + settings["doc_baseurl"]
+    assert citation["license"] == "Apache-2.0" and settings["license"] == "apache2"

@@ -1,14 +1,19 @@
 """What the build of the site takes from nbdev's pages, and what it notices if it were left; on toy pages."""
 
+import base64
+import io
 import json
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 import check_docs  # noqa: E402
+import thumbnails  # noqa: E402
 
 LINK = "[`DataError`](https://cortexlit.github.io/cortexlit/nbs/core.html#dataerror)"
 COMMAND = "[`demo`](https://cortexlit.github.io/cortexlit/neuro_nbs/cli.html#demo)"
@@ -110,3 +115,42 @@ def test_the_sidebar_calls_a_page_as_the_home_page_does():
     assert len(found) == 2
     assert "00a_plots.ipynb is 'Figures' in the sidebar, 'Plots' at home" in found[0]
     assert "01_autograd.ipynb needs a short name" in found[1]
+
+
+def test_the_small_pictures_are_drawn_from_the_figures_of_today():
+    assert not thumbnails.outdated(), "run: python tools/thumbnails.py"
+    folder = ROOT / thumbnails.FOLDER
+    assert sum(p.stat().st_size for p in folder.glob("*.png")) < 200_000
+    assert (ROOT / thumbnails.CARD).stat().st_size < 100_000
+
+
+def test_an_outdated_missing_or_unwanted_picture_is_noticed_and_mended(tmp_path):
+    def notebook(path: Path, text: str, colour: str) -> None:
+        drawn = io.BytesIO()
+        Image.new("RGB", (300, 200), colour).save(drawn, "PNG")
+        picture = {"data": {"image/png": base64.b64encode(drawn.getvalue()).decode()}}
+        cells = [{"source": text}, {"source": "plot()", "outputs": [picture]}]
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"cells": cells}))
+
+    notebook(tmp_path / "index.ipynb", "## Where to begin\n\n| [one](nbs/01_one.ipynb), 5 |", "red")
+    notebook(tmp_path / "nbs" / "01_one.ipynb", "", "red")
+    assert [text.partition(": ")[2] for text in thumbnails.outdated(tmp_path)] == ["missing", "missing"]
+    thumbnails.draw_all(tmp_path)
+    assert not thumbnails.outdated(tmp_path)
+    notebook(tmp_path / "nbs" / "01_one.ipynb", "", "blue")
+    (tmp_path / thumbnails.FOLDER / "02_two.png").write_bytes(b"")
+    first, second = thumbnails.outdated(tmp_path)
+    assert "01_one.png: drawn from another figure" in first and "02_two.png: no stop has it" in second
+    thumbnails.draw_all(tmp_path)
+    assert not thumbnails.outdated(tmp_path)
+
+
+def test_files_of_the_site_that_its_settings_name_are_there():
+    site = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
+    page, named = site["format"]["html"], site["website"]
+    dark = [name for name in page["theme"]["dark"] if name.endswith(".scss")]
+    files = [*site["project"]["resources"], named["favicon"], named["image"], page["css"], *dark]
+    assert not [name for name in files if not (ROOT / name).is_file()]
+    assert named["favicon"] in site["project"]["resources"] and named["image"] in site["project"]["resources"]
+    assert "/*-- scss:defaults --*/" in (ROOT / dark[0]).read_text(encoding="utf-8")

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from cortexlit.core import DataError, rng
 from cortexlit.models.classifiers import ClassifierConfig
-from cortexlit.models.cnn_vit import CNNViTConfig
+from cortexlit.models.cnn_vit import CNNViT, CNNViTConfig
 from cortexlit.models.v1t import V1TConfig
 from cortexlit.models.vit3d import (
     ATTENTION,
@@ -464,3 +464,36 @@ def test_what_is_no_option_is_refused_unless_it_was_saved(kind, needed, tmp_path
     file.write_text(json.dumps(json.loads(file.read_text()) | {"of_another_version": 1}))
     again = kind.from_pretrained(tmp_path)
     assert {k: getattr(again, k) for k in needed} == {k: getattr(config, k) for k in needed}
+
+
+# ---- memory for time
+
+
+@pytest.mark.parametrize("make", ["vit3d", "cnn_vit"])
+def test_checkpointing_changes_nothing_but_memory(make):
+    torch.manual_seed(0)
+    sizes = SMALL | {"dropout": 0.3, "depth": 3}
+    if make == "cnn_vit":
+        sizes |= {"grid": (8, 8, 8), "patch": (4, 4, 4), "channels": (2,)}
+        made = CNNViT(CNNViTConfig(**sizes)).train()
+    else:
+        made = ViT3D(ViT3DConfig(**sizes)).train()
+    volume, labels = torch.randn(3, 1, *made.config.grid), torch.rand(3, 3)
+
+    def gradients() -> tuple[list[torch.Tensor], int]:
+        kept = []
+        torch.manual_seed(7)
+        made.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            loss = made(volume=volume, labels=labels).loss
+            count = sum(kept)
+        loss.backward()
+        return [p.grad.clone() for p in made.parameters() if p.grad is not None], count
+
+    before, much = gradients()
+    made.gradient_checkpointing_enable()
+    assert made.gradient_checkpointing
+    after, little = gradients()
+    for a, b in zip(before, after, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+    assert little < much / 2

@@ -403,12 +403,14 @@ def _locate(places: Mapping[tuple[int, int, int], int], count: int, key: tuple[i
     return places[tuple(key)]
 
 # %% ../../neuro_nbs/12_things.ipynb #c34076e3
-def _index(rows: pd.DataFrame, files: Mapping[tuple[int, int], Path]) -> TrialIndex:
+def _index(
+    rows: pd.DataFrame, files: Mapping[tuple[int, int], Path], kind: type[TrialIndex] = TrialIndex
+) -> TrialIndex:
     "Number the stimuli of each run, in the order of the rows."
     order = rows["role"].ne("catch")
     trial = rows[order].groupby(["session", "run"]).cumcount().reindex(rows.index, fill_value=-1)
     columns = ["session", "run", "trial", "volume", "image", "concept", "role"]
-    return TrialIndex(rows.assign(trial=trial.astype(int))[columns].reset_index(drop=True), files)
+    return kind(rows.assign(trial=trial.astype(int))[columns].reset_index(drop=True), files)
 
 
 def _index_from_table(path: Path) -> TrialIndex:
@@ -1041,6 +1043,9 @@ def _used(statistics: np.ndarray | None, groups: np.ndarray, zscore: str) -> np.
     return used
 
 # %% ../../neuro_nbs/12_things.ipynb #1a08a807
+_RUN_BY_RUN = ("volumes", "nifti")  # read in pieces of all voxels and some trials; others the other way round
+
+
 def build_things(
     things: Things,
     out: str | Path,  # new folder: responses.npy, metadata.npz, card.json
@@ -1078,10 +1083,10 @@ def build_things(
         path = tmp / "responses.npy"
         new_array(path, np.float32, shape)
         for rows, columns, block in things.blocks(keep):
-            if zscore != "none" and things.layout.kind != "volumes":
+            if zscore != "none" and things.layout.kind not in _RUN_BY_RUN:
                 block = _standardised(block, groups, used)
             np.load(path, mmap_mode="r+")[rows, columns] = block  # opened anew: pages do not pile up
-        if zscore != "none" and things.layout.kind == "volumes":
+        if zscore != "none" and things.layout.kind in _RUN_BY_RUN:
             step = max(1, (1 << 25) // shape[0])
             for start in range(0, shape[1], step):
                 values = np.load(path, mmap_mode="r+")

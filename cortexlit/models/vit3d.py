@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -481,6 +482,7 @@ class ViT3D(Saved, PreTrainedModel):
 
     config_class = ViT3DConfig
     main_input_name = "volume"
+    supports_gradient_checkpointing = True
     losses = tuple(DECODER_LOSSES)
     correlation = staticmethod(
         V1T.correlation
@@ -514,6 +516,7 @@ class ViT3D(Saved, PreTrainedModel):
         self.blocks = nn.ModuleList(EncoderBlock(c) for _ in range(c.depth))
         layers = [nn.LayerNorm(c.emb_dim), nn.Dropout(c.dropout), nn.Linear(c.emb_dim, c.outputs)]
         self.head = nn.Sequential(*layers)
+        self.gradient_checkpointing = False
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -577,8 +580,10 @@ class ViT3D(Saved, PreTrainedModel):
             voxels = share * voxels + (1 - share) * voxels[other]
             labels = share * labels + (1 - share) * labels[other]
         x, near, angles = self.embed(volume, voxels), self._near(), self._angles()
+        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for block in self.blocks:
-            x = block(x, near, angles)
+            given = (x, near, angles)
+            x = checkpoint(block, *given, use_reentrant=False) if recompute else block(*given)
         logits = self.head(x[:, 0])
         if labels is None:
             return ViT3DOutput(logits=logits)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['ViV1TConfig', 'ViViT', 'Layout', 'Saved', 'Heads', 'ViV1TOutput', 'ViV1T', 'published_viv1t_config']
+__all__ = ['ViV1TConfig', 'ViViT', 'Layout', 'model_card', 'Saved', 'Heads', 'ViV1TOutput', 'ViV1T', 'published_viv1t_config']
 
 # %% ../../neuro_nbs/06_viv1t.ipynb #57fdd199
 import difflib
@@ -16,14 +16,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import yaml
+from huggingface_hub import EvalResult, HfApi, ModelCardData
 from safetensors.torch import load_file
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 import cortexlit.models.parts  # noqa: F401 - the names "conv" and "factorised"
@@ -330,6 +333,89 @@ class Layout:
     described: Callable[[Mapping[str, Any]], PretrainedConfig]
     visible: Callable[[Mapping[str, torch.Tensor]], PretrainedConfig]
 
+# %% ../../neuro_nbs/06_viv1t.ipynb #af6a4c5d
+_CARD = "library_name: cortexlit"  # in the head of a card that this library has written
+_TOLD = {"model": "model", "dataset": "dataset", "split": "split", "tier": "tier", "metric": "metric", "value": "score",
+         "low": "low", "high": "high", "chance": "chance", "baseline": "baseline", "ceiling": "ceiling",
+         "n_clips": "clips", "n_samples": "samples", "n_neurons": "neurons", "seed": "seed", "note": "note"}  # fmt: skip
+
+
+def _clear_card(path: Path, replaced: bool) -> None:
+    "Remove a card of this library, whose scores are those of the weights before; refuse to replace another one."
+    if not path.is_file():
+        return
+    if _CARD in path.read_text(encoding="utf-8", errors="replace")[:2000]:
+        path.unlink()
+    elif replaced:
+        fix = "move it, or save without scores"
+        raise DataError("a README.md is there that this library has not written", path=path, fix=fix)
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    "A table of scores, in markdown; columns that are empty are left out."
+
+    def text(value: Any) -> str:
+        shown = "" if pd.isna(value) else f"{value:.4f}" if isinstance(value, float) else str(value)
+        return shown.replace("|", "\\|").replace("\n", " ")
+
+    rows = [[text(value) for value in row] for row in table[[*_TOLD]].itertuples(index=False)]
+    kept = [k for k in range(len(_TOLD)) if any(row[k] for row in rows)]
+    names = [*_TOLD.values()]
+    lines = [[names[k] for k in kept], ["---"] * len(kept), *([row[k] for k in kept] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def model_card(
+    model: Any,  # one of this library
+    scores: Any = None,  # a `ScoreSheet`
+    scored_as: str | None = None,  # what the model is called there; None: the only one
+) -> str:  # markdown with the metadata of the hub
+    "What a model is, how it is opened, and what it reached, beside baselines and ceilings."
+    name, c = type(model).__name__, model.config
+    known = {} if scores is None else {row.model: row for row in scores.rows}
+    if scored_as is None and len(known) == 1:
+        (scored_as,) = known
+    if scored_as is not None and scored_as not in known:
+        raise DataError(f"no model {scored_as!r} in the score sheet", f"one of {', '.join(known) or 'none'}")
+    rows = [] if scores is None else [r for r in scores.rows if r.model == scored_as and r.value == r.value]
+    results = [EvalResult("other", "other", f"{r.dataset}, {r.tier}, split by {r.split} {r.split_hash[:8]}",
+                          r.metric, r.value, metric_name=r.metric) for r in rows]  # fmt: skip
+    named = {"model_name": name, "eval_results": results} if results else {}
+    data = ModelCardData(
+        library_name="cortexlit", tags=["neuroscience", "visual-cortex", c.model_type], **named
+    )
+    told = "No scores were given when it was saved."
+    if scores is not None:
+        own = f' This model is called "{scored_as}" here.' if scored_as else ""
+        opened = "\n".join(f"- {line}" for line in scores.looks)
+        told = (
+            f"From low to high: 95 % intervals; beside a score, what guessing, a baseline and the best possible model "
+            f"reach, where that is known.{own}\n\n{_markdown(scores.table())}\n\n{opened}"
+        )
+    mice = getattr(c, "neurons", None)
+    heads = (
+        f"\n\nIt has heads for: {', '.join(f'{m} ({n} neurons)' for m, n in mice.items())}." if mice else ""
+    )
+    size = sum(p.numel() for p in model.parameters())
+    return f"""---
+{data.to_yaml()}
+---
+
+# {name}
+
+A model of visual cortex of the library [cortexlit](https://github.com/cortexlit/cortexlit), with {size:,} parameters.{heads}
+
+```python
+from {type(model).__module__} import {name}
+
+model = {name}.from_pretrained("here")  # this folder, or owner/name on the hub
+```
+
+## Scores
+
+{told}
+"""
+
 # %% ../../neuro_nbs/06_viv1t.ipynb #91aad9b5
 class Saved:
     "A model that is read back whole, or refused by name; put it before `PreTrainedModel`."
@@ -338,20 +424,58 @@ class Saved:
         _need_memory(type(self), config)
         super().__init__(config, *args, **kwargs)
 
+    def __init_subclass__(cls, **kwargs: Any):
+        "Make the class known to `AutoConfig` and `AutoModel`."
+        super().__init_subclass__(**kwargs)
+        if kind := getattr(vars(cls).get("config_class"), "model_type", None):
+            AutoConfig.register(kind, cls.config_class, exist_ok=True)
+            AutoModel.register(cls.config_class, cls, exist_ok=True)
+
     def save_pretrained(
         self,
         folder: str | Path,  # gets config.json, model.safetensors and card.json with the hash of each
         *args: Any,  # as in Hugging Face
+        scores: Any = None,  # a `ScoreSheet`: README.md tells it, with baselines and ceilings
+        scored_as: str | None = None,  # what this model is called there; None: the only one
         **kwargs: Any,  # as in Hugging Face
     ) -> None:
-        "Save the model, and what its files were when they were written."
+        "Save the model, what its files were when they were written, and what it reached."
         folder = Path(folder)
+        if kwargs.get("push_to_hub"):
+            raise DataError("push_to_hub=True", "a folder", "model.push_to_hub(repository, scores=sheet)")
+        told = None if scores is None else model_card(self, scores, scored_as)
         with named_errors(folder):
+            _clear_card(folder / "README.md", told is not None)
             (folder / "card.json").unlink(missing_ok=True)  # of what is about to be replaced
             super().save_pretrained(folder, *args, **kwargs)
             files = [folder / "config.json", *folder.glob("*.safetensors*")]
             if all(path.is_file() for path in files):
                 write_card(folder, "model", {path.name: sha256(path) for path in files})
+            if told is not None:
+                (folder / "README.md").write_text(told, encoding="utf-8")
+
+    def push_to_hub(
+        self,
+        repository: str,  # of the Hugging Face hub, "owner/name"; made if it is not there
+        scores: Any = None,  # a `ScoreSheet`, for the card
+        scored_as: str | None = None,  # as in `save_pretrained`
+        private: bool | None = None,  # a new repository
+        token: str | None = None,  # None: that of `hf auth login`
+        **kwargs: Any,  # of `huggingface_hub.HfApi.upload_folder`: commit_message, revision, create_pr, ...
+    ) -> str:  # address of the commit
+        "Upload what `save_pretrained` writes, with a card in any case; `MissingError` if the hub cannot be had."
+        api = HfApi(token=token)
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, scores=scores, scored_as=scored_as)
+            if scores is None:
+                (Path(folder) / "README.md").write_text(model_card(self), encoding="utf-8")
+            try:
+                api.create_repo(repository, private=private, exist_ok=True)
+                return str(api.upload_folder(repo_id=repository, folder_path=folder, **kwargs))
+            except Exception as error:  # its client has had errors of several kinds over time
+                problem = f"nothing was pushed to {repository!r}: {type(error).__name__}: {error}"
+                fix = "hf auth login, and a network; or save_pretrained and upload the folder yourself"
+                raise MissingError(problem, "owner/name on huggingface.co", fix) from error
 
     @classmethod
     def from_pretrained(

@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,16 @@ import numpy as np
 import optuna
 import pandas as pd
 from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
-from optuna.storages import RDBStorage, fail_stale_trials
+from optuna.storages import JournalStorage, RDBStorage, fail_stale_trials
+from optuna.storages._heartbeat import BaseHeartbeat
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 from safetensors.torch import load_model
 from sqlalchemy import URL, text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from torch.utils.data import ConcatDataset, Subset
 
-from ..core import DataError, claim, digest, made_once, rng, runs, sha256
+from ..core import DataError, MissingError, claim, digest, made_once, rng, runs, sha256
 from ..data.audit import note_opening
 from ..data.clips import MouseDataset
 from ..data.inputs import comparable, open_for
@@ -51,26 +54,93 @@ def database(
     return URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
 
 
+class _Journal(JournalStorage, BaseHeartbeat):
+    "A file to which all workers append; each says in it that it lives, and each watches by its own clock."
+
+    def __init__(self, path: Path):
+        self._seen: dict[
+            int, tuple[Any, float]
+        ] = {}  # trial -> its last sign of life, and since when that is known
+        super().__init__(JournalFileBackend(str(path)))
+
+    def record_heartbeat(self, trial_id: int) -> None:
+        self.set_trial_system_attr(trial_id, "alive", time.time())
+
+    def _get_stale_trial_ids(self, study_id: int) -> list[int]:
+        now, stale = time.monotonic(), []
+        for trial in self.get_all_trials(study_id, deepcopy=False, states=(TrialState.RUNNING,)):
+            sign = trial.system_attrs.get("alive")
+            if self._seen.get(trial._trial_id, (None, now))[0] != sign or trial._trial_id not in self._seen:
+                self._seen[trial._trial_id] = (sign, now)
+            stale += [trial._trial_id] if now - self._seen[trial._trial_id][1] > 4 * _HEARTBEAT else []
+        return stale
+
+    def get_heartbeat_interval(self) -> int:
+        return _HEARTBEAT
+
+    def get_heartbeat_stale_trial_callback(self) -> None:
+        return None
+
+    get_failed_trial_callback = get_heartbeat_stale_trial_callback  # its name until Optuna 4.9
+
+
+_STORED = (
+    "a database URL such as sqlite:///grid.db or postgresql://user@host/grid, or a file: journal:///grid.log"
+)
+
+
 def open_storage(
-    storage: str,  # a database URL, such as sqlite:///grid.db or postgresql://user@host/grid
-) -> RDBStorage:
-    "An Optuna storage whose workers give signs of life."
+    storage: str,  # a database URL, such as sqlite:///grid.db or postgresql://user@host/grid, or journal:///grid.log
+) -> RDBStorage | JournalStorage:
+    "An Optuna storage whose workers give signs of life; a journal is for machines that share a disk and no server."
     if not isinstance(storage, str):
-        raise DataError(f"storage of type {type(storage).__name__}", expected="a database URL, as text")
+        raise DataError(f"storage of type {type(storage).__name__}", expected=_STORED)
+    if storage.startswith("journal:"):
+        return _open_journal(storage)
     waits = {"connect_args": {"timeout": 60}} if storage.startswith("sqlite") else None
     for attempt in range(5):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ExperimentalWarning)
-                return RDBStorage(storage, waits, heartbeat_interval=_HEARTBEAT, grace_period=4 * _HEARTBEAT)
+                return RDBStorage(
+                    _driven(storage), waits, heartbeat_interval=_HEARTBEAT, grace_period=4 * _HEARTBEAT
+                )
         except (SQLAlchemyError, ImportError) as error:
             if isinstance(error, DBAPIError) and attempt < 4:  # another worker may be making the same tables
                 time.sleep(0.5)
                 continue
+            driver = isinstance(error, ImportError) and storage.startswith("postgresql")
             raise DataError(
                 f"storage {storage!r} cannot be opened: {str(error).splitlines()[0]}",
-                expected="a database URL such as sqlite:///grid.db or postgresql://user@host/grid",
+                expected=_STORED,
+                fix='pip install "cortexlit[postgres]"' if driver else None,
             ) from error
+
+
+def _driven(storage: str) -> str:
+    "A URL of PostgreSQL with the driver that is installed: what SQLAlchemy takes by itself depends on its version."
+    driver = next((name for name in ("psycopg", "psycopg2") if find_spec(name)), None)
+    return storage.replace("postgresql:", f"postgresql+{driver}:", 1) if driver else storage
+
+
+def _open_journal(storage: str) -> _Journal:
+    "Its file is made if it is not there, in a folder that is."
+    path = Path(storage.removeprefix("journal:///"))
+    if not storage.startswith("journal:///") or not path.name:
+        raise DataError(
+            f"storage {storage!r}", expected="journal:///grid.log, or journal:////folder/grid.log"
+        )
+    if not path.resolve().parent.is_dir():
+        raise MissingError(
+            f"storage {storage!r}: no such folder", path=path.resolve().parent, fix="make it first"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            return _Journal(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        problem = f"storage {storage!r} is no journal that can be read: {type(error).__name__}: {error}"
+        raise DataError(problem, "a file that Optuna wrote, or none", "choose another file", path) from error
 
 
 def fail_lost(
@@ -81,6 +151,8 @@ def fail_lost(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         fail_stale_trials(study)
+    if isinstance(study._storage, _Journal):
+        return
     storage = getattr(study._storage, "_backend", study._storage)
     with storage.engine.connect() as connection:
         alive = {row[0] for row in connection.execute(text("SELECT trial_id FROM trial_heartbeats"))}
@@ -158,7 +230,8 @@ class Grid:
         seeds: Iterable[int] = (0, 1, 2),  # of head, adapters and order of samples
         core: str | Path | None = None,  # as `fresh_head`
         out: str | Path | None = None,  # folder of the runs; default one in `_runs` named after all this
-        storage: str | None = None,  # database URL of the Optuna study; default an SQLite file in `out`
+        storage: str
+        | None = None,  # URL of the Optuna study, as for `open_storage`; default an SQLite file in `out`
         last: int = 66,  # frames at the end of each clip that are fitted and scored
         head: Mapping[str, Any]
         | None = None,  # options of `train_head`, for the heads that adaptation starts from
