@@ -30,7 +30,7 @@ PENDING: set[str] = set()
 # Pages that sum up others, and the notebooks that print their numbers.
 STUDY_1 = tuple(f"neuro_nbs/{page}.ipynb" for page in ("05_baseline", "08_head_training", "18_scorecard"))
 STUDY_3 = tuple(f"neuro_nbs/{page}.ipynb" for page in ("12a_decoding_baselines", "13a_decoder_training"))
-SUMS_UP = {"README.md": (*STUDY_1, *STUDY_3)}
+SUMS_UP = {"README.md": (*STUDY_1, *STUDY_3, "neuro_nbs/20a_tuning.ipynb")}
 
 PAGES = [*NOTEBOOKS, ROOT / "README.md"]
 NUMBER = r"\d[\d,]*\.\d+|\d+\.\d+|\.\d+"
