@@ -125,6 +125,7 @@ def execute(
     "Run a notebook in this process; `Problem` with cell, error and a short traceback if it fails."
     import pandas as pd
     from execnb.shell import CaptureShell
+    from matplotlib.backend_bases import FigureCanvasBase
     from matplotlib.figure import Figure
 
     # as in Jupyter: without its kernel, pandas takes the output for a narrow terminal
@@ -136,13 +137,23 @@ def execute(
     for folder in (str(ROOT), str(path.parent)):
         if folder not in sys.path:
             sys.path.insert(0, folder)
-    shell = CaptureShell(path, mpl_format="png")
+    shell, undrawn = CaptureShell(path, mpl_format="png"), []
+
+    def lay_out(figure: Figure) -> None:
+        "Draw every artist, as a picture would, but no pixels. IPython would only print what goes wrong."
+        try:
+            figure.draw_without_rendering()
+        except Exception as error:
+            undrawn.append(error)
+
     if page is None and not save:  # nobody will see the figures
-        shell.display_formatter.formatters["image/png"].for_type(Figure, _lay_out)
+        shell.display_formatter.formatters["image/png"].for_type(Figure, lay_out)
     ran, failure = 0, None
     with contextlib.chdir(path.parent), contextlib.ExitStack() as undo:
         if page is None and not save:  # what is written goes with the run: only a power failure would tell
             undo.enter_context(mock.patch.object(os, "fsync", lambda number: None))
+            # pyplot would draw each figure after its cell, pixels and all, before it is laid out for its output
+            undo.enter_context(mock.patch.object(FigureCanvasBase, "draw_idle", lambda *_, **__: None))
         for number, cell in enumerate(nb.cells):
             if why_not(cell, flags, missing, skip):
                 continue
@@ -153,8 +164,8 @@ def execute(
             shell.cell(cell)
             cell.source = source
             ran += 1
-            if shell.exc:
-                failure = _report(cell, number, shell.exc)
+            if error := shell.exc or next(iter(undrawn), None):
+                failure = _report(cell, number, error)
                 break
     if page is not None:
         _write_page(nb, path, page)
@@ -163,11 +174,6 @@ def execute(
     if save:
         _save(nb, path)
     return ran
-
-
-def _lay_out(figure: Any) -> None:
-    "Draw every artist of a figure, as a picture of it would, but no pixels."
-    figure.draw_without_rendering()
 
 
 def _skips(nb: Any) -> bool:

@@ -116,6 +116,28 @@ def _gabor_pair(values: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.stack([window * np.cos(carrier), window * np.sin(carrier)], 1)
 
 
+def _slope(values: np.ndarray, field: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """(pixels, 6): how what is left of a field changes with the values of its pair, whose best weights change along.
+
+    The derivative of a projection: G. H. Golub and V. Pereyra, SIAM J. Numer. Anal. 10, 413 (1973).
+    """
+    pair = _gabor_pair(values, x, y)
+    weights = _weights(pair, field)
+    dx, dy, angle = x - values[0], y - values[1], values[2]
+    frequency, width, length = np.exp(values[3:])
+    c, s = np.cos(angle), np.sin(angle)
+    along, across = dx * c + dy * s, -dx * s + dy * c
+    p, q, turn = along / width**2, across / length**2, 2 * np.pi * frequency
+    sides = [c * p - s * q, s * p + c * q, along * across * (length**-2 - width**-2)]
+    window = np.stack([*sides, 0 * p, along * p, across * q])  # of its logarithm
+    carrier = np.stack([0 * p - turn * c, 0 * p - turn * s, turn * across, turn * along, 0 * p, 0 * p])
+    turned = np.stack([-pair[:, 1], pair[:, 0]], 1)  # the pair, a quarter of a turn on
+    rest, inverse = field - pair @ weights, np.linalg.inv(pair.T @ pair + 1e-12 * np.eye(2))
+    moved = window * (pair @ weights) + carrier * (turned @ weights)
+    bent = (window * rest) @ pair + (carrier * rest) @ turned
+    return pair @ (inverse @ (moved @ pair - bent).T) - moved.T
+
+
 def _weights(pair: np.ndarray, field: np.ndarray) -> np.ndarray:
     "Least squares in two unknowns, with a trace of ridge where the two are one."
     gram = pair.T @ pair
@@ -169,6 +191,9 @@ def _fit(field: np.ndarray, screen: Screen, at: tuple, bounds: tuple, evaluation
         pair = _gabor_pair(values, *at)
         return flat - pair @ _weights(pair, flat)
 
+    def slope(values: np.ndarray) -> np.ndarray:
+        return _slope(values, flat, *at)
+
     *where, frequency = _start(field, screen)
     searches = []
     for width in (5.0, 12.0):
@@ -178,7 +203,7 @@ def _fit(field: np.ndarray, screen: Screen, at: tuple, bounds: tuple, evaluation
         inside = np.clip(first, np.array(bounds[0]) + 1e-6, np.array(bounds[1]) - 1e-6)
         searches.append(
             least_squares(
-                left, inside, bounds=bounds, x_scale=[5, 5, 0.3, 0.3, 0.3, 0.3], max_nfev=evaluations
+                left, inside, slope, bounds, x_scale=[5, 5, 0.3, 0.3, 0.3, 0.3], max_nfev=evaluations
             )
         )
     values = min(searches, key=lambda s: s.cost).x

@@ -352,13 +352,19 @@ def texture(
     return ((picture - picture.mean()) / picture.std()).astype(np.float32)
 
 # %% ../../neuro_nbs/02_synthetic_session.ipynb #3c3ed8f7
+def _window(picture: np.ndarray, start: int, n: int, axis: int) -> np.ndarray:
+    "`n` rows (axis 0) or columns of a periodic picture from `start`; not a copy unless they go over its edge."
+    start %= picture.shape[axis]
+    if start + n > picture.shape[axis]:
+        return picture.take(range(start, start + n), axis, mode="wrap")
+    return picture[start : start + n] if axis == 0 else picture[:, start : start + n]
+
+
 def _crop(picture: np.ndarray, y: float, x: float, shape: tuple[int, int]) -> np.ndarray:
     "A window of a periodic picture at a fractional position."
     iy, ix = int(np.floor(y)), int(np.floor(x))
     fy, fx = np.float32(y - iy), np.float32(x - ix)
-    rows = np.arange(iy, iy + shape[0] + 1) % picture.shape[0]
-    columns = np.arange(ix, ix + shape[1] + 1) % picture.shape[1]
-    part = picture[rows[:, None], columns]
+    part = _window(_window(picture, iy, shape[0] + 1, 0), ix, shape[1] + 1, 1)
     part = part[:-1] * (1 - fy) + part[1:] * fy
     return part[:, :-1] * (1 - fx) + part[:, 1:] * fx
 
@@ -396,11 +402,11 @@ def scene(
         y = (start[0] + 0.5 * step * np.sin(angle) * t + sway) % (h + 40) - 20
         x = (start[1] + step * np.cos(angle) * t) % (w + 40) - 20
         for k in range(frames):  # only the box around the object
-            top, left = (int(max(0, np.floor(c[k] - 1.2 * r))) for c, r in ((y, radius[0]), (x, radius[1])))
+            top, left = int(max(0, y[k] - 1.2 * radius[0])), int(max(0, x[k] - 1.2 * radius[1]))
             box = movie[k, top : int(y[k] + 1.2 * radius[0]) + 2, left : int(x[k] + 1.2 * radius[1]) + 2]
             dy, dx = np.arange(box.shape[0]) + top - y[k], np.arange(box.shape[1]) + left - x[k]
             distance = np.hypot(dy[:, None] / radius[0], dx / radius[1])
-            alpha = np.clip((1.15 - distance) / 0.3, 0, 1).astype(np.float32)
+            alpha = np.minimum(np.maximum((1.15 - distance) / 0.3, 0), 1).astype(np.float32)
             box += alpha * (_crop(skin, top - y[k], left - x[k], box.shape) - box)
     grey, contrast = random.uniform(95, 140), random.uniform(30, 48)
     return np.clip(np.rint(grey + contrast * movie), 0, 255).astype(np.uint8)
