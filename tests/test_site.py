@@ -3,12 +3,15 @@
 import base64
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from PIL import Image
+
+from cortexlit import _modidx
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -154,3 +157,56 @@ def test_files_of_the_site_that_its_settings_name_are_there():
     assert not [name for name in files if not (ROOT / name).is_file()]
     assert named["favicon"] in site["project"]["resources"] and named["image"] in site["project"]["resources"]
     assert "/*-- scss:defaults --*/" in (ROOT / dark[0]).read_text(encoding="utf-8")
+
+
+HTML = (
+    '<html><head><title>T</title><meta property="og:image" content="c.png"><link rel="icon" href="f.svg"></head>'
+    '<body><h2 id="here">x</h2>BODY</body></html>'
+)
+
+
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        (
+            '<a href="#here">a</a> <a href="../index.html">b</a> <a href="https://elsewhere.org/x#y">c</a>',
+            None,
+        ),
+        ('<a href="https://us.org/lib/neuro_nbs/page.html#here">own</a> <img src="../p.png" alt="">', None),
+        ("<code>[@key] $$x$$</code> <pre>\\frac</pre>", None),
+        ('<a href="other.html">a</a>', "no such file: other.html"),
+        ('<a href="#there">a</a>', "no place #there on page.html"),
+        ('<a href="https://us.org/lib/gone.html">a</a>', "no such file: gone.html"),
+        ('<img src="../p.png">', "a picture without words"),
+        ("as [@key] says", "a formula or a citation"),
+        ("$$x^2$$", "a formula or a citation"),
+    ],
+)
+def test_a_rendered_page_is_looked_at(body, problem, tmp_path):
+    (tmp_path / "neuro_nbs").mkdir()
+    (tmp_path / "p.png").touch()
+    (tmp_path / "index.html").write_text(HTML.replace("BODY", ""))
+    (tmp_path / "neuro_nbs/page.html").write_text(HTML.replace("BODY", body))
+    found = check_docs.site_problems(tmp_path, ["index.html", "neuro_nbs/page.html"], "https://us.org/lib/")
+    assert [problem in text for text in found] == ([] if problem is None else [True]), found
+
+
+def test_a_page_that_was_not_rendered_or_has_no_card_is_noticed(tmp_path):
+    (tmp_path / "index.html").write_text(HTML.replace("og:image", "og:nothing"))
+    first, second = check_docs.site_problems(
+        tmp_path, ["index.html", "neuro_nbs/page.html"], "https://us.org/"
+    )
+    assert "neuro_nbs/page.html: not rendered" in first and "no card" in second
+
+
+def test_the_list_of_every_name_is_that_of_the_library():
+    cells = json.loads((ROOT / "nbs/00d_reference.ipynb").read_text(encoding="utf-8"))["cells"]
+    text = "".join(cells[-1]["outputs"][0]["data"]["text/markdown"])
+    listed = {(m[2], m[1]) for m in re.finditer(r"^\| \[\**(\w+)\**\]\(\.\./(\S+?)\) \|", text, re.M)}
+    known = set()
+    for module, symbols in _modidx.d["syms"].items():
+        for name, (page, _) in symbols.items():
+            parts = name.removeprefix(f"{module}.").split(".")
+            if len(parts) == 1 and parts[0][0] != "_" and module != "cortexlit.cli" and page:
+                known.add((page, parts[0]))
+    assert listed == known, "run: python tools/run_notebooks.py --save nbs/00d_reference.ipynb"
