@@ -46,7 +46,7 @@ def test_names_in_a_signature_are_no_links_and_names_in_words_are(tmp_path):
     signature = f"```python\ndef f(\n    path, # as a {LINK}\n)\n```\n\nRaises {LINK}."
     path = page(tmp_path, "page.ipynb", f"See {LINK}.", "show_doc(f)", (shown(signature),))
     check_docs.mend(tmp_path)
-    text, code = json.loads(path.read_text())["cells"]
+    _, text, code = json.loads(path.read_text())["cells"]
     assert text["source"] == f"See {LINK}."
     assert code["outputs"][0]["data"]["text/markdown"] == signature.replace(f"a {LINK}", "a `DataError`")
 
@@ -55,8 +55,8 @@ def test_a_word_that_is_a_command_elsewhere_is_no_link_to_it(tmp_path):
     first = page(tmp_path, "page.ipynb", f"At {COMMAND} scale.")
     other = page(tmp_path, "19_cli.ipynb", f"The command {COMMAND}.")
     check_docs.mend(tmp_path)
-    assert json.loads(first.read_text())["cells"][0]["source"] == "At `demo` scale."
-    assert json.loads(other.read_text())["cells"][0]["source"] == f"The command {COMMAND}."
+    assert json.loads(first.read_text())["cells"][1]["source"] == "At `demo` scale."
+    assert json.loads(other.read_text())["cells"][1]["source"] == f"The command {COMMAND}."
 
 
 def test_messages_of_the_build_go_and_those_of_a_notebook_stay(tmp_path):
@@ -65,10 +65,22 @@ def test_messages_of_the_build_go_and_those_of_a_notebook_stay(tmp_path):
     )
     other = page(tmp_path, "other.ipynb", "", "f()", (told("UserWarning: the pupil was not measured"),))
     check_docs.mend(tmp_path)
-    assert [o["output_type"] for o in json.loads(path.read_text())["cells"][1]["outputs"]] == [
+    assert [o["output_type"] for o in json.loads(path.read_text())["cells"][2]["outputs"]] == [
         "execute_result"
     ]
-    assert json.loads(other.read_text())["cells"][1]["outputs"][0]["name"] == "stderr"
+    assert json.loads(other.read_text())["cells"][2]["outputs"][0]["name"] == "stderr"
+
+
+def test_a_page_with_code_says_where_it_can_be_run(tmp_path):
+    path = page(tmp_path, "page.ipynb", "Text.", "f()")
+    check_docs.mend(tmp_path)
+    first, *_ = json.loads(path.read_text())["cells"]
+    there = "cortexlit/cortexlit/blob/main/neuro_nbs/page.ipynb"
+    assert f"https://colab.research.google.com/github/{there})" in first["source"]
+    assert "/v2/gh/cortexlit/cortexlit/main?urlpath=lab/tree/neuro_nbs/page.ipynb)" in first["source"]
+    asked = (ROOT / "binder/requirements.txt").read_text()
+    assert "constraints.txt" in asked and "[dev]" in asked
+    assert (ROOT / "binder/runtime.txt").read_text().strip() == "python-3.11"
 
 
 def test_exported_source_is_closed_and_other_code_is_as_it_was(tmp_path):
@@ -76,10 +88,10 @@ def test_exported_source_is_closed_and_other_code_is_as_it_was(tmp_path):
     path = page(tmp_path, "page.ipynb", "", exported)
     other = page(tmp_path, "other.ipynb", "", "#| code-fold: show\nf()")
     check_docs.mend(tmp_path)
-    assert json.loads(path.read_text())["cells"][1]["source"].startswith(
+    assert json.loads(path.read_text())["cells"][2]["source"].startswith(
         "#| code-fold: true\n#| code-summary"
     )
-    assert json.loads(other.read_text())["cells"][1]["source"] == "#| code-fold: show\nf()"
+    assert json.loads(other.read_text())["cells"][2]["source"] == "#| code-fold: show\nf()"
 
 
 @pytest.mark.parametrize(

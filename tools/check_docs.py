@@ -456,6 +456,8 @@ def citation_problems(
 
 LINKED = re.compile(r"\[(`+[^`\n]+`+)\]\((https?://[^)\s]*|[\w./-]*\.(?:html|ipynb)[^)\s]*)\)")
 EXPORTED = re.compile(r"^#\| code-fold: show(\n#\| code-summary: \"Exported source\")", flags=re.M)
+BINDER = "https://mybinder.org/v2/gh/{repository}/{branch}?urlpath=lab/tree/{page}"  # as binder/ says
+COLAB = "https://colab.research.google.com/github/{repository}/blob/{branch}/{page}"
 COMMANDS = "cli.html#"  # the page whose functions are commands: `demo` elsewhere is a size, not the command
 
 
@@ -474,13 +476,30 @@ def mended(text: str, commands: bool) -> str:
     )
 
 
+def run_line(
+    page: str,  # neuro_nbs/19_cli.ipynb
+    repository: str,  # "owner/name" on GitHub
+    branch: str,
+) -> str:  # markdown
+    "Where a page can be run without installing anything."
+    at = {"repository": repository, "branch": branch, "page": page}
+    return f"Run this page: [Binder]({BINDER.format(**at)}) \u00b7 [Colab]({COLAB.format(**at)})"
+
+
 def mend(
     proc: Path,  # pages that nbdev has made; changed
 ) -> None:
     "Take out what nbdev puts in and nobody wants: links inside code, wrong links, messages; close exported source."
+    settings = get_config(path=ROOT)
+    repository = settings.git_url.removeprefix("https://github.com/")
     for path in notebooks(proc):
         book = json.loads(path.read_text(encoding="utf-8"))
         commands = path.name.startswith("19")
+        if any(cell["cell_type"] == "code" for cell in book["cells"]):
+            page = path.relative_to(proc).as_posix()
+            told = run_line(page, repository, settings.branch)
+            line = {"cell_type": "markdown", "id": "run-line", "metadata": {}, "source": told}
+            book["cells"].insert(1 if book["cells"][0]["cell_type"] == "raw" else 0, line)
         for cell in book["cells"]:
             if cell["cell_type"] == "markdown":
                 cell["source"] = mended(text_of(cell["source"]), commands)
