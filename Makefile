@@ -108,7 +108,7 @@ lint: setup ## Check style: ruff over notebooks, tests, tools and benchmarks
 docs: setup ## Build and check the pages in _proc/; with Quarto installed, the site in _docs/
 	@$(BIN)/python tools/check_docs.py
 	@if command -v quarto >/dev/null; then \
-	    rm -rf _docs && quarto render _proc --no-cache && mv _proc/_docs _docs && test -f _docs/index.html; \
+	    rm -rf _docs && quarto render _proc --no-cache && mv _proc/_docs _docs && $(BIN)/python tools/check_docs.py --site _docs; \
 	else echo "Quarto is not installed (https://quarto.org): pages checked, site not rendered."; fi
 
 bench: setup ## Time the library against its references, one JSON per benchmark

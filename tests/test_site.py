@@ -3,12 +3,15 @@
 import base64
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from PIL import Image
+
+from cortexlit import _modidx
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -43,7 +46,7 @@ def test_names_in_a_signature_are_no_links_and_names_in_words_are(tmp_path):
     signature = f"```python\ndef f(\n    path, # as a {LINK}\n)\n```\n\nRaises {LINK}."
     path = page(tmp_path, "page.ipynb", f"See {LINK}.", "show_doc(f)", (shown(signature),))
     check_docs.mend(tmp_path)
-    text, code = json.loads(path.read_text())["cells"]
+    _, text, code = json.loads(path.read_text())["cells"]
     assert text["source"] == f"See {LINK}."
     assert code["outputs"][0]["data"]["text/markdown"] == signature.replace(f"a {LINK}", "a `DataError`")
 
@@ -52,8 +55,8 @@ def test_a_word_that_is_a_command_elsewhere_is_no_link_to_it(tmp_path):
     first = page(tmp_path, "page.ipynb", f"At {COMMAND} scale.")
     other = page(tmp_path, "19_cli.ipynb", f"The command {COMMAND}.")
     check_docs.mend(tmp_path)
-    assert json.loads(first.read_text())["cells"][0]["source"] == "At `demo` scale."
-    assert json.loads(other.read_text())["cells"][0]["source"] == f"The command {COMMAND}."
+    assert json.loads(first.read_text())["cells"][1]["source"] == "At `demo` scale."
+    assert json.loads(other.read_text())["cells"][1]["source"] == f"The command {COMMAND}."
 
 
 def test_messages_of_the_build_go_and_those_of_a_notebook_stay(tmp_path):
@@ -62,10 +65,22 @@ def test_messages_of_the_build_go_and_those_of_a_notebook_stay(tmp_path):
     )
     other = page(tmp_path, "other.ipynb", "", "f()", (told("UserWarning: the pupil was not measured"),))
     check_docs.mend(tmp_path)
-    assert [o["output_type"] for o in json.loads(path.read_text())["cells"][1]["outputs"]] == [
+    assert [o["output_type"] for o in json.loads(path.read_text())["cells"][2]["outputs"]] == [
         "execute_result"
     ]
-    assert json.loads(other.read_text())["cells"][1]["outputs"][0]["name"] == "stderr"
+    assert json.loads(other.read_text())["cells"][2]["outputs"][0]["name"] == "stderr"
+
+
+def test_a_page_with_code_says_where_it_can_be_run(tmp_path):
+    path = page(tmp_path, "page.ipynb", "Text.", "f()")
+    check_docs.mend(tmp_path)
+    first, *_ = json.loads(path.read_text())["cells"]
+    there = "cortexlit/cortexlit/blob/main/neuro_nbs/page.ipynb"
+    assert f"https://colab.research.google.com/github/{there})" in first["source"]
+    assert "/v2/gh/cortexlit/cortexlit/main?urlpath=lab/tree/neuro_nbs/page.ipynb)" in first["source"]
+    asked = (ROOT / "binder/requirements.txt").read_text()
+    assert "constraints.txt" in asked and "[dev]" in asked
+    assert (ROOT / "binder/runtime.txt").read_text().strip() == "python-3.11"
 
 
 def test_exported_source_is_closed_and_other_code_is_as_it_was(tmp_path):
@@ -73,10 +88,10 @@ def test_exported_source_is_closed_and_other_code_is_as_it_was(tmp_path):
     path = page(tmp_path, "page.ipynb", "", exported)
     other = page(tmp_path, "other.ipynb", "", "#| code-fold: show\nf()")
     check_docs.mend(tmp_path)
-    assert json.loads(path.read_text())["cells"][1]["source"].startswith(
+    assert json.loads(path.read_text())["cells"][2]["source"].startswith(
         "#| code-fold: true\n#| code-summary"
     )
-    assert json.loads(other.read_text())["cells"][1]["source"] == "#| code-fold: show\nf()"
+    assert json.loads(other.read_text())["cells"][2]["source"] == "#| code-fold: show\nf()"
 
 
 @pytest.mark.parametrize(
@@ -154,3 +169,56 @@ def test_files_of_the_site_that_its_settings_name_are_there():
     assert not [name for name in files if not (ROOT / name).is_file()]
     assert named["favicon"] in site["project"]["resources"] and named["image"] in site["project"]["resources"]
     assert "/*-- scss:defaults --*/" in (ROOT / dark[0]).read_text(encoding="utf-8")
+
+
+HTML = (
+    '<html><head><title>T</title><meta property="og:image" content="c.png"><link rel="icon" href="f.svg"></head>'
+    '<body><h2 id="here">x</h2>BODY</body></html>'
+)
+
+
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        (
+            '<a href="#here">a</a> <a href="../index.html">b</a> <a href="https://elsewhere.org/x#y">c</a>',
+            None,
+        ),
+        ('<a href="https://us.org/lib/neuro_nbs/page.html#here">own</a> <img src="../p.png" alt="">', None),
+        ("<code>[@key] $$x$$</code> <pre>\\frac</pre>", None),
+        ('<a href="other.html">a</a>', "no such file: other.html"),
+        ('<a href="#there">a</a>', "no place #there on page.html"),
+        ('<a href="https://us.org/lib/gone.html">a</a>', "no such file: gone.html"),
+        ('<img src="../p.png">', "a picture without words"),
+        ("as [@key] says", "a formula or a citation"),
+        ("$$x^2$$", "a formula or a citation"),
+    ],
+)
+def test_a_rendered_page_is_looked_at(body, problem, tmp_path):
+    (tmp_path / "neuro_nbs").mkdir()
+    (tmp_path / "p.png").touch()
+    (tmp_path / "index.html").write_text(HTML.replace("BODY", ""))
+    (tmp_path / "neuro_nbs/page.html").write_text(HTML.replace("BODY", body))
+    found = check_docs.site_problems(tmp_path, ["index.html", "neuro_nbs/page.html"], "https://us.org/lib/")
+    assert [problem in text for text in found] == ([] if problem is None else [True]), found
+
+
+def test_a_page_that_was_not_rendered_or_has_no_card_is_noticed(tmp_path):
+    (tmp_path / "index.html").write_text(HTML.replace("og:image", "og:nothing"))
+    first, second = check_docs.site_problems(
+        tmp_path, ["index.html", "neuro_nbs/page.html"], "https://us.org/"
+    )
+    assert "neuro_nbs/page.html: not rendered" in first and "no card" in second
+
+
+def test_the_list_of_every_name_is_that_of_the_library():
+    cells = json.loads((ROOT / "nbs/00d_reference.ipynb").read_text(encoding="utf-8"))["cells"]
+    text = "".join(cells[-1]["outputs"][0]["data"]["text/markdown"])
+    listed = {(m[2], m[1]) for m in re.finditer(r"^\| \[\**(\w+)\**\]\(\.\./(\S+?)\) \|", text, re.M)}
+    known = set()
+    for module, symbols in _modidx.d["syms"].items():
+        for name, (page, _) in symbols.items():
+            parts = name.removeprefix(f"{module}.").split(".")
+            if len(parts) == 1 and parts[0][0] != "_" and module != "cortexlit.cli" and page:
+                known.add((page, parts[0]))
+    assert listed == known, "run: python tools/run_notebooks.py --save nbs/00d_reference.ipynb"

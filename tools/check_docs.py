@@ -6,7 +6,8 @@ its own, links and their anchors, pictures, rendered signatures, saved errors, n
 have become links; and that the sidebar lists every notebook once. README.md and CONTRIBUTING.md are checked
 for links to files and headings. The table of concepts must name every section of the course, and no other.
 Every key that a page cites must be in references.bib, whose DOIs and numbers of arXiv must have the right form.
-Exit status 1 and a list of problems if there are any.
+Exit status 1 and a list of problems if there are any. With `--site FOLDER` the HTML that Quarto has made of the pages
+is checked instead: links, anchors, pictures, and what every head must hold.
 """
 
 import ast
@@ -455,6 +456,8 @@ def citation_problems(
 
 LINKED = re.compile(r"\[(`+[^`\n]+`+)\]\((https?://[^)\s]*|[\w./-]*\.(?:html|ipynb)[^)\s]*)\)")
 EXPORTED = re.compile(r"^#\| code-fold: show(\n#\| code-summary: \"Exported source\")", flags=re.M)
+BINDER = "https://mybinder.org/v2/gh/{repository}/{branch}?urlpath=lab/tree/{page}"  # as binder/ says
+COLAB = "https://colab.research.google.com/github/{repository}/blob/{branch}/{page}"
 COMMANDS = "cli.html#"  # the page whose functions are commands: `demo` elsewhere is a size, not the command
 
 
@@ -473,13 +476,30 @@ def mended(text: str, commands: bool) -> str:
     )
 
 
+def run_line(
+    page: str,  # neuro_nbs/19_cli.ipynb
+    repository: str,  # "owner/name" on GitHub
+    branch: str,
+) -> str:  # markdown
+    "Where a page can be run without installing anything."
+    at = {"repository": repository, "branch": branch, "page": page}
+    return f"Run this page: [Binder]({BINDER.format(**at)}) \u00b7 [Colab]({COLAB.format(**at)})"
+
+
 def mend(
     proc: Path,  # pages that nbdev has made; changed
 ) -> None:
     "Take out what nbdev puts in and nobody wants: links inside code, wrong links, messages; close exported source."
+    settings = get_config(path=ROOT)
+    repository = settings.git_url.removeprefix("https://github.com/")
     for path in notebooks(proc):
         book = json.loads(path.read_text(encoding="utf-8"))
         commands = path.name.startswith("19")
+        if any(cell["cell_type"] == "code" for cell in book["cells"]):
+            page = path.relative_to(proc).as_posix()
+            told = run_line(page, repository, settings.branch)
+            line = {"cell_type": "markdown", "id": "run-line", "metadata": {}, "source": told}
+            book["cells"].insert(1 if book["cells"][0]["cell_type"] == "raw" else 0, line)
         for cell in book["cells"]:
             if cell["cell_type"] == "markdown":
                 cell["source"] = mended(text_of(cell["source"]), commands)
@@ -563,7 +583,66 @@ def check(proc: Path) -> tuple[list[Page], list[str]]:
     return pages, problems + concept_problems() + citation_problems()
 
 
+# ---- the rendered site ------------------------------------------------------------------------------------
+
+
+def site_problems(
+    site: Path,  # folder of the HTML that Quarto wrote
+    pages: list[str],  # addresses that must be there: neuro_nbs/cli.html
+    base: str,  # address of the site
+) -> list[str]:
+    "Dead links, anchors and pictures of the rendered pages, pictures without words, and what belongs in every head."
+    found = {path: path.read_text(encoding="utf-8") for path in sorted(site.rglob("*.html"))}
+    plain = {
+        path: re.sub(r"<(script|style|pre|code)\b.*?</\1>", "", text, flags=re.S)
+        for path, text in found.items()
+    }
+    ids = {path: set(re.findall(r"\s(?:id|name)=\"([^\"]+)\"", text)) for path, text in found.items()}
+    problems = [f"{page}: not rendered" for page in pages if site / page not in found]
+    for path, text in found.items():
+        name = path.relative_to(site).as_posix()
+        if name not in pages:
+            continue
+        heads = {"title": "<title>", "icon": 'rel="icon"'}
+        heads |= {"card": 'property="og:image"'} if name == "index.html" else {}
+        problems += [f"{name}: its head has no {what}" for what, mark in heads.items() if mark not in text]
+        if re.search(r"\$\$|\\\(|\\frac|\[@\w", re.sub(r"<math\b.*?</math>", "", plain[path], flags=re.S)):
+            problems.append(f"{name}: a formula or a citation was left as it is written")
+        for tag in re.findall(r"<img\b[^>]*>", plain[path]):
+            if not re.search(r"\balt=", tag) and 'role="presentation"' not in tag:
+                problems.append(f"{name}: a picture without words: {tag[:80]}")
+        for target in dict.fromkeys(
+            re.findall(r"<(?:a|img)\b[^>]*?\s(?:href|src)=\"([^\"]*)\"", plain[path])
+        ):
+            target = target.replace("&amp;", "&").removeprefix(base)
+            if is_external(target) or target.startswith("data:"):
+                continue
+            where, _, anchor = unquote(target).partition("#")
+            file = (path.parent / where if where else path).resolve()
+            file = (site / where).resolve() if not file.exists() and (site / where).exists() else file
+            file = file / "index.html" if file.is_dir() else file
+            if not file.exists():
+                problems.append(f"{name}: no such file: {target}")
+            elif anchor and file in ids and anchor not in ids[file]:
+                problems.append(f"{name}: no place #{anchor} on {file.name}")
+    return problems
+
+
+def check_site(site: Path) -> int:
+    "After Quarto: the pages that were made before are all there, and nothing on them is dead."
+    settings = get_config(path=ROOT)
+    base = f"{settings.doc_host}{settings.doc_baseurl}".rstrip("/") + "/"
+    pages = [read_page(path, ROOT / "_proc").address for path in notebooks(ROOT / "_proc")]
+    problems = site_problems(site.resolve(), pages, base)
+    for problem in problems:
+        print("PROBLEM", problem)
+    print(f"{len(pages)} rendered pages, {len(problems)} problems")
+    return bool(problems)
+
+
 def main() -> int:
+    if sys.argv[1:2] == ["--site"]:
+        return check_site(Path(sys.argv[2]))
     if not notebooks():
         print("PROBLEM no notebooks found")
         return 1
