@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cortexlit.core import DataError, MissingError
+from cortexlit.insilico import fields
 from cortexlit.insilico.fields import field_correlation, fit_gabors, gradient_fields, noise_fields
 from cortexlit.insilico.stimuli import (
     Screen,
@@ -302,6 +303,22 @@ def test_a_gabor_is_found_where_it_was_put(azimuth, altitude, orientation, frequ
     ]
     scale = [(a * f).sum() / (a * a).sum() for a, f in zip(again, (field, -7 * field), strict=True)]
     assert min(scale) > 0, "its phase is turned around"  # the phase has the sign
+
+
+def test_the_derivative_of_what_a_gabor_leaves_is_that_of_small_steps():
+    x, y = (v.ravel() for v in SCREEN.angles())
+    values = np.array([3.0, -4.0, 0.5, *np.log([0.04, 8.0, 14.0])])
+    field = fields._gabor_pair(values, x, y) @ [0.5, -0.3] + 0.1 * np.random.default_rng(0).standard_normal(
+        len(x)
+    )
+
+    def left(at):
+        pair = fields._gabor_pair(at, x, y)
+        return field - pair @ fields._weights(pair, field)
+
+    at = values + 0.07  # off the best fit
+    steps = [(left(at + step) - left(at - step)) / 2e-5 for step in 1e-5 * np.eye(6)]
+    np.testing.assert_allclose(fields._slope(at, field, x, y), np.transpose(steps), atol=1e-6)
 
 
 def test_a_field_of_nothing_has_no_gabor_and_one_of_noise_a_bad_one():

@@ -105,6 +105,20 @@ def test_a_missing_file_is_told_in_one_line(told):
     assert str(folder / "data") in lines[0] and "make data" in lines[0]
 
 
+def test_a_figure_that_cannot_be_drawn_fails_and_others_are_drawn_once(tmp_path):
+    good = "fig, ax = plt.subplots(layout='constrained')\nax.add_artist(Count())\nfig;"
+    count = "class Count(matplotlib.artist.Artist):\n    def draw(self, renderer):\n        times.append(1)\ntimes = []"
+    start = "import matplotlib.artist\nimport matplotlib.pyplot as plt"
+    bad = "plt.title(r'$\\nosuch{x}$');"
+    path = notebook(tmp_path / "x.ipynb", start, count, good, "print(times)\nassert len(times) == 1", bad)
+    words = [sys.executable, "-c", (
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import jobs, run_notebooks\n"
+        "try:\n    run_notebooks.execute(Path(sys.argv[2]))\nexcept jobs.Problem as problem:\n    print(problem)"
+    ), ROOT / "tools", path]  # fmt: skip
+    done = subprocess.run(words, capture_output=True, text=True, timeout=1200)
+    assert done.stdout.startswith("cell 5, id c4:\n") and "Unknown symbol: \\nosuch" in done.stdout, done
+
+
 # --- which cells ------------------------------------------------------------------------------------------------------
 
 
