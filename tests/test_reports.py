@@ -151,7 +151,7 @@ def test_true_cells_answer_as_the_simulator_does():
 
 @pytest.mark.parametrize(
     ("options", "told"),
-    [({"seeds": 0}, "1 to 100"), ({"steps": 0}, "a step"), ({"contrast": 0.9}, "up to 0.7"), ({"contrast": float("nan")}, "up to 0.7")],
+    [({"seeds": 0}, "1 to 100"), ({"steps": 0}, "1 to 10000 steps"), ({"contrast": 0.9}, "up to 0.7"), ({"contrast": float("nan")}, "up to 0.7")],
 )  # fmt: skip
 def test_a_climb_that_makes_no_sense_is_refused(twin, tmp_path, options, told):
     with pytest.raises(DataError, match=told):

@@ -201,7 +201,7 @@ def _smoother(frames: int, screen: Screen) -> Callable[[torch.Tensor], torch.Ten
 def exciting_films(
     subject: Twin | TrueCells,  # whose neurons
     rows: Sequence[int] | None = None,  # which; None: all
-    frames: int = 13,  # of each film
+    frames: int | None = None,  # of each film; None: the fewest for which there is an answer
     still: bool = False,  # True: one picture that stays
     contrast: float = 0.28,  # root mean square, as `fix_contrast`
     seeds: Sequence[int] = (0,),  # of the noise from which each film starts
@@ -219,6 +219,7 @@ def exciting_films(
     >>> found = exciting_films(twin, [3, 5], unseen=demo_twin(seed=1))  # doctest: +SKIP
     """
     rows = tuple(range(len(subject.neurons)) if rows is None else (int(r) for r in rows))
+    frames = _fewest(subject) if frames is None else frames
     _check(subject, rows, frames, contrast, seeds, steps, unseen)
     pairs = [(seed, row) for seed in seeds for row in rows]
     parts = [pairs[k : k + batch_size] for k in range(0, len(pairs), batch_size)]
@@ -236,15 +237,22 @@ def exciting_films(
                    other.reshape(shape), kept.reshape(shape), climb)  # fmt: skip
 
 
+def _fewest(subject: Twin | TrueCells) -> int:
+    "Frames of the shortest film that is answered, or 13 where one would do."
+    vivit = not isinstance(subject, TrueCells) and subject.model.config.core == "vivit"
+    return int(subject.model.config.patch[0]) if vivit else 13
+
+
 def _check(subject: Twin | TrueCells, rows: tuple[int, ...], frames: int, contrast: float,
            seeds: Sequence[int], steps: int, unseen: Twin | None) -> None:  # fmt: skip
     count = len(subject.neurons)
     if not rows or min(rows) < 0 or max(rows) >= count:
         raise DataError(f"neurons {list(rows)}", expected=f"one or more, 0 to {count - 1}")
-    least, most = (13, 10_000) if isinstance(subject, TrueCells) else (subject.model.config.patch[0], subject.model.config.frames)  # fmt: skip
-    if not least <= frames <= most or steps < 1 or not len(seeds) or not 0 < contrast <= 0.7:
+    least = _fewest(subject)
+    most = 10_000 if isinstance(subject, TrueCells) else subject.model.config.frames
+    if not least <= frames <= most or not 1 <= steps <= 10_000 or not len(seeds) or not 0 < contrast <= 0.7:
         raise DataError(f"frames={frames}, steps={steps}, seeds={list(seeds)}, contrast={contrast}",
-                        expected=f"{least} to {most} frames, a step, a seed, a contrast above 0 up to 0.7")  # fmt: skip
+                        expected=f"{least} to {most} frames, 1 to 10000 steps, a seed, a contrast above 0 up to 0.7")  # fmt: skip
     if unseen is not None and unseen.neurons["cell_id"].tolist() != subject.neurons["cell_id"].tolist():
         raise DataError("an unseen model of other neurons", expected="the same cell_id in the same order")
 

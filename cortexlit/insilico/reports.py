@@ -14,7 +14,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..core import DataError, atomic_folder, provenance, write_card, write_json
-from .excite import exciting_films, save_gif
+from .excite import _fewest, exciting_films, save_gif
 from .fields import fit_gabors, gradient_fields
 from .stimuli import Twin, grating_table, present, white_noise
 from .tuning import grating_tuning, show_gratings
@@ -46,7 +46,7 @@ def _table(twin: Twin, rows: np.ndarray, found: pd.DataFrame) -> pd.DataFrame:
 
 def _write(
     out: str | Path, kind: str, twin: Twin, table: pd.DataFrame, shown: dict[str, Any], figure: Figure,
-    overwrite: bool, films: dict[str, np.ndarray] | None = None, **arrays: np.ndarray,
+    overwrite: bool, gifs: dict[str, np.ndarray] | None = None, **arrays: np.ndarray,
 ) -> None:  # fmt: skip
     "The folder of a report."
     with atomic_folder(out, overwrite, kind) as folder:
@@ -54,7 +54,7 @@ def _write(
         figure.savefig(folder / f"{kind}.png", dpi=110)
         for name, array in arrays.items():
             np.save(folder / f"{name}.npy", array.astype(np.float32))
-        for name, film in (films or {}).items():
+        for name, film in (gifs or {}).items():
             save_gif(film, folder / f"{name}.gif", twin.screen, f"{name.replace('_', ' ')}, by a model")
         about = {"kind": kind, "mouse": twin.mouse, "model": type(twin.model).__name__, "shown": shown,
                  "validation correlation": twin.scores, "neurons": len(table)}  # fmt: skip
@@ -197,13 +197,14 @@ def excite_report(
         "contrast": contrast,
         "suppress": suppress,
     }
-    found = exciting_films(twin, rows.tolist(), unseen=unseen, progress=progress, **options)
+    frames = _fewest(twin)
+    found = exciting_films(twin, rows.tolist(), frames, unseen=unseen, progress=progress, **options)
     judged = found.answers if unseen is None else found.unseen
     best, at = (-judged if suppress else judged).argmax(0), np.arange(len(rows))
     films = np.stack([found.films[s, k] for k, s in enumerate(best)])
     table = _table(twin, rows, pd.DataFrame({
         "answer": found.answers[best, at], "unseen": found.unseen[best, at],
-        "grey": present(twin, np.zeros((1, 13, *twin.screen.size), np.float32)).mean(-1)[0, rows],
+        "grey": present(twin, np.zeros((1, frames, *twin.screen.size), np.float32)).mean(-1)[0, rows],
         "seed": best, "step": found.steps[best, at], "seeds_alike": _alike(found.films)}))  # fmt: skip
     gifs = {f"neuron_{row}": film for row, film in zip(rows, films, strict=True)}
     _write(out, "excite", twin, table, options, _gallery(films, table, twin), overwrite, gifs, films=films)
