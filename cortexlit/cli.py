@@ -29,8 +29,8 @@ __all__ = ['app', 'Json', 'Cache', 'Embedded', 'METRICS', 'ARRAYS', 'Scale', 'Co
            'Report', 'Neurons', 'Trust', 'Replace', 'Degrees', 'DEMO_RECORDING', 'DEMO', 'sessions', 'build_command',
            'score_command', 'import_command', 'export_command', 'fit_command', 'grid', 'design_command', 'folds',
            'scenes_build', 'scenes_fit', 'scenes_score', 'things_build', 'things_fit', 'things_score', 'insilico_tune',
-           'insilico_fields', 'real_files', 'data', 'clear_demo', 'run_demo', 'show_demo', 'demo', 'pretrain_command',
-           'main']
+           'insilico_fields', 'insilico_excite', 'real_files', 'data', 'clear_demo', 'run_demo', 'show_demo', 'demo',
+           'pretrain_command', 'main']
 
 # %% ../neuro_nbs/19_cli.ipynb #5b9f17b6
 if TYPE_CHECKING:  # a command that prints no table starts without them
@@ -1015,7 +1015,7 @@ def _show_decoding(table: pd.DataFrame) -> None:
 
 # %% ../neuro_nbs/19_cli.ipynb #fab3109d
 insilico = typer.Typer(
-    help="What a trained model says of its neurons: tuning, receptive fields.", no_args_is_help=True
+    help="What a trained model says of its neurons: tuning, fields, films.", no_args_is_help=True
 )
 app.add_typer(insilico, name="insilico")
 
@@ -1093,6 +1093,34 @@ def insilico_fields(
     twin = _twin(run, dataset, degrees, trust)
     table = fields_report(twin, out, neurons, pictures, seed, overwrite)
     _tell_report("receptive fields", table, twin, out, as_json)
+
+
+@insilico.command("excite")
+def insilico_excite(
+    run: Run, dataset: Dataset, out: Report, neurons: Neurons = None, trust: Trust = False,
+    unseen: Annotated[Path | None, typer.Option(help="Another run of the dataset, which chooses among the steps.")] = None,
+    still: Annotated[bool, typer.Option("--still", help="Pictures that stay, instead of films.")] = False,
+    suppress: Annotated[bool, typer.Option("--suppress", help="What is answered least.")] = False,
+    seeds: Annotated[int, typer.Option(help="Climbs for each neuron; the best is written.")] = 2,
+    steps: Annotated[int, typer.Option(help="Of a climb, at most.")] = 20,
+    contrast: Annotated[float, typer.Option(help="Root mean square, above 0, up to 0.7.")] = 0.28,
+    degrees: Degrees = None,
+    overwrite: Replace = False, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Climb a model to the films that its neurons answer most: a table, a gallery, a GIF each.
+
+    Examples:
+      cortexlit insilico excite _runs/head data/mouse --out reports/excite --neurons 3 --neurons 5
+    """
+    from cortexlit.insilico.reports import excite_report
+
+    twin = _twin(run, dataset, degrees, trust)
+    other = None if unseen is None else _twin(unseen, dataset, degrees, trust)
+    options = {"still": still, "seeds": seeds, "steps": steps, "contrast": contrast, "suppress": suppress}
+    table = excite_report(
+        twin, out, neurons, **options, unseen=other, overwrite=overwrite, progress=not as_json
+    )
+    _tell_report("most exciting films", table, twin, out, as_json)
 
 # %% ../neuro_nbs/19_cli.ipynb #b7e2f0d4
 def real_files() -> dict[str, Any]:  # by name: `OpenFile`

@@ -685,6 +685,9 @@ def commands(root: Path) -> dict[str, tuple[list[str], dict[str, list[str]]]]:
         "insilico fields": ([run, data, "--out", out, "--trust", "--degrees", "60", "120"], {
             "0": [*not_(), "owner/nothing"], "1": not_(data), "--neurons": [*WHOLE, "10000"], "--pictures": [*WHOLE, "0", "1"],
             "--seed": WHOLE, "--out": outs}),
+        "insilico excite": ([run, data, "--out", out, "--trust", "--degrees", "60", "120"], {
+            "0": [*not_(), "owner/nothing"], "1": not_(data), "--neurons": [*WHOLE, "10000"], "--seeds": [*WHOLE, "0"],
+            "--steps": [*WHOLE, "0"], "--contrast": ["nothing", "0", "-1", "2", "nan"], "--unseen": not_(), "--out": outs}),
     }  # fmt: skip
 
 

@@ -5,14 +5,18 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 import cortexlit as cx
 from cortexlit.cli import app
 from cortexlit.core import DataError, MissingError, check_card, read_json, write_json
-from cortexlit.insilico.reports import fields_report, tuning_report
-from cortexlit.insilico.stimuli import open_twin, present, screen_of
+from cortexlit.insilico.excite import exciting_films, fix_contrast, true_cells
+from cortexlit.insilico.reports import excite_report, fields_report, tuning_report
+from cortexlit.insilico.stimuli import Screen, open_twin, present, screen_of
 from cortexlit.models.viv1t import ViV1T
+from cortexlit.simulate.session import FIELD, filter_pictures, motion_energy, rate_of, resize
 from cortexlit.training.trainer import best_folder
 
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -89,7 +93,7 @@ def test_reports_are_whole_and_say_what_was_asked(twin, tmp_path):
     [([99], "neuron 99"), ([-1], "neuron -1"), ([], "from 0"), ([1, 1], "each once"), ([0.5], "from 0")],
 )
 def test_neurons_that_are_none_are_named(twin, tmp_path, neurons, told):
-    for report in (tuning_report, fields_report):
+    for report in (tuning_report, fields_report, excite_report):
         with pytest.raises(DataError, match=told):
             report(twin, tmp_path / "x", neurons)
     assert not (tmp_path / "x").exists()
@@ -110,6 +114,51 @@ def test_a_report_replaces_its_own_kind_only(twin, tmp_path):
     assert (tmp_path / "other" / "thesis.json").exists()
 
 
+def test_films_are_those_of_the_climb_and_can_be_read(twin, tmp_path):
+    table = excite_report(twin, tmp_path / "e", [4, 2], still=True, seeds=2, steps=3, unseen=twin)
+    films = np.load(tmp_path / "e" / "films.npy")
+    direct = exciting_films(twin, [4, 2], still=True, seeds=(0, 1), steps=3, unseen=twin)
+    best = direct.unseen.argmax(0)
+    np.testing.assert_allclose(films, direct.films[best, [0, 1]], atol=1e-3)
+    np.testing.assert_allclose(table["answer"], direct.answers[best, [0, 1]], rtol=1e-3)
+    np.testing.assert_allclose(table["unseen"], table["answer"], rtol=1e-3)
+    check_card(tmp_path / "e", "report", "again", ["excite.csv", "neuron_2.gif", "neuron_4.gif", "films.npy"])
+    with Image.open(tmp_path / "e" / "neuron_4.gif") as gif:
+        assert b"120 x 60 degrees" in gif.info["comment"]
+
+
+def test_a_climb_goes_up_and_a_suppressing_one_down_within_the_rules(twin):
+    up, down = (exciting_films(twin, [1, 3], steps=6, suppress=s) for s in (False, True))
+    assert (up.answers > up.climb[0]).all() and (down.answers < down.climb[0]).all()
+    for films in (up.films, down.films):
+        assert films.shape == (1, 2, 13, *twin.screen.size) and np.abs(films).max() <= 1
+        np.testing.assert_allclose(films.std((2, 3, 4)), 0.28, rtol=0.01)
+        np.testing.assert_allclose(films.mean((2, 3, 4)), 0, atol=1e-3)
+    alone = exciting_films(twin, [3], steps=6)
+    np.testing.assert_allclose(alone.films[0, 0], up.films[0, 1], atol=0.02)
+
+
+def test_true_cells_answer_as_the_simulator_does():
+    screen, size = Screen(), "tiny"
+    cells = true_cells(size, screen)
+    film = fix_contrast(np.random.default_rng(0).standard_normal((1, 20, 36, 64)), 0.3)
+    for k, (_, neuron) in enumerate(cells.neurons.iterrows()):
+        signal = filter_pictures(resize(film[0], FIELD), cells.neurons.iloc[[k]], [(0.0, 0.0)])[0, :, 0]
+        rate = rate_of(motion_energy(signal, neuron, screen.rate) / float(cells.scale[k]), neuron)
+        answer = cells.answers(torch.from_numpy(film), [k])[0].numpy()
+        np.testing.assert_allclose(answer, rate[12:], rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [({"seeds": 0}, "1 to 100"), ({"steps": 0}, "1 to 10000 steps"), ({"contrast": 0.9}, "up to 0.7"), ({"contrast": float("nan")}, "up to 0.7")],
+)  # fmt: skip
+def test_a_climb_that_makes_no_sense_is_refused(twin, tmp_path, options, told):
+    with pytest.raises(DataError, match=told):
+        excite_report(twin, tmp_path / "x", [0], **options)
+    assert not (tmp_path / "x").exists()
+
+
 def test_the_commands_write_the_same(trained, twin, tmp_path):
     mouse, run = map(str, trained)
     words = [run, mouse, "--trust", "--neurons", "1", "--neurons", "3", "--json"]
@@ -125,6 +174,24 @@ def test_the_commands_write_the_same(trained, twin, tmp_path):
         app, ["insilico", "tune", *words, "--directions", "6", "--out", str(tmp_path / "t")]
     )
     assert done.exit_code == 0 and (tmp_path / "t" / "tuning.png").stat().st_size > 1000
+    done = CliRunner().invoke(
+        app,
+        [
+            "insilico",
+            "excite",
+            *words,
+            "--still",
+            "--steps",
+            "2",
+            "--unseen",
+            run,
+            "--out",
+            str(tmp_path / "e"),
+        ],
+    )
+    assert done.exit_code == 0 and (tmp_path / "e" / "neuron_3.gif").stat().st_size > 500
+    told = json.loads(done.stdout)["neurons"]
+    assert [row["answer"] for row in told] == pytest.approx([row["unseen"] for row in told])
     done = CliRunner().invoke(
         app, ["insilico", "tune", str(tmp_path / "no"), mouse, "--out", str(tmp_path / "n")]
     )
