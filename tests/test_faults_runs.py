@@ -975,14 +975,9 @@ def test_what_the_system_refuses_a_command_is_named(monkeypatch, capsys):
 
 # Every command ----------------------------------------------------------------------------------------------
 
-<<<<<<< HEAD
 COMMANDS = ["sessions", "build", "score", "import", "export", "fit", "grid", "design", "folds", "scenes build", "scenes fit", "scenes score", "things build",
-            "things fit", "things score", "data", "pretrain", "demo", "insilico tune", "insilico fields"]  # fmt: skip
-=======
-COMMANDS = ["sessions", "build", "score", "fit", "grid", "design", "folds", "scenes build", "scenes fit", "scenes score", "things build",
             "things fit", "things score", "data", "pretrain", "demo", "insilico tune", "insilico fields",
             "insilico excite"]  # fmt: skip
->>>>>>> w-excite
 SLOW = ("sessions", "build", "scenes build")
 
 
