@@ -42,7 +42,18 @@ def check_seed(
     seed: Any,
     most: int | None = None,  # the largest allowed; None: any
 ) -> int:  # the same
-    "`DataError` unless it is a whole number from 0 up."
+    """`DataError` unless it is a whole number from 0 up.
+
+    Examples
+    --------
+    >>> check_seed(3)
+    3
+    >>> check_seed(-1)
+    Traceback (most recent call last):
+        ...
+    cortexlit.core.DataError: seed=-1
+      expected: a whole number from 0 up
+    """
     if (
         not isinstance(seed, Integral)
         or isinstance(seed, bool)
@@ -58,7 +69,14 @@ def rng(
     seed: int,  # the run's seed, 0 or larger
     *names: str | int,  # what the stream is for, e.g. "movie", or "noise", 3
 ) -> np.random.Generator:  # the same bits for the same seed and names, on any machine
-    "An independent random generator for one named purpose."
+    """An independent random generator for one named purpose.
+
+    Examples
+    --------
+    >>> a, b = rng(0, "movie"), rng(0, "noise")
+    >>> a.random() == rng(0, "movie").random(), a.random() == b.random()
+    (True, False)
+    """
     words = hashlib.sha256(json.dumps(names).encode()).digest()[:16]
     return np.random.default_rng([check_seed(seed), *np.frombuffer(words, dtype="<u4").tolist()])
 
@@ -66,7 +84,16 @@ def rng(
 def seed_everything(
     seed: int,  # 0 to 2**32 - 1
 ) -> None:
-    "Seed Python's, NumPy's and (when loaded) torch's global generators."
+    """Seed Python's, NumPy's and (when loaded) torch's global generators.
+
+    Examples
+    --------
+    >>> seed_everything(0)
+    >>> first = np.random.rand()
+    >>> seed_everything(0)
+    >>> first == np.random.rand()
+    True
+    """
     import random
 
     random.seed(check_seed(seed, 2**32 - 1))  # NumPy takes no larger one
@@ -79,7 +106,17 @@ def seed_everything(
 def seeded(
     seed: int,  # 0 to 2**32 - 1
 ) -> Iterator[None]:
-    "Draw torch's random numbers (weights, dropout) from a seed; what is drawn afterwards goes on as if nothing had been."
+    """Draw torch's random numbers (weights, dropout) from a seed; what is drawn afterwards goes on as if nothing had been.
+
+    Examples
+    --------
+    >>> import torch
+    >>> with seeded(0):
+    ...     first = torch.rand(3)
+    >>> with seeded(0):
+    ...     bool((torch.rand(3) == first).all())
+    True
+    """
     import torch
 
     check_seed(seed, 2**32 - 1)
@@ -117,19 +154,49 @@ class CortexlitError(Exception):
 
 
 class DataError(CortexlitError, ValueError):
-    "Something is there, but its content is wrong."
+    """Something is there, but its content is wrong.
+
+    Examples
+    --------
+    >>> raise DataError("a hole in row 3", expected="numbers only")
+    Traceback (most recent call last):
+        ...
+    cortexlit.core.DataError: a hole in row 3
+      expected: numbers only
+    """
 
 
 class MissingError(CortexlitError, LookupError):
-    "A file, stimulus, session, field or optional package is not there."
+    """A file, stimulus, session, field or optional package is not there.
+
+    Examples
+    --------
+    >>> issubclass(MissingError, LookupError)  # so a plain `except LookupError` catches it, too
+    True
+    """
 
 
 class StorageError(CortexlitError, OSError):
-    "The system would not read or write: disk full, not permitted, a file in the way."
+    """The system would not read or write: disk full, not permitted, a file in the way.
+
+    Examples
+    --------
+    >>> issubclass(StorageError, OSError)  # so a plain `except OSError` catches it, too
+    True
+    """
 
 
 class SplitLeak(CortexlitError, ValueError):
-    "Two tiers of a split share something they must not share."
+    """Two tiers of a split share something they must not share.
+
+    Examples
+    --------
+    >>> raise SplitLeak("3 trials are in train and test", expected="each trial in one of them")
+    Traceback (most recent call last):
+        ...
+    cortexlit.core.SplitLeak: 3 trials are in train and test
+      expected: each trial in one of them
+    """
 
 # %% ../nbs/00_core.ipynb #b5d2f6e8
 _ROOM, _OTHER = "make room, or write elsewhere", "choose another place"
@@ -188,7 +255,17 @@ def named_errors(
     path: str | Path | None = None,  # what is read or written, where the error itself names no file
     content: bool = True,  # also what can be opened and not be read, as a `DataError`
 ) -> Iterator[None]:
-    "Turn what the system refuses within the block into errors that name the file and the remedy."
+    """Turn what the system refuses within the block into errors that name the file and the remedy.
+
+    Examples
+    --------
+    >>> with named_errors():
+    ...     open("/no/such/file")
+    Traceback (most recent call last):
+        ...
+    cortexlit.core.MissingError: no such file or folder
+      file: /no/such/file
+    """
     try:
         yield
     except CortexlitError:
@@ -206,7 +283,19 @@ def reading(
     expected: str | None = None,  # what a good file holds
     fix: str = "fetch or make it again; compare its size and checksum with the source",  # for a damaged file
 ) -> Iterator[None]:
-    "Whatever goes wrong in the block while it reads `path` becomes one of our errors, which names the file."
+    """Whatever goes wrong in the block while it reads `path` becomes one of our errors, which names the file.
+
+    Examples
+    --------
+    >>> with reading("a.csv", "numbers", fix="make it again"):
+    ...     float("x")
+    Traceback (most recent call last):
+        ...
+    cortexlit.core.DataError: cut off or damaged, or of another kind (ValueError: could not convert string to float: 'x')
+      file: a.csv
+      expected: numbers
+      do: make it again
+    """
     try:
         with named_errors(path, content=False):
             yield
@@ -229,7 +318,13 @@ def reading(
 
 # %% ../nbs/00_core.ipynb #ced40067
 def project_dir() -> Path:
-    "The checkout that contains the working directory, or the working directory itself."
+    """The checkout that contains the working directory, or the working directory itself.
+
+    Examples
+    --------
+    >>> project_dir().is_dir()
+    True
+    """
     here = Path.cwd().resolve()
     for folder in (here, *here.parents):
         settings = folder / "settings.ini"
@@ -239,7 +334,13 @@ def project_dir() -> Path:
 
 
 def data_home() -> Path:  # not created here: a reader must not leave empty folders behind
-    "Folder of downloaded data: `CORTEXLIT_DATA`, or the user's cache folder."
+    """Folder of downloaded data: `CORTEXLIT_DATA`, or the user's cache folder.
+
+    Examples
+    --------
+    >>> isinstance(data_home(), Path)
+    True
+    """
     chosen = os.environ.get("CORTEXLIT_DATA", "").strip()
     if chosen:
         return Path(chosen).expanduser().resolve()
@@ -250,19 +351,37 @@ def data_home() -> Path:  # not created here: a reader must not leave empty fold
 def generated(
     *parts: str,  # path below `_data/`
 ) -> Path:
-    "Path in the project's `_data/`: what the library can make again."
+    """Path in the project's `_data/`: what the library can make again.
+
+    Examples
+    --------
+    >>> generated("movies", "a.npy").relative_to(project_dir()).as_posix()
+    '_data/movies/a.npy'
+    """
     return project_dir().joinpath("_data", *parts)
 
 
 def runs(
     *parts: str,  # path below `_runs/`
 ) -> Path:
-    "Path in the project's `_runs/`: what runs leave behind."
+    """Path in the project's `_runs/`: what runs leave behind.
+
+    Examples
+    --------
+    >>> runs("first").relative_to(project_dir()).as_posix()
+    '_runs/first'
+    """
     return project_dir().joinpath("_runs", *parts)
 
 # %% ../nbs/00_core.ipynb #33929b94
 def scale() -> str:  # "demo" or "paper"
-    "The size at which notebooks run, from `CORTEXLIT_SCALE`."
+    """The size at which notebooks run, from `CORTEXLIT_SCALE`.
+
+    Examples
+    --------
+    >>> scale() in ("demo", "paper")
+    True
+    """
     value = os.environ.get("CORTEXLIT_SCALE", "").strip() or "demo"
     if value not in ("demo", "paper"):
         raise DataError(
@@ -362,7 +481,14 @@ def _clear(path: Path) -> None:
 def clear_leftovers(
     folder: str | Path,  # a folder of ours, such as that of a run
 ) -> None:
-    "Remove what killed processes have left anywhere in a folder."
+    """Remove what killed processes have left anywhere in a folder.
+
+    Examples
+    --------
+    >>> clear_leftovers(tmp_path)  # nothing was left, nothing happens
+    >>> list(tmp_path.iterdir())
+    []
+    """
     for here, folders, _ in os.walk(folder):
         for left in _left(Path(here)):
             target = left.name[1 : _LEFT.search(left.name).start()]
@@ -373,7 +499,13 @@ def clear_leftovers(
 def flush(
     *paths: str | Path,  # files, or folders with all that is in them
 ) -> None:
-    "Wait until the disk itself has them: what is renamed before that may be empty after a power failure."
+    """Wait until the disk itself has them: what is renamed before that may be empty after a power failure.
+
+    Examples
+    --------
+    >>> size = (tmp_path / "a.txt").write_text("text")
+    >>> flush(tmp_path / "a.txt")
+    """
     for path in map(Path, paths):
         for here in (path, *(path.rglob("*") if path.is_dir() else ())):
             _flush(here)
@@ -397,7 +529,15 @@ def settle(
     new: str | Path,  # a finished file or folder
     path: str | Path,  # its name from now on; what was there is replaced
 ) -> None:
-    "Rename, so that even a power failure leaves the old or the new, whole."
+    """Rename, so that even a power failure leaves the old or the new, whole.
+
+    Examples
+    --------
+    >>> size = (tmp_path / "new").write_text("text")
+    >>> settle(tmp_path / "new", tmp_path / "a.txt")
+    >>> [p.name for p in tmp_path.iterdir()]
+    ['a.txt']
+    """
     flush(new)
     os.replace(new, path)
     _flush(Path(path).parent)
@@ -407,7 +547,15 @@ def settle(
 def atomic_file(
     path: str | Path,  # the file to be written or replaced
 ) -> Iterator[Path]:  # where to write; becomes `path` if the block ends well
-    "Write a file whole or not at all; an existing one survives any failure."
+    """Write a file whole or not at all; an existing one survives any failure.
+
+    Examples
+    --------
+    >>> with atomic_file(tmp_path / "a.txt") as tmp:
+    ...     size = tmp.write_text("whole")
+    >>> (tmp_path / "a.txt").read_text()
+    'whole'
+    """
     path = Path(path)
     with named_errors(path, content=False):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -460,7 +608,14 @@ def _card(folder: Path) -> dict[str, Any]:
 def kind_of(
     folder: str | Path,
 ) -> str | None:  # "clips", "scenes", "things", "tree", "model", ...; None: none of ours
-    "Which kind of folder of this library it is, by its card.json."
+    """Which kind of folder of this library it is, by its card.json.
+
+    Examples
+    --------
+    >>> write_card(tmp_path, "model")
+    >>> kind_of(tmp_path)
+    'model'
+    """
     card = _card(Path(folder))
     if isinstance(card.get("kind"), str):
         return card["kind"]
@@ -514,7 +669,15 @@ def atomic_folder(
     kind: str
     | None = None,  # of the new folder, if its card.json does not say so; only the same kind is replaced
 ) -> Iterator[Path]:  # an empty folder to fill; becomes `path` if the block ends well
-    "Write a folder whole or not at all; raises `DataError` if it exists already, or is not ours to replace."
+    """Write a folder whole or not at all; raises `DataError` if it exists already, or is not ours to replace.
+
+    Examples
+    --------
+    >>> with atomic_folder(tmp_path / "run") as folder:
+    ...     written = write_json(folder / "a.json", {"n": 1})
+    >>> read_json(tmp_path / "run" / "a.json")
+    {'n': 1}
+    """
     path = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
     there = DataError(
         "the folder exists already", path=path, fix="choose another name, or pass overwrite=True"
@@ -554,7 +717,13 @@ def locked(
     path: str | Path,  # the file or folder that is about to be made
     timeout: float = 1800,  # s to wait for the other process before giving up
 ) -> Iterator[None]:
-    "Hold an inter-process lock named after `path`."
+    """Hold an inter-process lock named after `path`.
+
+    Examples
+    --------
+    >>> with locked(tmp_path / "a.npy"):  # another process waits here
+    ...     known = save_array(tmp_path / "a.npy", np.zeros(3))
+    """
     path = Path(path)
     lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=timeout)
     with named_errors(path):
@@ -571,7 +740,12 @@ def need_space(
     folder: str | Path,  # where; need not exist yet
     n_bytes: int,  # of what is to be written there
 ) -> None:
-    "Raise `DataError` if a disk has no room for what is to be written, or a limit forbids it."
+    """Raise `DataError` if a disk has no room for what is to be written, or a limit forbids it.
+
+    Examples
+    --------
+    >>> need_space(tmp_path, 1000)  # enough: nothing happens
+    """
     folder = Path(os.path.abspath(folder))
     with named_errors(folder):
         folder = next(p for p in (folder, *folder.parents) if p.is_dir())
@@ -601,7 +775,14 @@ def new_array(
     dtype: Any,
     shape: tuple[int, ...],
 ) -> np.memmap:  # writable, zeros
-    "An array on disk whose space has been set aside; `DataError` if there is not enough."
+    """An array on disk whose space has been set aside; `DataError` if there is not enough.
+
+    Examples
+    --------
+    >>> array = new_array(tmp_path / "a.npy", np.float32, (2, 3))
+    >>> array.shape, float(array.sum())
+    ((2, 3), 0.0)
+    """
     need_space(Path(path).parent, int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize)
     with named_errors(path):
         array = np.lib.format.open_memmap(path, "w+", dtype, shape)
@@ -620,7 +801,15 @@ def new_array(
 def h5_file(
     path: str | Path,  # an HDF5 file, made or replaced
 ) -> Iterator[Any]:  # `h5py.File`, open for writing
-    "Make an HDF5 file in memory and write it in one go: HDF5 itself ends the process where a disk is full."
+    """Make an HDF5 file in memory and write it in one go: HDF5 itself ends the process where a disk is full.
+
+    Examples
+    --------
+    >>> with h5_file(tmp_path / "a.h5") as file:
+    ...     file["x"] = np.arange(3)
+    >>> (tmp_path / "a.h5").is_file()
+    True
+    """
     import h5py
 
     with named_errors(path, content=False):
@@ -636,7 +825,12 @@ def need_memory(
     what: str,  # what needs them, e.g. "a model of 3 parameters"
     fix: str = "make the sizes smaller",
 ) -> None:
-    "Raise `DataError` for more than this machine, or the group this process is in, has free."
+    """Raise `DataError` for more than this machine, or the group this process is in, has free.
+
+    Examples
+    --------
+    >>> need_memory(8, "one number")  # enough: nothing happens
+    """
     most = _memory()
     if n_bytes > most:
         raise DataError(
@@ -664,7 +858,14 @@ def _memory() -> float:
 def check_out(
     folder: str | Path | None,  # where results are to be written; None: nowhere
 ) -> None:
-    "Raise `StorageError` before any work is done if a folder cannot be made or written into."
+    """Raise `StorageError` before any work is done if a folder cannot be made or written into.
+
+    Examples
+    --------
+    >>> check_out(tmp_path / "run")  # could be made: nothing happens
+    >>> (tmp_path / "run").exists()
+    False
+    """
     if folder is None:
         return
     folder = Path(os.path.abspath(folder))
@@ -714,7 +915,14 @@ def write_json(
     path: str | Path,  # written atomically
     obj: Any,  # anything made of dicts, lists, numbers, strings, NumPy values, paths
 ) -> Path:
-    "Save as JSON: sorted keys, NaN as null."
+    """Save as JSON: sorted keys, NaN as null.
+
+    Examples
+    --------
+    >>> path = write_json(tmp_path / "a.json", {"n": np.int64(3), "score": float("nan")})
+    >>> read_json(path)
+    {'n': 3, 'score': None}
+    """
     with atomic_file(path) as tmp:
         tmp.write_text(_json(obj), encoding="utf-8")
     return Path(path)
@@ -727,7 +935,13 @@ def _json(obj: Any) -> str:
 def read_json(
     path: str | Path,  # a JSON file
 ) -> Any:
-    "Load JSON; `MissingError` if there is no such file, `DataError` if it does not parse."
+    """Load JSON; `MissingError` if there is no such file, `DataError` if it does not parse.
+
+    Examples
+    --------
+    >>> read_json(write_json(tmp_path / "a.json", {"n": 3}))
+    {'n': 3}
+    """
     path = Path(path)
     with named_errors(path):
         if not path.parent.exists():
@@ -745,7 +959,13 @@ def read_json(
 def digest(
     obj: Any,  # anything `write_json` takes
 ) -> str:  # 16 hex digits
-    "A short content hash of a plain object; equal content, equal hash."
+    """A short content hash of a plain object; equal content, equal hash.
+
+    Examples
+    --------
+    >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+    True
+    """
     text = json.dumps(_plain(obj), sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -753,7 +973,14 @@ def digest(
 def sha256(
     path: str | Path,  # a file of any size; read in blocks
 ) -> str:  # 64 hex digits
-    "SHA-256 of a file."
+    """SHA-256 of a file.
+
+    Examples
+    --------
+    >>> size = (tmp_path / "empty").write_bytes(b"")
+    >>> sha256(tmp_path / "empty")[:8]
+    'e3b0c442'
+    """
     with named_errors(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -764,7 +991,15 @@ def claim(
     name: str = "config.json",  # the file that says so
     resume: bool = True,  # go on with a run that is there
 ) -> None:
-    "Make a folder ours, or compare with what it was made ours for; `DataError` if that is something else."
+    """Make a folder ours, or compare with what it was made ours for; `DataError` if that is something else.
+
+    Examples
+    --------
+    >>> claim(tmp_path, {"seed": 0})
+    >>> claim(tmp_path, {"seed": 0})  # the same run goes on
+    >>> read_json(tmp_path / "config.json")
+    {'seed': 0}
+    """
     folder, content = Path(folder), _plain(content)
     path = folder / name
     with named_errors(folder):
@@ -821,7 +1056,14 @@ def _first(path: Path, text: str) -> bool:
 def seal(
     card: dict[str, Any],  # all that the card says
 ) -> dict[str, Any]:  # the card with its own hash, ready for `write_json`
-    "Add the hash of all that a card says; versions and machine (`provenance`) aside, so that equal data have equal hashes."
+    """Add the hash of all that a card says; versions and machine (`provenance`) aside, so that equal data have equal hashes.
+
+    Examples
+    --------
+    >>> card = seal({"kind": "model"})
+    >>> card == seal(card), card == seal(card | {"kind": "clips"})
+    (True, False)
+    """
     content = {k: v for k, v in card.items() if k not in ("hash", "provenance")}
     return card | {"hash": digest(content)}
 
@@ -832,7 +1074,19 @@ def check_seal(
     fix: str,  # how to get a good one
     what: str = "card",  # what it is
 ) -> None:
-    "`DataError` if a card says something else than when it was sealed. One without a hash is taken as it is."
+    """`DataError` if a card says something else than when it was sealed. One without a hash is taken as it is.
+
+    Examples
+    --------
+    >>> check_seal(seal({"n": 1}), "card.json", "make it again")
+    >>> check_seal(seal({"n": 1}) | {"n": 2}, "card.json", "make it again")
+    Traceback (most recent call last):
+        ...
+    cortexlit.core.DataError: the card differs from its own hash
+      file: card.json
+      expected: hash e5d5f7c1d225fd6b
+      do: make it again
+    """
     if "hash" in card and card != seal(card):
         raise DataError(f"the {what} differs from its own hash", f"hash {card['hash']}", fix, path)
 
@@ -840,7 +1094,14 @@ def check_seal(
 def hashes(
     folder: str | Path,
 ) -> dict[str, str]:  # name below the folder -> SHA-256
-    "What a folder holds, its card aside."
+    """What a folder holds, its card aside.
+
+    Examples
+    --------
+    >>> size = (tmp_path / "empty").write_bytes(b"")
+    >>> hashes(tmp_path)["empty"][:8]
+    'e3b0c442'
+    """
     folder = Path(folder)
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / "card.json")
     return {p.relative_to(folder).as_posix(): sha256(p) for p in files}
@@ -852,7 +1113,13 @@ def same_files(
     fix: str,  # how to get good ones
     what: str = "folder",  # what the files are of, e.g. "checkpoint"
 ) -> None:
-    "`DataError` unless all files are there and as they were written."
+    """`DataError` unless all files are there and as they were written.
+
+    Examples
+    --------
+    >>> size = (tmp_path / "a.txt").write_text("text")
+    >>> same_files(tmp_path, hashes(tmp_path), "make it again")  # as they were: nothing happens
+    """
     for name, content in known.items():
         path = Path(folder) / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
@@ -871,7 +1138,14 @@ def write_card(
     files: Mapping[str, str] | None = None,  # name -> SHA-256; None: all that are there
     **more: Any,  # further entries
 ) -> None:
-    "Write the card of a finished folder: what kind it is, the hash of every file, and the card's own."
+    """Write the card of a finished folder: what kind it is, the hash of every file, and the card's own.
+
+    Examples
+    --------
+    >>> write_card(tmp_path, "model", seed=0)
+    >>> sorted(read_json(tmp_path / "card.json"))
+    ['files', 'hash', 'kind', 'seed']
+    """
     card = {"kind": kind, "files": hashes(folder) if files is None else dict(files), **more}
     write_json(Path(folder) / "card.json", seal(card))
 
@@ -882,7 +1156,15 @@ def check_card(
     fix: str,  # how to get good ones
     needs: Sequence[str] = (),  # files that the card has to list
 ) -> dict[str, Any]:  # the card; empty: there is none
-    "Compare a folder with its card; `DataError` names what differs. That there is none is said once."
+    """Compare a folder with its card; `DataError` names what differs. That there is none is said once.
+
+    Examples
+    --------
+    >>> known = save_array(tmp_path / "a.npy", np.arange(3))
+    >>> write_card(tmp_path, "model")
+    >>> check_card(tmp_path, "model", "make it again")["kind"]
+    'model'
+    """
     path = Path(folder) / "card.json"
     card = read_json(path) if path.is_file() else {}
     known = card.get("files", {}) if isinstance(card, dict) else None
@@ -905,7 +1187,14 @@ def save_array(
     path: str | Path,  # an .npy file, written atomically
     array: np.ndarray,
 ) -> str:  # its SHA-256
-    "Save an array, whole or not at all."
+    """Save an array, whole or not at all.
+
+    Examples
+    --------
+    >>> known = save_array(tmp_path / "a.npy", np.arange(3))
+    >>> known == sha256(tmp_path / "a.npy")
+    True
+    """
     with atomic_file(path) as tmp, tmp.open("wb") as file:
         np.save(file, array, allow_pickle=False)
     return sha256(path)
@@ -917,7 +1206,14 @@ def load_array(
     mmap: bool = False,  # leave it on disk
     known: str | None = None,  # its SHA-256; None: it was not noted
 ) -> np.ndarray:
-    "An array saved with numpy.save; `MissingError`, or `DataError` naming the file. Nothing is ever unpickled."
+    """An array saved with numpy.save; `MissingError`, or `DataError` naming the file. Nothing is ever unpickled.
+
+    Examples
+    --------
+    >>> known = save_array(tmp_path / "a.npy", np.arange(3))
+    >>> load_array(tmp_path / "a.npy", known=known)
+    array([0, 1, 2])
+    """
     path = Path(path)
     if known is not None and sha256(path) != known:
         raise DataError("the file differs from what was written", path=path, expected=f"SHA-256 {known[:16]}...",
@@ -944,7 +1240,15 @@ def made_once(
     made_from: Mapping[str, Any],  # hashes and options
     make: Callable[[], np.ndarray],
 ) -> np.ndarray:
-    "An array that is made once and read afterwards, if it was made from the same; else `DataError`."
+    """An array that is made once and read afterwards, if it was made from the same; else `DataError`.
+
+    Examples
+    --------
+    >>> made_once(tmp_path / "a.npy", {"n": 3}, lambda: np.arange(3))
+    array([0, 1, 2])
+    >>> made_once(tmp_path / "a.npy", {"n": 3}, lambda: np.zeros(9))  # it is there: not made again
+    array([0, 1, 2])
+    """
     path, made_from = Path(path), _plain(made_from)
     record = path.with_suffix(".json")
     with locked(path):

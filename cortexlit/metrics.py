@@ -142,7 +142,13 @@ def _nanmean(values: np.ndarray, axis: int | None = None) -> np.ndarray:
 def mean_score(
     values: np.ndarray,  # (samples, neurons), or (neurons,) for metrics that have one value per neuron
 ) -> float:  # NaN if nothing is defined
-    "Average of the defined entries over neurons, then over samples: the order of study 1."
+    """Average of the defined entries over neurons, then over samples: the order of study 1.
+
+    Examples
+    --------
+    >>> mean_score([[1, np.nan], [0, 1]])  # 1 and 1/2 for the two samples
+    0.75
+    """
     values = np.asarray(values, dtype=float)
     if values.ndim not in (1, 2):
         raise DataError(f"scores of shape {values.shape}", expected="(samples, neurons) or (neurons,)")
@@ -156,7 +162,14 @@ def single_trial_correlation(
     reduce: Literal["mean"] | None = "mean",  # None: the (samples, neurons) table
     missing: Literal["raise", "skip"] = "raise",  # "skip": leave out frames where either is NaN
 ) -> float | np.ndarray:  # NaN where the label is constant, 0 where only the prediction is
-    "Pearson correlation over the frames of each sample and neuron, averaged over neurons, then samples."
+    """Pearson correlation over the frames of each sample and neuron, averaged over neurons, then samples.
+
+    Examples
+    --------
+    >>> trace = np.array([[[0.0, 1, 2, 3]]])  # one sample, one neuron, four frames
+    >>> round(single_trial_correlation(2 * trace + 1, trace), 3)
+    1.0
+    """
     if missing not in ("raise", "skip"):
         raise DataError(f"missing={missing!r}", expected="'raise' or 'skip'")
     predictions, labels = _window(last, predictions=predictions, labels=labels)
@@ -223,7 +236,14 @@ def flattened_correlation(
     missing: Literal["raise", "skip"] = "raise",  # "skip": leave out frames where either is NaN
     clip: Sequence | np.ndarray | None = None,  # (samples,) clip ids, for the table; None: each sample is one
 ) -> float | np.ndarray:  # NaN where the label is constant, 0 where only the prediction is
-    "Pearson correlation per neuron over samples and frames together (Turishcheva et al. 2023)."
+    """Pearson correlation per neuron over samples and frames together (Turishcheva et al. 2023).
+
+    Examples
+    --------
+    >>> labels = np.array([[[0.0, 1]], [[2, 3]]])  # two samples of two frames, one neuron
+    >>> round(flattened_correlation(-labels, labels), 3)
+    -1.0
+    """
     if missing not in ("raise", "skip"):
         raise DataError(f"missing={missing!r}", expected="'raise' or 'skip'")
     predictions, labels = _window(last, predictions=predictions, labels=labels)
@@ -257,7 +277,15 @@ def correlation_to_average(
     last: int | None = None,  # score the last so many frames; None: all
     reduce: Literal["mean", "table"] | None = "mean",  # None: (neurons,); "table": (clips, neurons) shares
 ) -> float | np.ndarray:  # NaN where the average label is constant, 0 where only the prediction is
-    "Correlation of mean prediction and mean label over repeats, per neuron, clips and frames flattened."
+    """Correlation of mean prediction and mean label over repeats, per neuron, clips and frames flattened.
+
+    Examples
+    --------
+    >>> noise = np.array([1, -1, 1, -1])[:, None, None]  # cancels over the two repeats of each clip
+    >>> truth = np.array([[[0.0, 1]], [[0, 1]], [[2, 5]], [[2, 5]]])
+    >>> round(correlation_to_average(truth, truth + noise, clip=[0, 0, 1, 1]), 3)
+    1.0
+    """
     predictions, labels = _window(last, predictions=predictions, labels=labels)
     _require_finite(predictions=predictions, labels=labels)
     groups = _repeats(clip, len(labels))
@@ -290,7 +318,14 @@ def explainable_variance(
     clip: Sequence | np.ndarray,  # (samples,) clip id; equal ids are repeats
     last: int | None = None,  # use the last so many frames; None: all
 ) -> np.ndarray:  # (neurons,) at most 1; about 0 if repeats agree no better than chance; NaN if constant
-    "Fraction of each neuron's variance that repeats of the same clip share."
+    """Fraction of each neuron's variance that repeats of the same clip share.
+
+    Examples
+    --------
+    >>> shown = np.random.default_rng(0).normal(size=(2, 3, 50))  # repeats agree in all neurons
+    >>> explainable_variance(np.repeat(shown, 2, axis=0), clip=[0, 0, 1, 1]).round(3).tolist()
+    [1.0, 1.0, 1.0]
+    """
     (labels,) = _window(last, labels=labels)
     _require_finite(labels=labels)
     total, noise, varies = _variances(*_label_parts(labels, _repeats(clip, len(labels))))
@@ -315,7 +350,14 @@ def feve(
     threshold: float = 0.15,  # neurons with this explainable fraction or less are NaN
     reduce: Literal["mean", "table"] | None = "mean",  # None: (neurons,); "table": (clips, neurons) shares
 ) -> float | np.ndarray:  # 1 for a perfect model, 0 for the mean, negative below
-    "Fraction of explainable variance explained, noise variance from the repeats (Cadena et al. 2019)."
+    """Fraction of explainable variance explained, noise variance from the repeats (Cadena et al. 2019).
+
+    Examples
+    --------
+    >>> labels = np.repeat(np.random.default_rng(0).normal(size=(2, 3, 50)), 2, axis=0)
+    >>> round(feve(labels, labels, clip=[0, 0, 1, 1]), 3)  # nothing is missed
+    1.0
+    """
     if not 0 <= threshold < 1:
         raise DataError(f"threshold={threshold}", expected="0 or more, below 1")
     predictions, labels = _window(last, predictions=predictions, labels=labels)
@@ -367,7 +409,14 @@ def cc_norm(
     last: int | None = None,  # score the last so many frames; None: all
     reduce: Literal["mean", "table"] | None = "mean",  # None: (neurons,); "table": (clips, neurons) shares
 ) -> float | np.ndarray:  # NaN where the signal power is not positive, 0 for a constant prediction
-    "Correlation to average over its ceiling (Schoppe et al. 2016); may exceed 1 by estimation noise."
+    """Correlation to average over its ceiling (Schoppe et al. 2016); may exceed 1 by estimation noise.
+
+    Examples
+    --------
+    >>> labels = np.repeat(np.random.default_rng(0).normal(size=(2, 3, 50)), 2, axis=0)
+    >>> round(cc_norm(5 * labels, labels, clip=[0, 0, 1, 1]), 3)  # like any correlation blind to scale
+    1.0
+    """
     predictions, labels = _window(last, predictions=predictions, labels=labels)
     _require_finite(predictions=predictions, labels=labels)
     groups = _repeats(clip, len(labels))
@@ -403,7 +452,14 @@ def r2_er(
     last: int | None = None,  # score the last so many frames; None: all
     reduce: Literal["mean", "table"] | None = "mean",  # None: (neurons,); "table": (clips, neurons) shares
 ) -> float | np.ndarray:  # NaN where the signal power is not positive, 0 for a constant prediction
-    "Squared correlation with the noise-free response, corrected for noise (after Pospisil and Bair 2021); may be negative."
+    """Squared correlation with the noise-free response, corrected for noise (after Pospisil and Bair 2021); may be negative.
+
+    Examples
+    --------
+    >>> labels = np.repeat(np.random.default_rng(0).normal(size=(2, 3, 50)), 2, axis=0)
+    >>> round(r2_er(5 * labels, labels, clip=[0, 0, 1, 1]), 3)
+    1.0
+    """
     predictions, labels = _window(last, predictions=predictions, labels=labels)
     _require_finite(predictions=predictions, labels=labels)
     groups = _repeats(clip, len(labels))

@@ -77,7 +77,13 @@ AREAS = {
 def describe_cre_line(
     name: str | None,  # e.g. "Rorb-IRES2-Cre"; a genotype such as "Rorb-IRES2-Cre/wt;..." will do
 ) -> str | None:  # None if the line is not in the table
-    "Which cells a Cre line labels, in words (de Vries et al., 2020)."
+    """Which cells a Cre line labels, in words (de Vries et al., 2020).
+
+    Examples
+    --------
+    >>> describe_cre_line("Rorb-IRES2-Cre/wt")
+    'excitatory, layer 4'
+    """
     return CRE_LINES.get(re.split("[/;]", name)[0]) if name else None
 
 # %% ../../neuro_nbs/01_allen.ipynb #5224e578
@@ -88,7 +94,13 @@ def check_content(
     path: str | Path,  # the file
     suffix: str | None = None,  # ".nwb", ".h5" or ".npz", if the name does not tell
 ) -> None:
-    "Raise `DataError` unless the file is a complete HDF5 (.nwb, .h5) or NumPy (.npz) file."
+    """Raise `DataError` unless the file is a complete HDF5 (.nwb, .h5) or NumPy (.npz) file.
+
+    Examples
+    --------
+    >>> np.savez(tmp_path / "a.npz", x=np.arange(3))
+    >>> check_content(tmp_path / "a.npz")  # complete: nothing happens
+    """
     path = Path(path)
     suffix = suffix or path.suffix
     fix = "move the file away and call again: it is then fetched anew"
@@ -108,7 +120,13 @@ def check_content(
 def checksum_file(
     path: str | Path,  # a data file
 ) -> Path:  # beside it
-    "Where the size and SHA-256 of a data file are kept."
+    """Where the size and SHA-256 of a data file are kept.
+
+    Examples
+    --------
+    >>> checksum_file("data/a.nwb").as_posix()
+    'data/a.nwb.sha256.json'
+    """
     path = Path(path)
     return path.with_name(path.name + ".sha256.json")
 
@@ -116,7 +134,14 @@ def checksum_file(
 def verify_file(
     path: str | Path,  # a file of the cache
 ) -> str:  # its SHA-256
-    "Compare a file with the checksum noted when it was first seen; note it if it is new."
+    """Compare a file with the checksum noted when it was first seen; note it if it is new.
+
+    Examples
+    --------
+    >>> np.savez(tmp_path / "a.npz", x=np.arange(3))
+    >>> verify_file(tmp_path / "a.npz") == verify_file(tmp_path / "a.npz")  # noted, then compared
+    True
+    """
     path, note = Path(path), checksum_file(path)
     if not note.exists():
         check_content(path)
@@ -397,7 +422,16 @@ def _manifest(cache_dir: str | Path | None) -> Path:
 def synthetic_sessions(
     cache_dir: str | Path,  # a cache folder
 ) -> dict[int, dict[str, Any]] | None:  # session -> what its marker says; None if the folder holds real data
-    "The sessions of a folder written by `cortexlit.simulate.session`, known by its marker file."
+    """The sessions of a folder written by `cortexlit.simulate.session`, known by its marker file.
+
+    Examples
+    --------
+    >>> import cortexlit as cx
+    >>> print(synthetic_sessions(tmp_path))  # no marker: not simulated
+    None
+    >>> 900000001 in synthetic_sessions(cx.embedded_session("tiny"))
+    True
+    """
     marker = Path(cache_dir) / "cortexlit.json"
     if not marker.exists():
         return None
@@ -666,7 +700,14 @@ def list_sessions(
     include_failed: bool = False,  # also sessions of containers that failed quality control
     base_uri: str | None = None,  # address of the API; default: api.brain-map.org
 ) -> pd.DataFrame:  # one row per session, index session_id
-    "Sessions of Visual Coding 2P that match all filters; `MissingError` names the allowed values."
+    """Sessions of Visual Coding 2P that match all filters; `MissingError` names the allowed values.
+
+    Examples
+    --------
+    >>> import cortexlit as cx
+    >>> list_sessions(cx.embedded_session("tiny")).index.tolist()
+    [900000001, 900000002]
+    """
     sdk, cache = _source(cache_dir, base_uri)
     listed = _cached(cache, cache.EXPERIMENTS_KEY)
     records = cache.api.get_ophys_experiments(
@@ -714,7 +755,15 @@ def list_sessions(
 
 # %% ../../neuro_nbs/01_allen.ipynb #80a22b72
 class StimulusTemplates(Mapping):
-    "Movies and images of one session: name -> (n, H, W), read at each access, never kept."
+    """Movies and images of one session: name -> (n, H, W), read at each access, never kept.
+
+    Examples
+    --------
+    >>> import cortexlit as cx
+    >>> session = cx.open_session(900000001, cache_dir=cx.embedded_session("tiny"))
+    >>> type(session.templates).__name__, session.templates["natural_movie_one"].ndim
+    ('StimulusTemplates', 3)
+    """
 
     def __init__(
         self,
@@ -750,7 +799,13 @@ def to_clock(
     clock: np.ndarray,  # (T,) s
     max_gap: float = 0.1,  # s between two samples beyond which nothing is interpolated
 ) -> np.ndarray:  # (T, ...) NaN where there is no pair of valid neighbours
-    "Bring samples to another clock, linearly, without bridging gaps."
+    """Bring samples to another clock, linearly, without bridging gaps.
+
+    Examples
+    --------
+    >>> to_clock(np.array([0.0, 0.1, 0.5]), np.array([0.0, 1.0, 5.0]), np.array([0.05, 0.3]))
+    array([0.5, nan])
+    """
     times, values, clock = np.asarray(times), np.asarray(values, dtype=float), np.asarray(clock)
     same_length("samples", {"times": len(times), "values": len(values)})
     increasing("times", times, strict=False)
@@ -772,7 +827,13 @@ def to_clock(
 def mask_centres(
     masks: np.ndarray,  # (N, H, W) bool
 ) -> np.ndarray:  # (N, 2) x (column) and y (row) in pixels; NaN for an empty mask
-    "Centre of mass of each mask."
+    """Centre of mass of each mask.
+
+    Examples
+    --------
+    >>> mask_centres(np.array([[[0, 0, 0], [0, 1, 1]]])).tolist()
+    [[1.5, 1.0]]
+    """
     masks = np.asarray(masks, dtype=bool)
     columns, rows = masks.sum(1), masks.sum(2)
     with np.errstate(invalid="ignore"):
@@ -786,7 +847,13 @@ def place(
     coordinates: str,  # "um", or "sensorium" for the transform of earlier work
     um_per_pixel: float,  # used for "um" only
 ) -> np.ndarray:  # (N, 2) x, y
-    "Neuron coordinates from mask centres."
+    """Neuron coordinates from mask centres.
+
+    Examples
+    --------
+    >>> place(np.array([[10.0, 20.0]]), "um", um_per_pixel=0.5).tolist()
+    [[5.0, 10.0]]
+    """
     if coordinates == "um":
         return centres * um_per_pixel
     if coordinates == "sensorium":

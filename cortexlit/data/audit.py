@@ -32,7 +32,14 @@ GRID = (9, 16)  # cells, rows and columns
 def fingerprints(
     frames: np.ndarray,  # (..., H, W) of any grey scale
 ) -> np.ndarray:  # (..., 9, 16) float32 of length 1; 0 where a frame has no contrast
-    "Frames as coarse pictures without brightness and contrast; below 64 pixels only equal frames are alike."
+    """Frames as coarse pictures without brightness and contrast; below 64 pixels only equal frames are alike.
+
+    Examples
+    --------
+    >>> frames = np.random.default_rng(0).uniform(0, 100, (1, 90, 160))
+    >>> bool(np.allclose(fingerprints(frames), fingerprints(2 * frames + 5), atol=1e-5))
+    True
+    """
     frames = np.asarray(frames)
     flat = frames.reshape(-1, 1, *frames.shape[-2:])
     if frames.shape[-2] * frames.shape[-1] < 64:
@@ -170,7 +177,14 @@ def same_stimuli(
 ) -> (
     pd.DataFrame
 ):  # one row per clip of `other` that was found: clip, known (row), shift (frames), how ("mirrored", ...)
-    "Films and pictures found in others by content: shifted, brighter, mirrored."
+    """Films and pictures found in others by content: shifted, brighter, mirrored.
+
+    Examples
+    --------
+    >>> pictures = np.random.default_rng(0).uniform(0, 100, (2, 90, 160))
+    >>> same_stimuli(pictures, pictures[1:])[["clip", "known"]].values.tolist()
+    [[0, 1]]
+    """
     if np.ndim(known) != np.ndim(other) or np.ndim(known) not in (3, 4):
         raise DataError(
             f"stimuli with {np.ndim(known)} and {np.ndim(other)} axes",
@@ -215,7 +229,15 @@ def _mark(values: Iterable[Any]) -> str | None:
 def sample_marks(
     dataset: Any,  # map-style: len(dataset), dataset[i] -> dict of tensors
 ) -> list[str | None]:  # (samples,) 16 hex digits; None where too few values differ to tell trials apart
-    "What was measured in each sample, by content."
+    """What was measured in each sample, by content.
+
+    Examples
+    --------
+    >>> trials = [{"labels": torch.arange(9.0) + i} for i in (0, 0, 1)]
+    >>> marks = sample_marks(trials)
+    >>> marks[0] == marks[1], marks[0] == marks[2]
+    (True, False)
+    """
     base, rows = _inner(dataset)
     if base is not None:
         responses = base._arrays["responses"]
@@ -234,7 +256,18 @@ def known_tiers(
     names: Iterable[str],  # of the samples of a dataset
     path: str | Path | None = None,  # the file they are from
 ) -> None:
-    "`DataError` for a name that means train, validation or test and is written otherwise."
+    """`DataError` for a name that means train, validation or test and is written otherwise.
+
+    Examples
+    --------
+    >>> known_tiers(["train", "test"])
+    >>> known_tiers(["train", "val"])
+    Traceback (most recent call last):
+        ...
+    cortexlit.core.DataError: a tier is called 'val'
+      expected: 'validation'
+      do: write 'validation'; tiers that mean something else need another name
+    """
     for name in sorted(set(map(str, names))):
         plain = name.strip().casefold()
         meant = _MEANT.get(plain, plain)
@@ -363,7 +396,14 @@ def same_frames(
     other: tuple[np.ndarray, np.ndarray],  # of the samples that are judged
     films: bool = True,  # False: means over windows, which by design reach into the next one
 ) -> int:  # samples of `other`
-    "How many samples are read from the two-photon frames of others: more than two, or two thirds of one window."
+    """How many samples are read from the two-photon frames of others: more than two, or two thirds of one window.
+
+    Examples
+    --------
+    >>> known = np.array([0, 100]), np.array([9, 109])
+    >>> same_frames(known, (np.array([5, 50]), np.array([14, 59])))
+    1
+    """
     (first, last), (start, end) = ((np.asarray(x) for x in pair) for pair in (known, other))
     if films:
         used = np.zeros(max(last.max(), end.max()) + 2, int)
@@ -385,7 +425,14 @@ def audit(
     tiers: Mapping[str, Any],  # role ("train", "validation", "test") -> dataset, or {mouse: dataset}
     allow_shared_stimuli: bool = False,  # report shared stimuli instead of refusing them
 ) -> pd.DataFrame:  # one row per pair of parts: between, same_samples, same_recording, same_stimuli, of, how
-    "What the tiers that a fit is given share, by content; `SplitLeak` names the first thing that is not allowed."
+    """What the tiers that a fit is given share, by content; `SplitLeak` names the first thing that is not allowed.
+
+    Examples
+    --------
+    >>> trials = [{"labels": torch.arange(9.0) + i} for i in range(4)]
+    >>> audit({"train": trials[:2], "test": trials[2:]})[["between", "same_samples"]].values.tolist()
+    [['train / test', 0]]
+    """
     parts = _parts(tiers)
     for part in parts:
         _allowed_role(part)
@@ -440,7 +487,13 @@ _LIST = ".test-openings.json"
 def openings(
     root: str | Path,  # a dataset folder
 ) -> pd.DataFrame:  # split_hash, by, function, time (UTC)
-    "When the test tier of a folder was scored, and by what."
+    """When the test tier of a folder was scored, and by what.
+
+    Examples
+    --------
+    >>> len(openings(tmp_path))  # never opened
+    0
+    """
     path = Path(root) / _LIST
     rows = read_json(path) if path.is_file() else []
     columns = ["split_hash", "by", "function", "time"]
@@ -456,7 +509,13 @@ def openings(
 def models_named(
     models: Iterable[Any] | None,  # names, or (name, seed)
 ) -> str:  # for `note_opening`
-    "The models of a sheet in a line."
+    """The models of a sheet in a line.
+
+    Examples
+    --------
+    >>> models_named([("viv1t", 0), "mean"])
+    'viv1t (seed 0), mean'
+    """
     return (
         ", ".join(f"{m[0]} (seed {m[1]})" if isinstance(m, tuple) else str(m) for m in models or ())
         or "baselines"
@@ -466,7 +525,13 @@ def models_named(
 def folders_of(
     dataset: Any,  # of the library, or parts, changes or several of them; or {mouse: dataset}
 ) -> list[Path]:  # none for data that lie elsewhere
-    "The dataset folders behind what a model is given."
+    """The dataset folders behind what a model is given.
+
+    Examples
+    --------
+    >>> folders_of([{"labels": torch.zeros(3)}])  # in memory: no folder
+    []
+    """
     return [part.base.root for part in _parts({"": dataset}) if part.base is not None]
 
 
@@ -478,7 +543,15 @@ def note_opening(
 ) -> (
     int | None
 ):  # times that the test tier of this split was opened, this one included; None: nothing can be written there
-    "Note that a test tier is opened; safe for several processes at once. A folder that cannot be written says so in a line."
+    """Note that a test tier is opened; safe for several processes at once. A folder that cannot be written says so in a line.
+
+    Examples
+    --------
+    >>> note_opening(tmp_path, "viv1t", "example", split="abc")
+    1
+    >>> note_opening(tmp_path, "mean", "example", split="abc")
+    2
+    """
     path = Path(root) / _LIST
     split = str(read_json(Path(root) / "card.json").get("split_hash")) if split is None else split
     try:

@@ -35,7 +35,18 @@ def finite(
     path: str | Path | None = None,  # the file they are from
     fix: str = "leave these trials or neurons out, or make the file again",
 ) -> None:
-    "`DataError` unless all are real numbers that float32 can hold."
+    """`DataError` unless all are real numbers that float32 can hold.
+
+    Examples
+    --------
+    >>> finite("responses", np.array([1.0, np.nan]), gaps=True)
+    >>> finite("responses", np.array([1.0, np.nan]), fix="leave it out")
+    Traceback (most recent call last):
+        ...
+    cortexlit.core.DataError: responses: 1 of 2 values are not finite as float32, the first is nan at index (1,)
+      expected: numbers only
+      do: leave it out
+    """
     array = np.asarray(array)
     if array.dtype.kind not in "fiub":
         raise DataError(f"{name} has dtype {array.dtype}", expected="real numbers", path=path)
@@ -63,7 +74,16 @@ def told_gaps(
     channels: Sequence[str],
     files: Sequence[Path] | None = None,  # one of each trial
 ) -> list[str]:
-    "A note for each channel with gaps: how much, in how many trials, where first. Also given as a warning."
+    """A note for each channel with gaps: how much, in how many trials, where first. Also given as a warning.
+
+    Examples
+    --------
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("ignore")
+    ...     notes = told_gaps("behavior", np.array([[[1.0, np.nan]], [[1.0, 1.0]]]), ["running"])
+    >>> notes[0][:64]
+    'behavior: running was not measured (NaN) in 25.0 % of the time, '
+    """
     missing = np.stack([np.isnan(row).reshape(len(channels), -1).mean(1) for row in array])
     notes = []
     for channel, share in zip(channels, missing.T, strict=True):
@@ -86,7 +106,13 @@ def whole(
     high: int | None = None,  # largest allowed
     path: str | Path | None = None,
 ) -> np.ndarray:  # (n,) int64
-    "The values as integers; `DataError` for a hole, a fraction, or one out of range."
+    """The values as integers; `DataError` for a hole, a fraction, or one out of range.
+
+    Examples
+    --------
+    >>> whole("repeat", ["0", 2.0])
+    array([0, 2])
+    """
     numbers = pd.to_numeric(pd.Series(np.asarray(values).ravel()), errors="coerce").to_numpy(float)
     limit = 2.0**53 if high is None else high
     with np.errstate(invalid="ignore"):
@@ -112,7 +138,17 @@ def unique(
     values: Any,  # (n,) ids
     path: str | Path | None = None,
 ) -> None:
-    "`DataError` if an id is missing or occurs twice."
+    """`DataError` if an id is missing or occurs twice.
+
+    Examples
+    --------
+    >>> unique("cell_id", [1, 2, 2])
+    Traceback (most recent call last):
+        ...
+    cortexlit.core.DataError: cell_id 2 appears twice
+      expected: unique ids
+      do: keep one row of each, with its data
+    """
     ids = pd.Series(list(values), dtype=object)
     if ids.isna().any():
         raise DataError(
@@ -133,7 +169,18 @@ def same_length(
     path: str | Path | None = None,
     fix: str = "one of them is damaged or from another recording; make it again",
 ) -> None:
-    "`DataError` unless all have the same number."
+    """`DataError` unless all have the same number.
+
+    Examples
+    --------
+    >>> same_length("frames", {"traces": 3, "clock": 3})
+    >>> same_length("frames", {"traces": 3, "clock": 4}, fix="make it again")
+    Traceback (most recent call last):
+        ...
+    cortexlit.core.DataError: unequal numbers of frames: traces 3, clock 4
+      expected: as many in each
+      do: make it again
+    """
     if len(set(sizes.values())) > 1:
         found = ", ".join(f"{k} {v}" for k, v in sizes.items())
         raise DataError(f"unequal numbers of {what}: {found}", expected="as many in each", path=path, fix=fix)
@@ -145,7 +192,18 @@ def shaped(
     axes: Mapping[str, int | None],  # axis -> its length; None: any but zero
     path: str | Path | None = None,
 ) -> None:
-    "`DataError` unless the array has these axes: nothing is repeated or cut to fit."
+    """`DataError` unless the array has these axes: nothing is repeated or cut to fit.
+
+    Examples
+    --------
+    >>> shaped("traces", np.ones((2, 3)), {"cells": None, "frames": 3})
+    >>> shaped("traces", np.ones(3), {"cells": None, "frames": 3})
+    Traceback (most recent call last):
+        ...
+    cortexlit.core.DataError: traces has shape (3,)
+      expected: (cells, frames 3)
+      do: the array is damaged, or its axes are in another order
+    """
     sizes = tuple(axes.values())
     if np.ndim(array) != len(sizes) or any(
         n == 0 or w not in (None, n) for w, n in zip(sizes, np.shape(array), strict=True)
@@ -167,7 +225,19 @@ def consistent(
     path: str | Path | None = None,
     fix: str = "make the file again",
 ) -> None:
-    "`DataError` unless arrays that belong together have the same axes and hold finite numbers, or names."
+    """`DataError` unless arrays that belong together have the same axes and hold finite numbers, or names.
+
+    Examples
+    --------
+    >>> axes = {"traces": ("cells", "frames"), "clock": ("frames",)}
+    >>> consistent({"traces": np.ones((2, 3)), "clock": np.ones(3)}, axes)
+    >>> consistent({"traces": np.ones((2, 3)), "clock": np.ones(4)}, axes)
+    Traceback (most recent call last):
+        ...
+    cortexlit.core.DataError: clock has shape (4,)
+      expected: (frames 3)
+      do: the array is damaged, or its axes are in another order
+    """
     found = dict(lengths or {})
     for name, array in arrays.items():
         shaped(name, array, {axis: found.get(axis) for axis in axes[name]}, path)
@@ -184,7 +254,18 @@ def increasing(
     strict: bool = True,  # equal neighbours are wrong, too
     path: str | Path | None = None,
 ) -> None:
-    "`DataError` unless a clock is finite and runs forward."
+    """`DataError` unless a clock is finite and runs forward.
+
+    Examples
+    --------
+    >>> increasing("times", np.array([0.0, 0.1, 0.1]), strict=False)
+    >>> increasing("times", np.array([0.0, 0.2, 0.1]))
+    Traceback (most recent call last):
+        ...
+    cortexlit.core.DataError: times do not increase at frame 2 (1 places: samples are out of order, or the clock jumps back)
+      expected: strictly increasing seconds
+      do: sort the samples by time, or leave this series out
+    """
     times = np.asarray(times)
     if times.ndim != 1 or times.dtype.kind not in "fiu" or not np.isfinite(times).all():
         raise DataError(
@@ -205,7 +286,13 @@ def jumps(
     times: np.ndarray,  # (stretches, frames) s, of the samples that are read as one stretch
     usual: float,  # s between two frames
 ) -> np.ndarray:  # (stretches,) true where time jumps within one
-    "Which stretches hold a step of more than three usual ones: a pause, or frames that were dropped."
+    """Which stretches hold a step of more than three usual ones: a pause, or frames that were dropped.
+
+    Examples
+    --------
+    >>> jumps(np.array([[0.0, 0.1, 0.2], [0.3, 0.4, 0.9]]), usual=0.1)
+    array([False,  True])
+    """
     if np.shape(times)[1] < 2:
         return np.zeros(len(times), bool)
     return np.diff(times, axis=1).max(1) > 3 * usual + 1e-6
@@ -217,7 +304,13 @@ def by_name(
     what: str = "behavior",
     path: str | Path | None = None,
 ) -> list[int]:  # rows in the wanted order; channels that were not measured are left out
-    "The rows of an array of channels in a given order, by their names alone."
+    """The rows of an array of channels in a given order, by their names alone.
+
+    Examples
+    --------
+    >>> by_name(["pupil_area", "running"], ["running", "pupil_area"])
+    [1, 0]
+    """
     unique(f"{what}: channel", have, path)
     strange = [c for c in have if c not in want]
     if strange:
@@ -235,7 +328,14 @@ def load_arrays(
     names: Sequence[str] = (),  # arrays it must hold
     kinds: str = "fiubU",  # NumPy kinds allowed
 ) -> dict[str, np.ndarray]:
-    "The arrays of a file saved with numpy.savez, each checked by its checksum; errors as `load_array`."
+    """The arrays of a file saved with numpy.savez, each checked by its checksum; errors as `load_array`.
+
+    Examples
+    --------
+    >>> np.savez(tmp_path / "a.npz", x=np.arange(3))
+    >>> load_arrays(tmp_path / "a.npz", ["x"])
+    {'x': array([0, 1, 2])}
+    """
     with reading(path, "arrays saved with numpy.savez"):
         with ZipFile(path) as archive:
             if (bad := archive.testzip()) is not None:
@@ -256,7 +356,14 @@ def load_table(
     needs: Sequence[str] = (),  # columns it must have
     **options: Any,  # for `pandas.read_csv`
 ) -> pd.DataFrame:
-    "A table of a dataset folder; errors as `load_array`."
+    """A table of a dataset folder; errors as `load_array`.
+
+    Examples
+    --------
+    >>> size = (tmp_path / "a.csv").write_text("sample,tier\\n0,train\\n")
+    >>> load_table(tmp_path / "a.csv", ["tier"])["tier"].tolist()
+    ['train']
+    """
     with reading(path, "a table with a header"):
         table = pd.read_csv(path, **options)
     if missing := [c for c in needs if c not in table]:
@@ -276,7 +383,13 @@ def described(
     n: int,  # how many responses there are
     path: str | Path | None = None,
 ) -> None:
-    "`DataError` unless a table describes each of n neurons once."
+    """`DataError` unless a table describes each of n neurons once.
+
+    Examples
+    --------
+    >>> neurons = pd.DataFrame({"cell_id": [1, 2], "x_um": [0.0, 5.0], "y_um": [0.0, np.nan]})
+    >>> described(neurons, 2)  # each neuron once: nothing happens
+    """
     if missing := {"cell_id", "x_um", "y_um"} - set(neurons.columns):
         wish = "columns cell_id, x_um, y_um (NaN where unknown)"
         raise DataError(f"neurons lacks {sorted(missing)}", expected=wish, path=path)
@@ -296,7 +409,19 @@ def inside(
     name: str | Path,  # what the manifest says
     path: str | Path | None = None,  # the manifest
 ) -> Path:  # folder / name
-    "`DataError` for a name that leads out of the folder."
+    """`DataError` for a name that leads out of the folder.
+
+    Examples
+    --------
+    >>> inside("data", "a.npy").as_posix()
+    'data/a.npy'
+    >>> inside("data", "../a.npy")
+    Traceback (most recent call last):
+        ...
+    cortexlit.core.DataError: the file '../a.npy' would lie outside the folder
+      expected: a file below data
+      do: the manifest was edited or is not ours: do not use it
+    """
     found = Path(folder) / name
     here = os.path.abspath(folder)  # links that a user has made inside it may lead anywhere
     if not Path(os.path.abspath(found)).is_relative_to(here):
@@ -311,7 +436,13 @@ def inside(
 def encrypted(
     url: str,  # of a download
 ) -> str:  # the same
-    "`DataError` for an address through which others could send their own bytes."
+    """`DataError` for an address through which others could send their own bytes.
+
+    Examples
+    --------
+    >>> encrypted("https://example.org/a.nwb")
+    'https://example.org/a.nwb'
+    """
     parts = urlsplit(url)
     if parts.scheme != "https" and not (
         parts.scheme == "http" and parts.hostname in ("127.0.0.1", "localhost", "::1")

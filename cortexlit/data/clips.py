@@ -135,7 +135,15 @@ def frame_index(
     movie: str,  # e.g. "natural_movie_one"
     alignment: str = "stimulus-table",  # or "hand-counted", as in the source study
 ) -> np.ndarray:  # (repeats, movie frames) two-photon frame of each shown movie frame
-    "The two-photon frame in which each movie frame appeared."
+    """The two-photon frame in which each movie frame appeared.
+
+    Examples
+    --------
+    >>> import cortexlit as cx
+    >>> session = cx.open_session(900000001, cache_dir=cx.embedded_session("tiny"))
+    >>> frame_index(session, "natural_movie_one").shape
+    (10, 150)
+    """
     table = recording.table(movie)
     if alignment == "stimulus-table":
         index = _table_index(movie, table)
@@ -225,7 +233,14 @@ def split_clips(
     fractions: tuple[float, float, float] = (0.7, 0.1, 0.2),  # train, validation, test
     seed: int = 0,  # chooses which short movies are held out
 ) -> pd.DataFrame:  # one row per sample: clip, movie, start, repeat, tier
-    "Cut movies into clips and assign every (clip, repeat) to a tier."
+    """Cut movies into clips and assign every (clip, repeat) to a tier.
+
+    Examples
+    --------
+    >>> samples = split_clips({"movie": (280, 10)}, split="repeats")
+    >>> samples["tier"].value_counts().to_dict()
+    {'train': 14, 'test': 4, 'validation': 2}
+    """
     whole("clip_frames", [clip_frames], low=1)
     whole("gap", [gap])
     _check_fractions(fractions)
@@ -296,7 +311,14 @@ def audit_samples(
 ) -> (
     pd.DataFrame
 ):  # one row per pair of tiers: shared_frames, same_clips, gap (movie frames, NaN if no movie in common)
-    "Count what two tiers share: movie frames, clips of the same content, and how close they come in movie time."
+    """Count what two tiers share: movie frames, clips of the same content, and how close they come in movie time.
+
+    Examples
+    --------
+    >>> samples = pd.DataFrame({"clip": [0, 1], "movie": "m", "start": [0, 50], "tier": ["train", "test"]})
+    >>> audit_samples(samples, clip_frames=60)[["tiers", "shared_frames"]].values.tolist()
+    [['train / test', 10]]
+    """
     clips = samples.drop_duplicates(["clip", "tier"])
     rows = []
     for a, b in combinations(sorted(clips["tier"].unique(), key=_tier_order), 2):
@@ -349,7 +371,13 @@ def resize_frames(
     size: tuple[int, int],  # new (H, W)
     resample: str = "antialiased",  # or "bilinear": four neighbours only, as published
 ) -> np.ndarray:  # (n, *size) float32, same grey scale
-    "Resize a stack of frames with a triangle filter."
+    """Resize a stack of frames with a triangle filter.
+
+    Examples
+    --------
+    >>> resize_frames(np.full((2, 8, 16), 7.0), (4, 8)).shape
+    (2, 4, 8)
+    """
     new = len(frames) * int(size[0]) * int(size[1])
     need_memory(8 * new, f"{len(frames)} pictures of {size[0]} x {size[1]}", "a smaller size")
     if resample == "bilinear":

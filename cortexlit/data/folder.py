@@ -34,7 +34,13 @@ __all__ = ['KINDS', 'content_hash', 'finish_folder', 'read_card', 'verify', 'fin
 def content_hash(
     array: np.ndarray,  # of any shape
 ) -> str:  # 64 hex digits
-    "SHA-256 of the bytes of an array: equal content, equal hash."
+    """SHA-256 of the bytes of an array: equal content, equal hash.
+
+    Examples
+    --------
+    >>> content_hash(np.zeros(3)) == content_hash(np.zeros(3)), len(content_hash(np.zeros(3)))
+    (True, 64)
+    """
     return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
 
 
@@ -45,7 +51,15 @@ def finish_folder(
     page: Callable[[Mapping[str, Any]], str],  # the card as Markdown, for people
     names: Sequence[str] | None = None,  # files that this card vouches for; None: all that are there
 ) -> None:
-    "Complete a folder: `card.md`, then `card.json` with versions, the hash of every file, and its own hash."
+    """Complete a folder: `card.md`, then `card.json` with versions, the hash of every file, and its own hash.
+
+    Examples
+    --------
+    >>> np.save(tmp_path / "a.npy", np.ones(3))
+    >>> finish_folder(tmp_path, "clips", {"name": "tiny"}, lambda card: f"# {card['name']}")
+    >>> read_card(tmp_path, "clips")["name"]
+    'tiny'
+    """
     folder = Path(folder)
     card = dict(card) | {"kind": kind, "provenance": provenance()}
     (folder / "card.md").write_text(page(card), encoding="utf-8")
@@ -72,7 +86,14 @@ def read_card(
     root: str | Path,  # a folder made by this library
     kind: str | None = None,  # one of `KINDS`; None: any
 ) -> dict[str, Any]:
-    "The card, its kind and its own hash checked. An older card without a hash is taken as it is."
+    """The card, its kind and its own hash checked. An older card without a hash is taken as it is.
+
+    Examples
+    --------
+    >>> finish_folder(tmp_path, "clips", {"name": "tiny"}, lambda card: card["name"])
+    >>> read_card(tmp_path)["kind"]
+    'clips'
+    """
     path = Path(root) / "card.json"
     if not path.is_file():
         wish = f"card.json, as in {KINDS[kind]}" if kind else "card.json"
@@ -123,7 +144,13 @@ def verify(
     files: Mapping[str, str],  # name -> SHA-256, from its card
     needs: Sequence[str] = (),  # files without which it is not whole
 ) -> None:
-    "Compare every file with its hash; `MissingError` or `DataError` name the first that differs."
+    """Compare every file with its hash; `MissingError` or `DataError` name the first that differs.
+
+    Examples
+    --------
+    >>> np.save(tmp_path / "a.npy", np.ones(3))
+    >>> verify(tmp_path, {"a.npy": sha256(tmp_path / "a.npy")})  # as it was written: nothing happens
+    """
     root, again = Path(root), "build the dataset again (overwrite=True)"
     with reading(root / "card.json", "name and SHA-256 of each file"):
         files = {str(name): str(known) for name, known in files.items()}
@@ -157,7 +184,14 @@ def finite_file(
     gaps: bool = False,  # allow NaN: not measured
     fix: str = "build the dataset again (overwrite=True)",
 ) -> None:
-    "As `finite`; what was found right is not read again until the file changes."
+    """As `finite`; what was found right is not read again until the file changes.
+
+    Examples
+    --------
+    >>> np.save(tmp_path / "a.npy", np.ones(3))
+    >>> array = np.load(tmp_path / "a.npy", mmap_mode="r")
+    >>> finite_file("responses", array, tmp_path / "a.npy")  # good: nothing happens
+    """
     with reading(path):
         path, asked = Path(path), f"finite, {gaps=}"
         about = path.stat()
@@ -189,7 +223,17 @@ _FILES = {
 
 # %% ../../neuro_nbs/02c_folder.ipynb #35a3f2d4
 class Moments:
-    "Streaming count, mean, spread and range along the last axis, ignoring NaN."
+    """Streaming count, mean, spread and range along the last axis, ignoring NaN.
+
+    Examples
+    --------
+    >>> moments = Moments()
+    >>> moments.add(np.array([[1.0, 3.0]]))
+    >>> moments.add(np.array([[5.0, np.nan]]))
+    >>> result = moments.result()
+    >>> result["mean"].tolist(), result["max"].tolist(), result["n"].tolist()
+    ([3.0], [5.0], [3.0])
+    """
 
     def __init__(self) -> None:
         self.n = self.mean = self.m2 = 0.0
@@ -223,7 +267,13 @@ def never_changes(
     std: np.ndarray,  # (channels,)
     mean: np.ndarray,  # (channels,)
 ) -> np.ndarray:  # (channels,) bool
-    "Where the spread is nothing beyond rounding."
+    """Where the spread is nothing beyond rounding.
+
+    Examples
+    --------
+    >>> never_changes(std=np.array([0.0, 1.0]), mean=np.array([2.0, 2.0]))
+    array([ True, False])
+    """
     return np.atleast_1d(std <= 1e-7 * np.maximum(np.abs(mean), 1e-12))
 
 
@@ -231,7 +281,14 @@ def check_spread(
     stats: Mapping[str, Any],  # field -> what `Moments` gives
     channels: Mapping[str, Sequence[str]],  # field -> names of its channels
 ) -> None:
-    "`DataError` for a channel that cannot be normalised, by name."
+    """`DataError` for a channel that cannot be normalised, by name.
+
+    Examples
+    --------
+    >>> moments = Moments()
+    >>> moments.add(np.array([[1.0, 3.0]]))
+    >>> check_spread({"behavior": moments.result()}, {"behavior": ["running"]})  # it varies: nothing happens
+    """
     for name, s in stats.items():
         flat, empty = never_changes(s["std"], s["mean"]), np.atleast_1d(s["n"]) == 0
         labels = channels.get(name, [name])

@@ -65,7 +65,14 @@ def fold_clips(
     folds: int = 5,  # three or more: to train, to choose, to test
     gap: int = 25,  # frames between blocks: at least one temporal patch of the model
 ) -> pd.DataFrame:  # one row per clip: movie, start, block, fold
-    "Cut movies into blocks of clips with gaps between them, and say which fold tests which block."
+    """Cut movies into blocks of clips with gaps between them, and say which fold tests which block.
+
+    Examples
+    --------
+    >>> clips = fold_clips({"movie": (660, 2)}, clip_frames=100, folds=3, gap=30)
+    >>> clips[["start", "fold"]].values.tolist()
+    [[0, 0], [100, 0], [230, 1], [330, 1], [460, 2], [560, 2]]
+    """
     whole("clip_frames", [clip_frames], low=1)
     whole("gap", [gap])
     whole("folds", [folds], low=3)
@@ -89,7 +96,14 @@ def fold_tiers(
     clips: pd.DataFrame,  # from `fold_clips`
     fold: int,  # which one is tested
 ) -> np.ndarray:  # (clips,) "train", "validation" or "test"
-    "The tier of each clip in one fold: its own blocks are tested, the largest block of the next one chooses."
+    """The tier of each clip in one fold: its own blocks are tested, the largest block of the next one chooses.
+
+    Examples
+    --------
+    >>> clips = fold_clips({"movie": (660, 2)}, clip_frames=100, folds=3, gap=30)
+    >>> fold_tiers(clips, 0).tolist()
+    ['test', 'test', 'validation', 'validation', 'train', 'train']
+    """
     following = clips[clips["fold"] == (fold + 1) % (clips["fold"].max() + 1)]
     chooses = clips["block"] == following["block"].value_counts(sort=False).idxmax()
     return np.where(clips["fold"] == fold, "test", np.where(chooses, "validation", "train"))

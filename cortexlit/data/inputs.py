@@ -37,6 +37,11 @@ class InputScheme:
         Height and width of a frame, pixels.
     rate : float or None
         Frames per second, Hz.
+
+    Examples
+    --------
+    >>> InputScheme("range", channels=("running",), rate=30.0).normalisation
+    'range'
     """
 
     normalisation: str | None = "range"
@@ -56,7 +61,15 @@ _TELL += 'ViV1T.from_published(core, core_only=True, {}).save_core("folder")'
 def scheme_of(
     config: Any,  # of a model that sees movies
 ) -> InputScheme:
-    "What a model is fed, from its config."
+    """What a model is fed, from its config.
+
+    Examples
+    --------
+    >>> from types import SimpleNamespace
+    >>> config = SimpleNamespace(core_state=0, neurons=0, normalisation="range", size=(36, 64), rate=30.0)
+    >>> scheme_of(config).size
+    (36, 64)
+    """
     names = config.channels if config.core_state or config.neurons else None
     return InputScheme(
         config.normalisation, None if names is None else tuple(names), tuple(config.size), config.rate
@@ -77,7 +90,12 @@ def check_inputs(
     model: Any,  # or its config
     dataset: Any,  # a `MouseDataset`, or what is made of some; others are not looked at
 ) -> None:
-    "Raise `DataError` if the dataset gives a model what it was not taught with."
+    """Raise `DataError` if the dataset gives a model what it was not taught with.
+
+    Examples
+    --------
+    >>> check_inputs(model=None, dataset=[])  # no config that names a normalisation: not looked at
+    """
     config = getattr(model, "config", model)
     if not hasattr(config, "normalisation"):
         return

@@ -71,7 +71,16 @@ def scene_windows(
     delay_s: float = 0.0,  # from onset to the start of the window, s
     stimulus: str = "natural_scenes",  # a stimulus of single pictures: a table with `frame`, and a template
 ) -> pd.DataFrame:  # scene (-1: grey screen), first_frame, last_frame (inclusive); in order of presentation
-    "Which two-photon frames belong to each presentation of a picture."
+    """Which two-photon frames belong to each presentation of a picture.
+
+    Examples
+    --------
+    >>> import cortexlit as cx
+    >>> session = cx.open_session(900000002, cache_dir=cx.embedded_session("tiny"))
+    >>> windows = scene_windows(session, window_s=0.5)
+    >>> (windows["last_frame"] - windows["first_frame"] + 1).unique().tolist()  # 0.5 s at 30 Hz
+    [15]
+    """
     table = recording.table(stimulus)
     if "frame" not in table or stimulus not in recording.templates:
         raise MissingError(
@@ -104,7 +113,13 @@ def window_means(
     first: np.ndarray,  # (presentations,) first frame of each window
     last: np.ndarray,  # (presentations,) last frame, inclusive; all windows are equally long
 ) -> np.ndarray:  # (presentations, channels) float32, NaN where a window holds no value
-    "Mean of every series in every window, over what was measured."
+    """Mean of every series in every window, over what was measured.
+
+    Examples
+    --------
+    >>> window_means(np.array([[0.0, 2.0, np.nan, 4.0]]), first=[0, 2], last=[1, 3]).tolist()
+    [[1.0], [4.0]]
+    """
     first, length = np.asarray(first), np.unique(np.asarray(last) - np.asarray(first) + 1)
     if len(length) != 1 or length[0] < 1:
         raise DataError(f"windows of {length.tolist()} frames", expected="one length, at least one frame")
@@ -148,7 +163,15 @@ def split_images(
     seed: int = 0,  # which pictures, or presentations, are held out
     train_only: Sequence[int] = (),  # pictures that "images" never holds out
 ) -> np.ndarray:  # (presentations,) of str
-    "Assign every presentation to a tier."
+    """Assign every presentation to a tier.
+
+    Examples
+    --------
+    >>> image = np.repeat(np.arange(10), 2)  # ten pictures, each shown twice
+    >>> tiers = split_images(image)
+    >>> bool((tiers[::2] == tiers[1::2]).all()), (tiers == "test").sum().item()
+    (True, 4)
+    """
     image = np.asarray(image)
     if not isinstance(split, str):
         tiers = np.asarray(list(split))
@@ -181,7 +204,14 @@ def audit_presentations(
 ) -> (
     pd.DataFrame
 ):  # per pair of tiers: shared_images, of, identical_images, shared_frames (% of the smaller tier's)
-    "Count what two tiers share: pictures, identical pictures, averaged two-photon frames."
+    """Count what two tiers share: pictures, identical pictures, averaged two-photon frames.
+
+    Examples
+    --------
+    >>> samples = pd.DataFrame({"image": [0, 1, 1], "tier": ["train", "train", "test"]})
+    >>> audit_presentations(samples)[["tiers", "shared_images", "of"]].values.tolist()
+    [['train / test', 1, 1]]
+    """
     clips = samples.assign(clip=samples["image"], movie=samples["image"].astype(str), start=0)
     audit = audit_samples(clips, 1, images).drop(columns="gap")
     audit = audit.rename(columns={"shared_frames": "shared_images", "same_clips": "identical_images"})

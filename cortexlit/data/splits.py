@@ -48,6 +48,12 @@ def audit_units(
 
     Names that differ by capitals or blanks are one name. The row "z-score" counts the test samples whose responses
     entered the means and spreads that all samples are divided by.
+
+    Examples
+    --------
+    >>> samples = pd.DataFrame({"image": ["dog_1", "dog_2", "cat_1"], "concept": ["dog", "dog", "cat"]})
+    >>> audit_units(samples, [0], [1, 2], forbid=["image"])[["what", "shared", "test_trials"]].values.tolist()
+    [['image', 0, 0.0], ['concept', 1, 0.5]]
     """
     train, test = np.asarray(train), np.asarray(test)
     if both := len(np.intersect1d(train, test)):
@@ -111,6 +117,15 @@ class Split:
         Of the draw; None if nothing was drawn.
     known : str
         Hash of the split on the card of the folder it is from; "" for one that was made here.
+
+    Examples
+    --------
+    >>> samples = pd.DataFrame({"image": ["a", "b", "c"]})
+    >>> split = Split.from_folds("images", np.array([0, 1, 1]), samples)
+    >>> split.tier.tolist()
+    [['test', 'train', 'train'], ['train', 'test', 'test']]
+    >>> int(split.audit()["shared"].sum())
+    0
     """
 
     kind: str

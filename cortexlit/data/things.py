@@ -97,7 +97,13 @@ def things_table(
 def concept_of(
     image: str,  # "dog_12s.jpg" or "dog/dog_12s.jpg"
 ) -> str:  # "dog"
-    "Concept of an image file: its name without folder, ending and photograph number."
+    """Concept of an image file: its name without folder, ending and photograph number.
+
+    Examples
+    --------
+    >>> concept_of("dog/dog_12s.jpg")
+    'dog'
+    """
     name = image.replace("\\", "/").rsplit("/", 1)[-1]
     return _identifier(name.rsplit(".", 1)[0].rsplit("_", 1)[0])
 
@@ -124,7 +130,15 @@ def read_nifti(
 ) -> tuple[
     np.ndarray, np.ndarray
 ]:  # values (x, y, z) or (x, y, z, volumes); affine (4, 4), voxel indices to mm
-    "Values and affine of a NIfTI-1 or NIfTI-2 file, read by nibabel; `DataError` if a single byte is missing or damaged."
+    """Values and affine of a NIfTI-1 or NIfTI-2 file, read by nibabel; `DataError` if a single byte is missing or damaged.
+
+    Examples
+    --------
+    >>> path = write_nifti(tmp_path / "a.nii.gz", np.ones((2, 3, 4), np.float32), np.eye(4))
+    >>> values, affine = read_nifti(path)
+    >>> values.shape, bool((affine == np.eye(4)).all())
+    ((2, 3, 4), True)
+    """
     path = Path(path)
     with reading(path, _NIFTI, _FETCH):
         raw = path.read_bytes()
@@ -145,7 +159,14 @@ def write_nifti(
     values: np.ndarray,  # (x, y, z) or (x, y, z, volumes), of a number type of NIfTI-1
     affine: np.ndarray,  # (4, 4) voxel indices to mm
 ) -> Path:
-    "Write a compressed NIfTI-1 file."
+    """Write a compressed NIfTI-1 file.
+
+    Examples
+    --------
+    >>> path = write_nifti(tmp_path / "a.nii.gz", np.ones((2, 3, 4), np.float32), np.eye(4))
+    >>> read_nifti(path)[0].shape
+    (2, 3, 4)
+    """
     with atomic_file(path) as tmp:
         tmp.write_bytes(gzip.compress(nib.Nifti1Image(values, affine).to_bytes(), 1, mtime=0))
     return Path(path)
@@ -313,6 +334,14 @@ class TrialIndex:
         Columns session, run, trial (from 0 in each run, -1 for catch), volume, image, concept, role.
     files : dict
         File that lists the trials of (session, run), for error messages.
+
+    Examples
+    --------
+    >>> table = pd.DataFrame({"trial": [0, 1, -1], "image": ["dog_1", "cat_1", ""]}).assign(session=1, run=1)
+    >>> table = table.assign(concept=["dog", "cat", ""], volume=0, role=["train", "train", "catch"])
+    >>> index = TrialIndex(table)
+    >>> len(index), index.locate(1, 1, 1)
+    (2, 1)
     """
 
     table: pd.DataFrame
@@ -476,6 +505,13 @@ class ThingsLayout:
         responses, stimuli, voxels (tables only) and mask (None if absent).
     runs : tuple
         (session, run, betas, conditions) of each run (volumes only).
+
+    Examples
+    --------
+    >>> import cortexlit as cx
+    >>> layout = find_layout(cx.embedded_things("tiny"), "01", "figshare")
+    >>> layout.kind, "responses" in layout.files
+    ('figshare', True)
     """
 
     kind: str
@@ -494,7 +530,14 @@ def find_layout(
     subject: str = "01",
     kind: str | None = None,  # one of `LAYOUTS`; None: the first that is found, in that order
 ) -> ThingsLayout:
-    "Find the files of a subject; `MissingError` if there is none, `DataError` if there are two."
+    """Find the files of a subject; `MissingError` if there is none, `DataError` if there are two.
+
+    Examples
+    --------
+    >>> import cortexlit as cx
+    >>> find_layout(cx.embedded_things("tiny"), "01", "figshare").subject
+    '01'
+    """
     root = Path(root)
 
     def one(pattern: str) -> Path | None:
@@ -702,7 +745,15 @@ def _affordable(trials: int, voxels: int, each: int, path: Path) -> None:
 
 # %% ../../neuro_nbs/12_things.ipynb #8f343652
 class Things(Shown):
-    "One subject on disk: index, voxels, ROIs, mask; responses are read when asked for."
+    """One subject on disk: index, voxels, ROIs, mask; responses are read when asked for.
+
+    Examples
+    --------
+    >>> import cortexlit as cx
+    >>> things = cx.open_things(cx.embedded_things("tiny"), "01", "figshare")
+    >>> len(things) == len(things.index.stimuli)
+    True
+    """
 
     def __init__(self, layout: ThingsLayout, root: str | Path):
         self.layout, self.subject, self.root = layout, layout.subject, Path(root)
@@ -986,7 +1037,14 @@ def select_rois(
     rois: pd.DataFrame,  # (voxels, ROIs) true or false
     names: str | Sequence[str],  # ROI, pair ("FFA" = lFFA and rFFA) or set (`ROI_SETS`); joined by or
 ) -> np.ndarray:  # (voxels,) bool
-    "Voxels in any of the named regions; of a set, the members the subject has."
+    """Voxels in any of the named regions; of a set, the members the subject has.
+
+    Examples
+    --------
+    >>> rois = pd.DataFrame({"lFFA": [True, False, False], "rFFA": [False, True, False]})
+    >>> select_rois(rois, "FFA")
+    array([ True,  True, False])
+    """
     inside = np.zeros(len(rois), bool)
     for name in [names] if isinstance(names, str) else names:
         members = ROI_SETS.get(name, (name,))
@@ -1351,7 +1409,15 @@ def reliability(
     splits: int = 10,  # random halves averaged
     seed: int = 0,  # of the halves
 ) -> np.ndarray:  # (voxels,) -1 to 1, for the mean over all photographs; NaN for constant voxels
-    "Split-half correlation of the concept means over training trials, Spearman-Brown corrected."
+    """Split-half correlation of the concept means over training trials, Spearman-Brown corrected.
+
+    Examples
+    --------
+    >>> trials = pd.DataFrame({"concept": ["a", "a", "b", "b", "c", "c"], "role": "train"})
+    >>> responses = np.array([[1.0], [1], [2], [2], [3], [3]])  # every repeat the same
+    >>> reliability(responses, trials, ["a", "b", "c"]).round(6)
+    array([1.])
+    """
     wanted = (trials["role"] == "train").to_numpy() & trials["concept"].isin(list(concepts)).to_numpy()
     rows = pd.Series(np.flatnonzero(wanted)).groupby(trials["concept"].to_numpy()[wanted]).agg(list)
     each = min(map(len, rows), default=0)

@@ -30,7 +30,20 @@ from ..core import DataError, rng
 def record_attention(
     model: nn.Module,  # modules with a method `weights(q, k, ...)` are listened to, such as those of `ViT3D`
 ) -> Iterator[list[torch.Tensor]]:  # one (batch, heads, tokens, tokens) per layer and forward pass, in order
-    "Attention weights of every forward pass inside the `with` block; `DataError` if there is none to record."
+    """Attention weights of every forward pass inside the `with` block; `DataError` if there is none to record.
+
+    Examples
+    --------
+    >>> class Uniform(nn.Module):  # every token attends to all tokens alike
+    ...     def weights(self, q, k):
+    ...         return torch.ones(*q.shape[:-1], k.shape[-2]) / k.shape[-2]
+    ...     def forward(self, q, k, v):
+    ...         return self.weights(q, k) @ v
+    >>> with record_attention(model := Uniform()) as found:
+    ...     _ = model(*torch.ones(3, 1, 2, 4, 8))
+    >>> found[0].shape, found[0][0, 0, 0].tolist()
+    (torch.Size([1, 2, 4, 4]), [0.25, 0.25, 0.25, 0.25])
+    """
     found: list[torch.Tensor] = []
 
     def keep(module: nn.Module, inputs: tuple) -> None:
@@ -62,7 +75,14 @@ def gradient_times_input(
     voxels: torch.Tensor,  # (batch, voxels)
     output: int,  # which output
 ) -> torch.Tensor:  # (batch, voxels)
-    "Contribution of each voxel to an output, to first order."
+    """Contribution of each voxel to an output, to first order.
+
+    Examples
+    --------
+    >>> weights, voxels = torch.tensor([[2.0], [0.0]]), torch.tensor([[3.0, 5.0]])
+    >>> gradient_times_input(lambda v: v @ weights, voxels, output=0).tolist()  # only the first voxel counts
+    [[6.0, 0.0]]
+    """
     voxels = voxels.detach().clone().requires_grad_()
     (gradient,) = torch.autograd.grad(forward(voxels)[:, output].sum(), voxels)
     return gradient * voxels.detach()
@@ -76,7 +96,15 @@ def occlusion(
 ) -> (
     pd.DataFrame
 ):  # per region: voxels, change (mean absolute change of the outputs), error (rise of the squared error)
-    "Predictions with one region silenced at a time."
+    """Predictions with one region silenced at a time.
+
+    Examples
+    --------
+    >>> regions = pd.DataFrame({"left": [True, False], "right": [False, True]})
+    >>> found = occlusion(lambda v: v[:, :1], np.ones((3, 2)), np.ones((3, 1)), regions)
+    >>> found["change"].tolist()  # it reads the left only
+    [1.0, 0.0]
+    """
     _check_regions(regions, voxels.shape[1])
     whole, rows = predict(voxels), []
     for name in regions:
@@ -101,7 +129,16 @@ def enrichment(
     draws: int = 1000,  # random regions of each size
     seed: int = 0,
 ) -> pd.DataFrame:  # per region: voxels, share of the map, share of the voxels, enrichment, null interval, p
-    "Share of the map over share of the voxels, beside compact random regions of the same size; two-sided p."
+    """Share of the map over share of the voxels, beside compact random regions of the same size; two-sided p.
+
+    Examples
+    --------
+    >>> place = np.arange(4.0)[:, None] * [1, 0, 0]
+    >>> regions = pd.DataFrame({"left": [True, True, False, False]})
+    >>> found = enrichment(np.array([3.0, 1, 0, 0]), regions, place, draws=20)
+    >>> found["enrichment"].tolist()  # all of the map in half of the voxels
+    [2.0]
+    """
     values, place = np.asarray(values, float), np.asarray(place, float)
     _check_regions(regions, len(values))
     known = np.isfinite(values)
@@ -148,7 +185,14 @@ def atlas_regions(
     names: Mapping[int, str],  # label -> name
     path: str | Path | None = None,  # the atlas's file, to be named in errors
 ) -> pd.DataFrame:  # (voxels of the mask, regions that occur, and "background") bool
-    "Atlas label of each voxel, read at its place in mm on the atlas's own grid (nearest voxel)."
+    """Atlas label of each voxel, read at its place in mm on the atlas's own grid (nearest voxel).
+
+    Examples
+    --------
+    >>> mask, atlas = np.ones((2, 1, 1), bool), np.array([7, 0]).reshape(2, 1, 1)
+    >>> atlas_regions(mask, np.eye(4), atlas, np.eye(4), {7: "V1"})["V1"].tolist()
+    [True, False]
+    """
     mask, atlas, affine = np.asarray(mask, bool), np.asarray(atlas), np.asarray(affine, float)
     if mask.ndim != 3:
         raise DataError(
@@ -210,7 +254,13 @@ def auc(
     values: np.ndarray,  # (voxels,); NaN where the map says nothing
     informative: np.ndarray,  # (voxels,) bool
 ) -> float:  # 0 to 1
-    "How well a map tells informative voxels from others."
+    """How well a map tells informative voxels from others.
+
+    Examples
+    --------
+    >>> auc(np.array([0.9, 0.8, 0.1]), np.array([True, True, False]))
+    1.0
+    """
     known = np.isfinite(values)
     informative = np.asarray(informative, bool)[known]
     if informative.all() or not informative.any():
@@ -239,7 +289,13 @@ def random_maps(
     draws: int = 1000,
     seed: int = 0,
 ) -> np.ndarray:  # (draws, voxels) float32
-    "Maps that know nothing: white noise on the grid, smoothed alike everywhere."
+    """Maps that know nothing: white noise on the grid, smoothed alike everywhere.
+
+    Examples
+    --------
+    >>> random_maps(np.ones((4, 4, 4), bool), width=1, draws=3).shape
+    (3, 64)
+    """
     shape = [n + int(np.ceil(4 * width)) for n in mask.shape]  # one side does not see the other
     noise = rng(seed, "random maps").standard_normal((draws, *shape), np.float32)
     if width > 0:
@@ -264,7 +320,15 @@ def as_smooth_as(
     seed: int = 0,
     widths: Sequence[float] = (0, 0.4, 0.6, 0.8, 1, 1.25, 1.5, 1.75, 2, 2.5, 3),  # to choose from, in voxels
 ) -> tuple[np.ndarray, float]:  # (draws, voxels) random maps, the width they were smoothed with
-    "Random maps whose neighbours are correlated as those of a map are."
+    """Random maps whose neighbours are correlated as those of a map are.
+
+    Examples
+    --------
+    >>> mask = np.ones((8, 8, 8), bool)
+    >>> smooth = random_maps(mask, width=2, draws=1)[0]
+    >>> as_smooth_as(smooth, mask, draws=1, widths=(0, 2))[1]
+    2.0
+    """
     values, mask = np.asarray(values, float), np.asarray(mask, bool)
     if values.shape != (mask.sum(),) or not np.isfinite(values).all():
         raise DataError(
@@ -283,7 +347,15 @@ def auc_against(
     informative: np.ndarray,  # (voxels,) bool
     null: np.ndarray,  # (draws, voxels) maps that know nothing
 ) -> tuple[float, float, float, float]:  # AUC, 2.5 % and 97.5 % of the null's, p
-    "Area under the curve beside that of random maps; p: how often one of them finds the voxels as well."
+    """Area under the curve beside that of random maps; p: how often one of them finds the voxels as well.
+
+    Examples
+    --------
+    >>> null = np.random.default_rng(0).normal(size=(99, 20))
+    >>> found = auc_against(np.arange(20.0), np.arange(20) >= 10, null)
+    >>> found[0], found[3]  # no random map does as well
+    (1.0, 0.01)
+    """
     known = np.isfinite(values)
     own, inside = auc(values, informative), np.asarray(informative, bool)[known]
     if null.ndim != 2 or null.shape[1] != len(values):

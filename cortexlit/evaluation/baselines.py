@@ -40,7 +40,16 @@ def train_mean(
     train: TierArrays,
     target: TierArrays,  # the tier to predict
 ) -> np.ndarray:  # (samples, neurons, frames)
-    "Each neuron's mean response in the train tier."
+    """Each neuron's mean response in the train tier.
+
+    Examples
+    --------
+    >>> rest = dict(movie=np.array(["m", "m"]), repeat=np.zeros(2, int), start=np.array([0, 2]))
+    >>> rest |= dict(videos=np.zeros((2, 2, 4, 4)), behavior=None, pupil_center=None)
+    >>> data = TierArrays(clip=np.arange(2), labels=np.array([[[0.0, 1]], [[2, 5]]]), **rest)
+    >>> train_mean(data, data).tolist()  # (0 + 1 + 2 + 5) / 4
+    [[[2.0, 2.0]], [[2.0, 2.0]]]
+    """
     return np.broadcast_to(train.labels.mean((0, 2), dtype=np.float64)[:, None], target.labels.shape).astype(
         np.float32
     )
@@ -50,7 +59,16 @@ def repeat_mean(
     train: TierArrays,
     target: TierArrays,  # the tier to predict
 ) -> np.ndarray:  # (samples, neurons, frames)
-    "Mean over the training repeats of the same clip (study 1's baseline); `MissingError` if a clip has none."
+    """Mean over the training repeats of the same clip (study 1's baseline); `MissingError` if a clip has none.
+
+    Examples
+    --------
+    >>> rest = dict(movie=np.array(["m", "m"]), repeat=np.arange(2), start=np.zeros(2, int))
+    >>> rest |= dict(videos=np.zeros((1, 2, 4, 4)), behavior=None, pupil_center=None)
+    >>> data = TierArrays(clip=np.zeros(2, int), labels=np.array([[[0.0, 1]], [[2, 5]]]), **rest)
+    >>> repeat_mean(data, data).tolist()  # one clip, shown twice
+    [[[1.0, 3.0]], [[1.0, 3.0]]]
+    """
     seen = {clip: train.labels[train.clip == clip].mean(0) for clip in np.unique(train.clip)}
     new = set(target.clip.tolist()) - set(seen)
     if new:
@@ -66,7 +84,16 @@ def blind_mean(
     train: TierArrays,
     target: TierArrays,  # the tier to predict
 ) -> np.ndarray:  # (samples, neurons, frames)
-    "Mean of all training samples at each frame of the clip, whatever the stimulus."
+    """Mean of all training samples at each frame of the clip, whatever the stimulus.
+
+    Examples
+    --------
+    >>> rest = dict(movie=np.array(["m", "m"]), repeat=np.zeros(2, int), start=np.array([0, 2]))
+    >>> rest |= dict(videos=np.zeros((2, 2, 4, 4)), behavior=None, pupil_center=None)
+    >>> data = TierArrays(clip=np.arange(2), labels=np.array([[[0.0, 1]], [[2, 5]]]), **rest)
+    >>> blind_mean(data, data).tolist()  # each frame over both clips
+    [[[1.0, 3.0]], [[1.0, 3.0]]]
+    """
     return np.broadcast_to(train.labels.mean(0, dtype=np.float64).astype(np.float32), target.labels.shape)
 
 # %% ../../neuro_nbs/05_baseline.ipynb #d768483f
@@ -106,7 +133,14 @@ def validated_ridge(
     x_test: np.ndarray,  # (rows, features) to predict
     alphas: Sequence[float] = ALPHAS,  # penalties tried
 ) -> tuple[np.ndarray, np.ndarray]:  # predictions (rows, neurons); penalty of each neuron
-    "Ridge on standardised features, the penalty of each neuron chosen by squared error on validation."
+    """Ridge on standardised features, the penalty of each neuron chosen by squared error on validation.
+
+    Examples
+    --------
+    >>> x, ones = np.arange(10.0)[:, None], np.ones(10)
+    >>> validated_ridge(x, 2 * x, ones, x, 2 * x, ones, np.array([[4.0]]), alphas=[1e-6])[0].round(3).tolist()
+    [[8.0]]
+    """
     scaler = StandardScaler().fit(x, sample_weight=weight)
     x, x_val, x_test = (np.asarray(scaler.transform(a), np.float32) for a in (x, x_val, x_test))
     best, chosen = np.full(y.shape[1], np.inf), np.zeros(y.shape[1])
@@ -157,7 +191,17 @@ def behaviour_ridge(
     target: TierArrays,  # the tier to predict
     alphas: Sequence[float] = ALPHAS,  # penalties tried
 ) -> tuple[np.ndarray, np.ndarray]:  # predictions (samples, neurons, frames); penalty of each neuron
-    "Ridge from running, pupil area and pupil centre, whichever were measured, over the last two seconds."
+    """Ridge from running, pupil area and pupil centre, whichever were measured, over the last two seconds.
+
+    Examples
+    --------
+    >>> running = np.random.default_rng(0).normal(size=(2, 1, 40)).cumsum(-1)  # of two clips
+    >>> rest = dict(movie=np.array(["m", "m"]), repeat=np.zeros(2, int), start=np.array([0, 40]))
+    >>> rest |= dict(clip=np.arange(2), videos=np.zeros((2, 40, 4, 4)), pupil_center=None)
+    >>> data = TierArrays(labels=running, behavior=running, **rest)  # a neuron that follows running
+    >>> round(flattened_correlation(behaviour_ridge(data, data, data)[0], running), 1)
+    1.0
+    """
     x, x_val, x_test = (_behaviour_features(d) for d in (train, validation, target))
     ones, val_ones = np.ones(len(x)), np.ones(len(x_val))
     predicted, chosen = validated_ridge(
@@ -171,7 +215,14 @@ def gabor_bank(
     wavelengths: Sequence[float] = (6.0, 12.0, 24.0),  # pixels per cycle
     orientations: int = 4,  # evenly spaced over 180 degrees
 ) -> np.ndarray:  # (filters, H, W) complex: even part real, odd part imaginary; unit norm
-    "Quadrature Gabor pairs on a grid; spacing and envelope grow with the wavelength."
+    """Quadrature Gabor pairs on a grid; spacing and envelope grow with the wavelength.
+
+    Examples
+    --------
+    >>> bank = gabor_bank((24, 24), wavelengths=[12.0], orientations=4)
+    >>> bank.shape[1:], len(bank) % 4, round(float(np.linalg.norm(bank[0])), 3)
+    ((24, 24), 0, 1.0)
+    """
     y, x = np.mgrid[: size[0], : size[1]] + 0.5
     bank = []
     for wavelength in wavelengths:
@@ -226,7 +277,18 @@ def motion_energy_ridge(
     decay: float = 0.5,  # s, of the calcium indicator
     alphas: Sequence[float] = ALPHAS,  # penalties tried
 ) -> tuple[np.ndarray, np.ndarray]:  # predictions (samples, neurons, frames); penalty of each neuron
-    "Ridge from Gabor energies of the video (Adelson and Bergen 1985); sees the stimulus only."
+    """Ridge from Gabor energies of the video (Adelson and Bergen 1985); sees the stimulus only.
+
+    Examples
+    --------
+    >>> draw = np.random.default_rng(0)
+    >>> rest = dict(movie=np.array(["m", "m"]), repeat=np.zeros(2, int), start=np.array([0, 9]))
+    >>> rest |= dict(clip=np.arange(2), behavior=None, pupil_center=None)
+    >>> data = TierArrays(videos=draw.random((2, 9, 16, 16)), labels=draw.normal(size=(2, 3, 9)), **rest)
+    >>> predicted, penalty = motion_energy_ridge(data, data, data)
+    >>> predicted.shape, penalty.shape
+    ((2, 3, 9), (3,))
+    """
     if not len(train.videos):
         raise DataError("there is no video")
     features = _energy_features(train.videos, rate, temporal_frequency, decay)
@@ -357,7 +419,13 @@ def _pooled_baselines(root: str | Path, names: Iterable[str]) -> dict[str, np.nd
 def scored_frames(
     frames: int,  # of a clip
 ) -> int:
-    "Frames at the end of a clip that are scored if nothing is said: 66 of 140, in proportion for other lengths."
+    """Frames at the end of a clip that are scored if nothing is said: 66 of 140, in proportion for other lengths.
+
+    Examples
+    --------
+    >>> scored_frames(140), scored_frames(70)
+    (66, 33)
+    """
     return round(66 / 140 * frames)
 
 
@@ -467,7 +535,17 @@ def true_response(
     train: TierArrays,  # gives each neuron's offset and slope
     target: TierArrays,  # the tier to predict
 ) -> np.ndarray:  # (samples, neurons, frames), in the units of the labels
-    "The noiseless response of simulated neurons to the movie."
+    """The noiseless response of simulated neurons to the movie.
+
+    Examples
+    --------
+    >>> rest = dict(movie=np.array(["m", "m"]), repeat=np.arange(2), start=np.zeros(2, int))
+    >>> rest |= dict(clip=np.zeros(2, int), videos=np.zeros((1, 3, 4, 4)), behavior=None, pupil_center=None)
+    >>> noise = np.array([1.0, -1])[:, None, None]  # of two repeats
+    >>> data = TierArrays(labels=noise + [0.0, 1, 2], **rest)
+    >>> true_response({"expected_m": np.array([[0.0, 10, 20]])}, data, data)[0].round(3).tolist()
+    [[0.0, 1.0, 2.0]]
+    """
 
     def expected(data: TierArrays) -> np.ndarray:
         frames = data.labels.shape[-1]

@@ -27,7 +27,14 @@ def leave_one_out_oracle(
     clip: Sequence | np.ndarray,  # (samples,) clip id; equal ids are repeats, two or more of each
     last: int | None = None,  # correlate the last so many frames; None: all
 ) -> np.ndarray:  # (samples, neurons); NaN where the trial is constant, 0 where only the others' mean is
-    "Correlation of each repeat with the mean of the other repeats of its clip."
+    """Correlation of each repeat with the mean of the other repeats of its clip.
+
+    Examples
+    --------
+    >>> labels = np.array([[[0.0, 1, 2]], [[0, 1, 2]], [[0, 2, 4]]])  # three repeats of a clip, one neuron
+    >>> leave_one_out_oracle(labels, clip=[0, 0, 0]).round(3).tolist()
+    [[1.0], [1.0], [1.0]]
+    """
     (labels,) = _window(last, labels=labels)
     _require_finite(labels=labels)
     out = np.empty(labels.shape[:2])
@@ -46,7 +53,14 @@ def split_half_reliability(
     splits: int = 20,  # random splits averaged
     seed: int = 0,  # of the splits
 ) -> np.ndarray:  # (neurons,) between -1 and 1; NaN for constant neurons
-    "Spearman-Brown corrected correlation between two halves of the repeats, clips and frames flattened."
+    """Spearman-Brown corrected correlation between two halves of the repeats, clips and frames flattened.
+
+    Examples
+    --------
+    >>> labels = np.repeat(np.random.default_rng(0).normal(size=(3, 2, 20)), 4, axis=0)  # without noise
+    >>> split_half_reliability(labels, clip=np.repeat(np.arange(3), 4)).round(3).tolist()
+    [1.0, 1.0]
+    """
     halves, longer = _halved(labels, clip, last, repeats, splits, seed)
     raw = sum(flattened_correlation(*pair, reduce=None) for pair in halves) / splits
     return _of_repeats(raw, longer)
@@ -96,7 +110,14 @@ def split_half_ceiling(
     splits: int = 20,  # random splits averaged
     seed: int = 0,  # of the splits
 ) -> np.ndarray:  # (clips, neurons), whose mean is the ceiling: for `score_interval` and `ScoreSheet.add`
-    "The best correlation a model of the stimulus can reach, from split halves: root of the reliability, sign kept."
+    """The best correlation a model of the stimulus can reach, from split halves: root of the reliability, sign kept.
+
+    Examples
+    --------
+    >>> labels = np.repeat(np.random.default_rng(0).normal(size=(3, 2, 20)), 4, axis=0)  # without noise
+    >>> split_half_ceiling(labels, clip=np.repeat(np.arange(3), 4)).mean(0).round(3).tolist()
+    [1.0, 1.0]
+    """
 
     def ceiling(raw: np.ndarray) -> np.ndarray:
         rho = _of_repeats(raw, longer)

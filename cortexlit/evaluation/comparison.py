@@ -78,6 +78,12 @@ class Comparison:
         Low and high are NaN, and nothing is settled, with fewer than `MIN_CLIPS` clips.
     undefined : float
         Share of the entries without a score, 0 to 1.
+
+    Examples
+    --------
+    >>> one = np.random.default_rng(0).normal(0.1, 0.05, (12, 40))
+    >>> compare({"one": one, "other": one - 0.1}, clip=np.arange(12)).statement
+    'The order is distinguishable from noise: 1 of 1 differences exclude zero; one is the best one.'
     """
 
     models: pd.DataFrame

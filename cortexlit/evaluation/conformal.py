@@ -23,7 +23,13 @@ def conformal_half_width(
     groups: Sequence | np.ndarray,  # (n,) e.g. concepts: exchangeable as wholes, also with those to come
     level: float = 0.9,  # probability to contain the truth, for a random trial of a new group
 ) -> np.ndarray:  # () or (targets,): prediction plus or minus this
-    "Half-width of the split-conformal interval, each group counted once (Lee, Barber and Willett 2023)."
+    """Half-width of the split-conformal interval, each group counted once (Lee, Barber and Willett 2023).
+
+    Examples
+    --------
+    >>> float(conformal_half_width(np.arange(1.0, 11), np.arange(10), level=0.5))  # the sixth: 6/11 > 0.5
+    6.0
+    """
     size = np.abs(np.asarray(residuals, float))
     if size.ndim not in (1, 2) or len(size) != len(groups) or not np.isfinite(size).all():
         raise DataError(
@@ -53,7 +59,14 @@ def split_conformal(
     level: float = 0.9,  # see `conformal_half_width`
     seed: int = 0,  # of dealing the groups into halves
 ) -> np.ndarray:  # (n, targets) half-widths
-    "Each row's half-width from the other half of the groups of its fold."
+    """Each row's half-width from the other half of the groups of its fold.
+
+    Examples
+    --------
+    >>> errors, concepts = np.full((40, 1), -2.0), np.arange(40)
+    >>> set(split_conformal(errors, concepts, folds=np.zeros(40, int)).ravel().tolist())
+    {2.0}
+    """
     residuals, groups, folds = np.asarray(residuals, float), np.asarray(groups), np.asarray(folds)
     if residuals.ndim != 2 or not len(residuals) == len(groups) == len(folds):
         raise DataError(
@@ -79,7 +92,14 @@ def conformal_coverage(
     resamples: int = 2000,
     seed: int = 0,  # of the draws
 ) -> pd.DataFrame:  # rows: targets and their mean; coverage, low, high, width, width_low, width_high (95 %)
-    "How often the interval contained the truth, and how wide it was, each group counted once, bootstrapped over groups."
+    """How often the interval contained the truth, and how wide it was, each group counted once, bootstrapped over groups.
+
+    Examples
+    --------
+    >>> errors = np.array([[0.5], [1.5], [0.2], [0.9]])  # one of four is outside of plus or minus 1
+    >>> float(conformal_coverage(errors, np.array([1.0]), np.arange(4), ["size"]).loc["size", "coverage"])
+    0.75
+    """
     residuals = np.asarray(residuals, float)
     half_widths = np.broadcast_to(half_widths, residuals.shape)
     if residuals.ndim != 2 or residuals.shape != (len(groups), len(names)):

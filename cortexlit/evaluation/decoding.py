@@ -34,7 +34,14 @@ def best_constant(
     loss: str = "squared",  # "squared" (mean), "absolute" (median) or "huber"
     delta: float = 1.0,  # where Huber's loss turns from squared to linear, in units of the values
 ) -> np.ndarray:  # (targets,)
-    "The constant of least loss for each target (Huber 1964 for the third)."
+    """The constant of least loss for each target (Huber 1964 for the third).
+
+    Examples
+    --------
+    >>> ratings = np.array([[0.0], [0], [3]])
+    >>> best_constant(ratings).tolist(), best_constant(ratings, "absolute").tolist()  # mean, median
+    ([1.0], [0.0])
+    """
     values = np.asarray(values, float)
     if loss == "squared":
         return values.mean(0)
@@ -54,7 +61,13 @@ def huber(
     error: np.ndarray,  # prediction - target
     delta: float = 1.0,
 ) -> np.ndarray:  # like error
-    "Huber's loss: half the square up to delta, then linear."
+    """Huber's loss: half the square up to delta, then linear.
+
+    Examples
+    --------
+    >>> huber(np.array([0.5, 3.0])).tolist()  # 0.5 ** 2 / 2, and 3 - 1/2
+    [0.125, 2.5]
+    """
     size = np.abs(error)
     return np.where(size <= delta, size**2 / 2, delta * (size - delta / 2))
 
@@ -64,7 +77,14 @@ def published_confidence(
     means: np.ndarray,  # (n, targets) mean rating
     spreads: np.ndarray,  # (n, targets) sd over raters; 0 where all agreed
 ) -> np.ndarray:  # (n, targets) 0 to 1
-    "Two-sided p-value of a prediction against the raters' normal distribution. Not a confidence: see the text."
+    """Two-sided p-value of a prediction against the raters' normal distribution. Not a confidence: see the text.
+
+    Examples
+    --------
+    >>> away = np.array([[0.0, 1.96]])  # in standard deviations
+    >>> published_confidence(away, np.zeros((1, 2)), np.ones((1, 2))).round(3).tolist()
+    [[1.0, 0.05]]
+    """
     away = np.abs(np.asarray(predictions) - means)
     z = np.divide(away, spreads, out=np.full(np.shape(means), np.inf), where=np.asarray(spreads) > 0)
     return np.where(away == 0, 1.0, 2 * ndtr(-z))
@@ -75,7 +95,13 @@ def constant_predictions(
     folds: np.ndarray,  # (n,) fold in which a row is tested, 0, 1, ...
     loss: str = "squared",  # see `best_constant`
 ) -> np.ndarray:  # (n, targets)
-    "For each row the best constant of the other folds."
+    """For each row the best constant of the other folds.
+
+    Examples
+    --------
+    >>> constant_predictions(np.array([[0.0], [2], [4], [6]]), np.array([0, 0, 1, 1])).tolist()
+    [[5.0], [5.0], [1.0], [1.0]]
+    """
     targets = _matrix(targets, "targets")
     out = np.empty(targets.shape)
     for rows in _fold_rows(folds, len(targets)):
@@ -120,6 +146,12 @@ class Spectrum:
         (r,) S squared.
     complete : bool
         Whether U and the constant vector span all n dimensions (at least as many features as rows).
+
+    Examples
+    --------
+    >>> found = decompose(np.array([[1.0], [2], [3]]))  # fewer features than rows
+    >>> found.vectors.shape, found.complete
+    ((3, 1), False)
     """
 
     vectors: np.ndarray
@@ -130,7 +162,13 @@ class Spectrum:
 def decompose(
     features: np.ndarray,  # (n, p); not centred by the caller
 ) -> Spectrum:
-    "Eigendecomposition of the smaller of the two Gram matrices."
+    """Eigendecomposition of the smaller of the two Gram matrices.
+
+    Examples
+    --------
+    >>> decompose(np.array([[1.0], [2], [3]])).values.round(3).tolist()  # 1 + 0 + 1
+    [2.0]
+    """
     x = _matrix(features, "features")
     x = x - x.mean(0)
     complete = x.shape[0] <= x.shape[1]
@@ -193,7 +231,15 @@ def leave_group_out(
     folds: np.ndarray,  # (n,) fold of each row
     alphas: Sequence[float] = DECODING_ALPHAS,  # ridge penalties, as in scikit-learn's Ridge
 ) -> np.ndarray:  # (alphas, n, targets)
-    "Predictions for each row by the ridge regression fitted without its fold: exact, no refit."
+    """Predictions for each row by the ridge regression fitted without its fold: exact, no refit.
+
+    Examples
+    --------
+    >>> x = np.arange(6.0)[:, None]
+    >>> found = leave_group_out(decompose(x), 2 * x, np.arange(6) % 3, alphas=[1e-9])  # hardly a penalty
+    >>> found[0].round(3).ravel().tolist()
+    [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]
+    """
     targets, alphas = _checked(spectrum, targets), _alphas(alphas)
     groups = _fold_rows(folds, len(targets))
     out = np.empty((len(alphas), *targets.shape))
@@ -216,6 +262,12 @@ class NestedRidge:
         (folds, targets) penalty chosen by the inner folds.
     mixture : np.ndarray
         (folds, targets) which of the decompositions.
+
+    Examples
+    --------
+    >>> x = np.random.default_rng(0).normal(size=(60, 4))
+    >>> nested_ridge(decompose(x), x[:, :1], np.arange(60) % 3, alphas=[0.1, 1e4]).alpha.tolist()
+    [[0.1], [0.1], [0.1]]
     """
 
     predictions: np.ndarray
@@ -303,7 +355,14 @@ def r2_by_target(
     targets: np.ndarray,  # (n, targets)
     reference: np.ndarray,  # (n, targets) what a constant predicts, from `constant_predictions`
 ) -> np.ndarray:  # (targets,) at most 1; 0 is the constant
-    "1 - squared error / squared error of the constant."
+    """1 - squared error / squared error of the constant.
+
+    Examples
+    --------
+    >>> targets = np.array([[0.0, 0], [2, 2]])
+    >>> r2_by_target(np.array([[0.0, 1], [2, 1]]), targets, np.ones((2, 2))).tolist()  # perfect; the constant
+    [1.0, 0.0]
+    """
     return 1 - np.square(predictions - targets).sum(0) / np.square(reference - targets).sum(0)
 
 
@@ -311,7 +370,14 @@ def average_by(
     groups: np.ndarray,  # (n,) e.g. the concept of each trial
     *arrays: np.ndarray,  # (n, ...)
 ) -> tuple[np.ndarray, ...]:  # the sorted names, and (groups, ...) means of each array
-    "Mean over the rows of each group, groups in sorted order."
+    """Mean over the rows of each group, groups in sorted order.
+
+    Examples
+    --------
+    >>> names, means = average_by(["b", "a", "b"], np.array([1.0, 5, 3]))
+    >>> names.tolist(), means.tolist()
+    (['a', 'b'], [5.0, 2.0])
+    """
     names, place = np.unique(groups, return_inverse=True)
     weights = np.zeros((len(names), len(place)))
     weights[place, np.arange(len(place))] = 1 / np.bincount(place)[place]
@@ -369,7 +435,13 @@ def enough_concepts(
     groups: np.ndarray,  # (n,) concepts
     folds: np.ndarray | None,  # (n,) fold of each row; None: one
 ) -> bool:
-    "Are there enough concepts, in all and in each fold, for an interval that holds?"
+    """Are there enough concepts, in all and in each fold, for an interval that holds?
+
+    Examples
+    --------
+    >>> enough_concepts(np.arange(29), None), enough_concepts(np.arange(30), None)
+    (False, True)
+    """
     folds = np.zeros(len(groups), int) if folds is None else np.asarray(folds)
     least = min(len(np.unique(np.asarray(groups)[folds == k])) for k in np.unique(folds))
     return len(np.unique(groups)) >= MIN_CONCEPTS and least >= MIN_IN_FOLD
@@ -386,6 +458,14 @@ class DecodingScores:
         fold are equal).
     r2_draws, r_draws : np.ndarray
         (resamples, targets) the same for concepts drawn with replacement; NaN with too few of them.
+
+    Examples
+    --------
+    >>> targets = np.random.default_rng(0).normal(size=(40, 2))
+    >>> reference = np.broadcast_to(targets.mean(0), targets.shape)
+    >>> own = score_decoding(targets / 2, targets, reference, np.arange(40), resamples=100)
+    >>> [round(x, 3) for x in own.interval("r")]  # half the size, the same correlation
+    [1.0, 1.0, 1.0]
     """
 
     r2: np.ndarray
@@ -429,7 +509,15 @@ def score_decoding(
     resamples: int = 2000,
     seed: int = 0,  # of the draws
 ) -> DecodingScores:
-    "R2 and correlation per target, bootstrapped over concepts."
+    """R2 and correlation per target, bootstrapped over concepts.
+
+    Examples
+    --------
+    >>> targets = np.random.default_rng(0).normal(size=(40, 2))
+    >>> reference = np.broadcast_to(targets.mean(0), targets.shape)
+    >>> score_decoding(reference, targets, reference, np.arange(40), resamples=100).r2.round(3).tolist()
+    [0.0, 0.0]
+    """
     predictions, targets, reference = (
         _matrix(v, k)
         for k, v in (("predictions", predictions), ("targets", targets), ("reference", reference))
@@ -464,7 +552,15 @@ def permuted_targets(
     permutations: int,
     seed: int = 0,
 ) -> np.ndarray:  # (n, permutations * targets)
-    "Targets with the rows of the concept table shuffled."
+    """Targets with the rows of the concept table shuffled.
+
+    Examples
+    --------
+    >>> ratings, concepts = np.array([[1.0], [1], [2], [3]]), np.array([0, 0, 1, 2])
+    >>> found = permuted_targets(ratings, concepts, permutations=5)
+    >>> found.shape, bool((found[0] == found[1]).all())  # trials of a concept stay together
+    ((4, 5), True)
+    """
     names, first, place = np.unique(groups, return_index=True, return_inverse=True)
     targets = _matrix(targets, "targets")
     table = targets[first]
@@ -485,7 +581,15 @@ def permutation_scores(
     permutations: int = 100,
     seed: int = 0,
 ) -> np.ndarray:  # (permutations, targets) R2
-    "R2 of the whole procedure, penalty choice included, when concepts and ratings are shuffled."
+    """R2 of the whole procedure, penalty choice included, when concepts and ratings are shuffled.
+
+    Examples
+    --------
+    >>> x, y = np.random.default_rng(0).normal(size=(2, 60, 4))
+    >>> null = permutation_scores(decompose(x), y, np.arange(60) % 3, np.arange(60), permutations=5)
+    >>> null.shape, bool(null.mean() < 0.1)  # nothing to be decoded
+    ((5, 4), True)
+    """
     count, out = np.shape(targets)[1], []
     shuffled = permuted_targets(targets, groups, permutations, seed)
     spectra, rows = (
@@ -505,7 +609,13 @@ def p_value(
     score: float | np.ndarray,  # observed
     null: np.ndarray,  # (permutations, ...) scores under the null hypothesis
 ) -> float | np.ndarray:  # never 0
-    "(1 + how often the null reaches the score) / (1 + permutations) (Phipson and Smyth 2010)."
+    """(1 + how often the null reaches the score) / (1 + permutations) (Phipson and Smyth 2010).
+
+    Examples
+    --------
+    >>> float(p_value(0.5, np.zeros(99)))  # none of 99 reaches the score
+    0.01
+    """
     return (1 + (np.asarray(null) >= score).sum(0)) / (1 + len(null))
 
 # %% ../../neuro_nbs/12a_decoding_baselines.ipynb #5cd4732b
@@ -513,7 +623,14 @@ def noise_ceiling(
     responses: np.ndarray,  # (images, repeats, voxels)
     n: int = 1,  # ceiling for the mean of so many trials
 ) -> np.ndarray:  # (voxels,) percent of variance, 0 to 100
-    "Share of a voxel's variance that a perfect model of the image could explain (Allen et al. 2022)."
+    """Share of a voxel's variance that a perfect model of the image could explain (Allen et al. 2022).
+
+    Examples
+    --------
+    >>> same = np.repeat(np.arange(4.0)[:, None, None], 3, axis=1)  # four images, three repeats, one voxel
+    >>> noise_ceiling(same).tolist()
+    [100.0]
+    """
     x = np.asarray(responses, float)
     if x.ndim != 3 or min(x.shape[:2]) < 2 or n < 1:
         raise DataError(
@@ -535,7 +652,16 @@ def decoding_ceiling(
     rest: np.ndarray | float = 0.0,  # (targets,) variance of what no voxel carries
     trials: int = 1,  # ceiling for the mean of so many trials
 ) -> np.ndarray:  # (targets,) R2, 0 to 1
-    "R2 of the best linear decoder of a linear-Gaussian subject (its posterior variance; Bishop 2006, 2.3.3)."
+    """R2 of the best linear decoder of a linear-Gaussian subject (its posterior variance; Bishop 2006, 2.3.3).
+
+    Examples
+    --------
+    >>> one, none = np.ones((1, 1)), np.zeros((1, 1))  # a voxel that is latent + noise, each of variance 1
+    >>> decoding_ceiling(one, one, none, np.ones(1), one).round(3).tolist()
+    [0.5]
+    >>> decoding_ceiling(one, one, none, np.ones(1), one, trials=3).round(3).tolist()
+    [0.75]
+    """
     scaled = loadings / private_noise[:, None]
     shared = shared_noise / private_noise[:, None]
     inner = np.eye(shared_noise.shape[1]) + shared_noise.T @ shared  # Woodbury: no (voxels, voxels) matrix
@@ -549,7 +675,14 @@ def mixed_bands(
     bands: Mapping[str, np.ndarray],  # name: (n, p of the band)
     steps: int = 4,  # mixtures in steps of 1/steps
 ) -> tuple[list[Spectrum], np.ndarray]:  # decompositions, and the weights (mixtures, bands), which sum to 1
-    "One decomposition for each mixture of the bands, every band scaled to unit mean variance."
+    """One decomposition for each mixture of the bands, every band scaled to unit mean variance.
+
+    Examples
+    --------
+    >>> a, b = np.random.default_rng(0).normal(size=(2, 20, 3))
+    >>> mixed_bands({"early": a, "late": b}, steps=2)[1].tolist()
+    [[0.0, 1.0], [0.5, 0.5], [1.0, 0.0]]
+    """
     if len(bands) < 2 or steps < 1:
         raise DataError(f"{len(bands)} bands, {steps} steps", expected="two or more bands, one or more steps")
     blocks = []
@@ -581,6 +714,13 @@ class Decomposition:
         (components, properties), orthonormal.
     share : np.ndarray
         (components,) of the variance of the standardised ratings.
+
+    Examples
+    --------
+    >>> table = np.array([[1.0, 10], [2, 20], [3, 30]])
+    >>> axes = property_components(table, components=1)
+    >>> axes.apply(axes.mean[None]).tolist()  # the average concept is the origin
+    [[0.0]]
     """
 
     mean: np.ndarray
@@ -600,7 +740,14 @@ def property_components(
     table: np.ndarray,  # (concepts, properties)
     components: int = 3,
 ) -> Decomposition:
-    "Principal components of the standardised ratings."
+    """Principal components of the standardised ratings.
+
+    Examples
+    --------
+    >>> table = np.array([[1.0, 10], [2, 20], [3, 30]])  # two properties that say the same
+    >>> property_components(table, components=1).share.round(3).tolist()
+    [1.0]
+    """
     table = _matrix(table, "table")
     mean, spread = table.mean(0), table.std(0)
     if not (spread > 0).all():
@@ -615,7 +762,14 @@ def identification_ranks(
     candidates: np.ndarray,  # (candidates, d)
     shown: np.ndarray,  # (n,) row of `candidates` that was shown
 ) -> np.ndarray:  # (n,) 0: the right candidate is the closest; ties count half
-    "Rank of the right candidate by correlation of standardised features."
+    """Rank of the right candidate by correlation of standardised features.
+
+    Examples
+    --------
+    >>> candidates = np.array([[0.0, 0], [1, 3], [5, 2]])
+    >>> identification_ranks(candidates, candidates, np.arange(3)).tolist()  # perfect predictions
+    [0.0, 0.0, 0.0]
+    """
     candidates, predictions = _matrix(candidates, "candidates"), _matrix(predictions, "predictions")
     mean, spread = candidates.mean(0), candidates.std(0)
     if not (spread > 0).all():
@@ -646,7 +800,17 @@ def decoding_rows(
     seed: int | None = None,  # of training
     note: str = "",
 ) -> list[Score]:  # for `ScoreSheet(rows)`: "R2 mean", "r mean", "R2 <property>", "R2 component 1", ...
-    "Rows of a score sheet, intervals over concepts; a constant has no correlation, and its row says so."
+    """Rows of a score sheet, intervals over concepts; a constant has no correlation, and its row says so.
+
+    Examples
+    --------
+    >>> targets = np.random.default_rng(0).normal(size=(40, 1))
+    >>> reference = np.broadcast_to(targets.mean(0), targets.shape)
+    >>> rows = decoding_rows("mine", targets, targets, reference, np.arange(40), None, ["size"],
+    ...                      dataset="toy", split="concept", split_hash="0")
+    >>> [(row.metric, round(row.value, 3)) for row in rows]
+    [('R2 mean', 1.0), ('r mean', 1.0), ('R2 size', 1.0)]
+    """
     scores = score_decoding(predictions, targets, reference, groups, folds)
     if len(names) != scores.r2.shape[0]:
         raise DataError(f"{len(names)} names for {scores.r2.shape[0]} targets")
@@ -732,7 +896,18 @@ def score_subject(
     root: str | Path | None,  # the cached subject, which counts openings of its test; None: no folder
     seed: int = 0,  # of the permutations
 ) -> ScoreSheet:
-    "Constants, ridge and any predictions, each for single trials and for means of concepts, one sheet."
+    """Constants, ridge and any predictions, each for single trials and for means of concepts, one sheet.
+
+    Examples
+    --------
+    >>> from types import SimpleNamespace
+    >>> voxels = np.random.default_rng(0).normal(size=(60, 4))
+    >>> split = SimpleNamespace(kind="concept", fold=np.arange(60) % 3, hash="0")
+    >>> sheet = score_subject(voxels, voxels[:, :2], np.arange(60), split, ["size", "weight"],
+    ...                       permutations=0, dataset="toy", root=None)
+    >>> sorted({row.model for row in sheet.rows})
+    ['Huber constant', 'mean', 'median', 'ridge']
+    """
     if root is not None:
         read_card(root, "things")
     folds, spectrum = split.fold, decompose(responses)

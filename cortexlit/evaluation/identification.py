@@ -27,7 +27,13 @@ def binomial_interval(
     hits: int,
     n: int,  # trials
 ) -> tuple[float, float, float]:  # share, low, high (95 %)
-    "A share and its exact interval (Clopper and Pearson 1934)."
+    """A share and its exact interval (Clopper and Pearson 1934).
+
+    Examples
+    --------
+    >>> [round(x, 3) for x in binomial_interval(5, 10)]
+    [0.5, 0.187, 0.813]
+    """
     if not 0 <= hits <= n or n < 1:
         raise DataError(f"{hits} hits in {n} trials", expected="0 <= hits <= n")
     interval = binomtest(int(hits), int(n)).proportion_ci(method="exact")
@@ -37,7 +43,13 @@ def binomial_interval(
 def class_ranks(
     scores: np.ndarray,  # (trials, concepts): logits, probabilities, similarities; larger is more likely
 ) -> np.ndarray:  # (trials, concepts) 0: the largest; ties share their mean rank
-    "Rank of each concept in each trial."
+    """Rank of each concept in each trial.
+
+    Examples
+    --------
+    >>> class_ranks(np.array([[0.1, 0.7, 0.2]])).tolist()
+    [[2.0, 0.0, 1.0]]
+    """
     scores = np.asarray(scores, float)
     if scores.ndim != 2 or scores.shape[1] < 2 or not np.isfinite(scores).all():
         raise DataError(
@@ -114,6 +126,13 @@ class Identification:
         95 % interval over concepts; NaN with fewer than `MIN_CLIPS`.
     p_top, p_pairs : float
         One-sided permutation p-values.
+
+    Examples
+    --------
+    >>> shown = np.arange(12) % 6
+    >>> wrong = np.eye(6)[(shown + 1) % 6]  # always another concept first, the rest tied
+    >>> score_identification(wrong, shown, k=1, sessions=np.zeros(12), permutations=9).top
+    0.0
     """
 
     n: int
@@ -150,7 +169,15 @@ def score_identification(
     permutations: int = 1000,
     seed: int = 0,
 ) -> Identification:
-    "Hits among k guesses and ranks, with chance, intervals and p-values of permuted blocks of trials."
+    """Hits among k guesses and ranks, with chance, intervals and p-values of permuted blocks of trials.
+
+    Examples
+    --------
+    >>> shown = np.arange(12) % 6
+    >>> found = score_identification(np.eye(6)[shown], shown, k=1, sessions=np.zeros(12), permutations=9)
+    >>> found.hits, found.pairs, round(found.chance, 3)  # always right; one guess among six
+    (12, 1.0, 0.167)
+    """
     ranks, shown = class_ranks(scores), np.asarray(shown)
     n, concepts = ranks.shape
     if shown.shape != (n,) or shown.dtype.kind not in "iu" or not ((shown >= 0) & (shown < concepts)).all():
@@ -189,7 +216,16 @@ def identification_rows(
     ceiling: Identification | None = None,  # of the ideal observer, where the truth is known
     seed: int | None = None,  # of training
 ) -> list[Score]:  # for `ScoreSheet(rows)`: "top k", "pairs"
-    "Rows of a score sheet with chance and permutation p."
+    """Rows of a score sheet with chance and permutation p.
+
+    Examples
+    --------
+    >>> shown = np.arange(12) % 6
+    >>> found = score_identification(np.eye(6)[shown], shown, k=1, sessions=np.zeros(12), permutations=9)
+    >>> rows = identification_rows("mine", found, dataset="toy", split="session", split_hash="0")
+    >>> [(row.metric, row.value) for row in rows]
+    [('top 1', 1.0), ('pairs', 1.0)]
+    """
     few = math.isnan(found.pairs_low)
     rows = []
     for metric, name, chance, p in (
@@ -236,7 +272,15 @@ def reliability_curve(
     shown: np.ndarray,  # (trials,) column of the concept that was shown
     bins: int = 10,  # of equal numbers of trials
 ) -> pd.DataFrame:  # confidence, accuracy, low, high (95 % of the accuracy), n for each bin
-    "Probability of the first guess against how often it is right."
+    """Probability of the first guess against how often it is right.
+
+    Examples
+    --------
+    >>> scores = np.log(np.tile([0.8, 0.2], (5, 1)))  # 80 % sure of the first concept, five times
+    >>> curve = reliability_curve(scores, [0, 0, 0, 0, 1], bins=1)
+    >>> curve[["confidence", "accuracy"]].round(3).to_numpy().tolist()
+    [[0.8, 0.8]]
+    """
     scores = np.asarray(scores, float)
     if not 1 <= bins <= len(scores):
         raise DataError(f"{bins} bins of {len(scores)} trials", expected="1 to the number of trials")
@@ -251,5 +295,12 @@ def reliability_curve(
 def calibration_error(
     curve: pd.DataFrame,  # from `reliability_curve`
 ) -> float:  # 0 to 1
-    "Mean distance of confidence and accuracy (expected calibration error; Naeini et al. 2015)."
+    """Mean distance of confidence and accuracy (expected calibration error; Naeini et al. 2015).
+
+    Examples
+    --------
+    >>> curve = pd.DataFrame({"confidence": [0.9, 0.5], "accuracy": [0.7, 0.5], "n": [10, 10]})
+    >>> round(calibration_error(curve), 3)  # 0.2 and 0, averaged
+    0.1
+    """
     return float(np.average((curve["confidence"] - curve["accuracy"]).abs(), weights=curve["n"]))

@@ -25,7 +25,14 @@ def contributions(
     values: np.ndarray,  # (seeds, samples, neurons) scores; NaN where undefined
     groups: Sequence | np.ndarray | None = None,  # (samples,) clip ids; None: each sample is a clip
 ) -> tuple[float, np.ndarray]:  # mean over neurons, samples and seeds; (seeds, clips, neurons), summing to 0
-    "What each clip and neuron adds to the distance of a mean score from its expectation."
+    """What each clip and neuron adds to the distance of a mean score from its expectation.
+
+    Examples
+    --------
+    >>> mean, each = contributions(np.array([[[1.0, 2], [3, 6]]]))  # one seed, two clips, two neurons
+    >>> mean, each.tolist()  # (value - mean) / 4
+    (3.0, [[[-0.5, -0.25], [0.0, 0.75]]])
+    """
     known = ~np.isnan(values)
     per_sample = known.sum(-1, keepdims=True)
     used = (per_sample > 0).sum(1, keepdims=True)
@@ -42,7 +49,14 @@ def contributions(
 
 # %% ../../neuro_nbs/04d_calibration.ipynb #54a0013d
 class Spread(NamedTuple):
-    "The variance of means, and what is needed to know how well it is known."
+    """The variance of means, and what is needed to know how well it is known.
+
+    Examples
+    --------
+    >>> _, each = contributions(np.arange(12.0).reshape(1, 6, 2))
+    >>> spread(each[None]).covariance.shape  # of one mean
+    (1, 1)
+    """
 
     error: np.ndarray  # (means,) standard errors
     covariance: np.ndarray  # (means, means)
@@ -52,7 +66,16 @@ class Spread(NamedTuple):
 def spread(
     each: np.ndarray,  # (means, seeds, clips, neurons) contributions
 ) -> Spread:
-    "Analysis of variance of means over crossed seeds, clips and neurons (directions of length one are left out)."
+    """Analysis of variance of means over crossed seeds, clips and neurons (directions of length one are left out).
+
+    Examples
+    --------
+    >>> values = np.arange(6.0)[None, :, None]  # one seed, six clips, one neuron
+    >>> round(float(spread(contributions(values)[1][None]).error[0]), 3)
+    0.764
+    >>> round(float(values.std(ddof=1) / np.sqrt(6)), 3)  # the usual standard error
+    0.764
+    """
     axes = [axis for axis in (1, 2, 3) if each.shape[axis] > 1]
     entries, parts = each[0].size, []
     for size in range(1, len(axes) + 1):
@@ -134,7 +157,15 @@ def score_interval(
     draws: int = 2000,  # for the width
     seed: int = 0,  # of the draws
 ) -> tuple[float, float]:  # low, high; NaN with fewer than `MIN_CLIPS` clips, or if nothing is defined
-    "Interval of a mean score, for other clips and other neurons (and other seeds) like these."
+    """Interval of a mean score, for other clips and other neurons (and other seeds) like these.
+
+    Examples
+    --------
+    >>> scores = np.random.default_rng(0).normal(0.5, 0.1, (20, 30))  # twenty clips, thirty neurons
+    >>> low, high = score_interval(scores)
+    >>> low < scores.mean() < high
+    True
+    """
     return _with_interval(_checked(values, groups, level, draws), groups, level, draws, seed)[1:]
 
 
@@ -181,7 +212,14 @@ def paired_difference(
     draws: int = 2000,  # for the width
     seed: int = 0,  # of the draws
 ) -> tuple[float, float, float]:  # difference, low, high
-    "Mean of `first - second` over the entries that both define, with its interval."
+    """Mean of `first - second` over the entries that both define, with its interval.
+
+    Examples
+    --------
+    >>> one = np.random.default_rng(0).normal(0.5, 0.1, (20, 30))
+    >>> [round(x, 3) for x in paired_difference(one, one - 0.1)]  # always the same: nothing is uncertain
+    [0.1, 0.1, 0.1]
+    """
     first, second = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
     if first.shape != second.shape:
         raise DataError(f"score tables of shapes {first.shape} and {second.shape}", expected="equal shapes")

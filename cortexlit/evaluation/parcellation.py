@@ -92,6 +92,13 @@ class ConvexSemiNMF(ClusterMixin, TransformerMixin, BaseEstimator):
         Root of the squared error, after the last step.
     n_iter_ : int
         Rounds.
+
+    Examples
+    --------
+    >>> voxels = np.array([[1.0, 0], [2, 0], [0, 1], [0, 3]])  # two answer to one condition, two to the other
+    >>> labels = ConvexSemiNMF(n_components=2).fit(voxels).labels_
+    >>> bool(labels[0] == labels[1] != labels[2] == labels[3])
+    True
     """
 
     _parameter_constraints = {
@@ -180,7 +187,14 @@ def boundary_weights(
     width: float,  # of a bin of distances, mm; about the size of a voxel
     reach: float,  # largest distance, mm
 ) -> np.ndarray:  # (voxels * (voxels - 1) / 2,) in the order of scipy's pdist
-    "Weights of the pairs of voxels: weights @ their correlations is the boundary coefficient (Zhi et al. 2022)."
+    """Weights of the pairs of voxels: weights @ their correlations is the boundary coefficient (Zhi et al. 2022).
+
+    Examples
+    --------
+    >>> place = np.arange(4.0)[:, None] * [1, 0, 0]  # four voxels in a row, the border in the middle
+    >>> boundary_weights([0, 0, 1, 1], place, width=1, reach=1).tolist()  # pairs 01 02 03 12 13 23
+    [0.5, 0.0, 0.0, -1.0, 0.0, 0.5]
+    """
     labels, place = np.asarray(labels), np.asarray(place, float)
     if labels.ndim != 1 or place.shape != (len(labels), 3):
         raise DataError(f"labels {labels.shape}, place {place.shape}", expected="(voxels,) and (voxels, 3)")
@@ -222,7 +236,14 @@ def random_parcels(
     sizes: Sequence[int],  # voxels of each parcel; they sum to the voxels
     seed: int = 0,
 ) -> np.ndarray:  # (voxels,) labels from 0
-    "Compact parcels of given sizes around random seeds; time grows with the cube of the voxels."
+    """Compact parcels of given sizes around random seeds; time grows with the cube of the voxels.
+
+    Examples
+    --------
+    >>> place = np.arange(5.0)[:, None] * [1, 0, 0]
+    >>> np.bincount(random_parcels(place, [3, 2])).tolist()
+    [3, 2]
+    """
     place, sizes = np.asarray(place, float), np.asarray(sizes)
     if sizes.sum() != len(place) or not (sizes > 0).all():
         raise DataError(
@@ -246,6 +267,14 @@ class ParcelScore:
         The same, minus the mean of random parcels of equal sizes.
     random : np.ndarray
         (parcellations,) coefficients of random parcels on the same responses.
+
+    Examples
+    --------
+    >>> place = np.arange(4.0)[:, None] * [1, 0, 0]
+    >>> one, other = np.random.default_rng(0).normal(size=(2, 20, 1))
+    >>> found = score_parcels([0, 0, 1, 1], np.hstack([one, one, other, other]), place, 1, 1, parcellations=5)
+    >>> found.low < found.value < found.high, found.random.shape
+    (True, (5,))
     """
 
     value: float
@@ -269,7 +298,17 @@ def score_parcels(
     resamples: int = 200,  # bootstrap draws of conditions
     seed: int = 0,
 ) -> ParcelScore:
-    "Boundary coefficient with its interval, and that of random parcels of the same sizes."
+    """Boundary coefficient with its interval, and that of random parcels of the same sizes.
+
+    Examples
+    --------
+    >>> place = np.arange(4.0)[:, None] * [1, 0, 0]
+    >>> one, other = np.random.default_rng(0).normal(size=(2, 20, 1))
+    >>> responses = np.hstack([one, one, other, other])
+    >>> value = score_parcels([0, 0, 1, 1], responses, place, 1, 1, parcellations=5).value
+    >>> bool(np.isclose(value, 1 - np.corrcoef(one[:, 0], other[:, 0])[0, 1]))  # within less across
+    True
+    """
     labels, responses = np.asarray(labels), np.asarray(responses, float)
     again = responses if again is None else np.asarray(again, float)
     if (
@@ -311,7 +350,14 @@ def draw_parcels(
     brain: np.ndarray | None = None,  # (x, y, z) bool, drawn in grey
     slices: int = 6,  # axial slices, evenly spaced over the mask
 ) -> Figure:
-    "Winner-take-all parcels on axial slices, from below to above, as seen from above."
+    """Winner-take-all parcels on axial slices, from below to above, as seen from above.
+
+    Examples
+    --------
+    >>> figure = draw_parcels(np.array([0, 0, 1, 1]), np.ones((2, 1, 2), bool), slices=2)
+    >>> [axis.get_title() for axis in figure.axes[:2]]
+    ['z = 0', 'z = 1']
+    """
     labels = np.asarray(labels)
     if labels.shape != (mask.sum(),):
         raise DataError(f"labels {labels.shape}", expected=f"({mask.sum()},), one for each voxel of the mask")
@@ -338,7 +384,14 @@ def category_means(
     responses: np.ndarray,  # (concepts, voxels) mean response of each concept
     members: pd.DataFrame,  # (concepts, categories) bool, in the same order; a concept may be in several, or in none
 ) -> np.ndarray:  # (categories, voxels)
-    "Mean response of each category, every concept of it counted once."
+    """Mean response of each category, every concept of it counted once.
+
+    Examples
+    --------
+    >>> members = pd.DataFrame({"animal": [True, True, False], "tool": [False, False, True]})
+    >>> category_means(np.array([[1.0], [3], [7]]), members).tolist()
+    [[2.0], [7.0]]
+    """
     if len(members) != len(responses):
         raise DataError(
             f"{len(members)} concepts in the table of categories, responses of {len(responses)}",

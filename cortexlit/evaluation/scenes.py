@@ -42,7 +42,15 @@ def gabor_energies(
     | None = None,  # pixels per cycle; default 6, 12, 24, in proportion for pictures wider than 64
     orientations: int = 4,  # evenly spaced over 180 degrees
 ) -> np.ndarray:  # (pictures, 3 * filters) float32: energies (their square roots), even parts, odd parts
-    "Answers of a bank of Gabor pairs to still pictures (Adelson and Bergen 1985)."
+    """Answers of a bank of Gabor pairs to still pictures (Adelson and Bergen 1985).
+
+    Examples
+    --------
+    >>> pictures = np.random.default_rng(0).normal(size=(2, 24, 24))
+    >>> found = gabor_energies(pictures)
+    >>> found.shape[1] == 3 * len(gabor_bank((24, 24)))
+    True
+    """
     if wavelengths is None:
         wavelengths = np.array([6.0, 12.0, 24.0]) * max(1.0, images.shape[2] / 64)
     bank = gabor_bank(images.shape[1:], wavelengths, orientations).reshape(-1, images[0].size)
@@ -57,7 +65,16 @@ def picture_ridge(
     shown: np.ndarray,  # (rows,) what to predict: rows of `features`
     alphas: Sequence[float] = ALPHAS,  # penalties tried
 ) -> tuple[np.ndarray, np.ndarray]:  # predictions (rows, neurons); penalty of each neuron
-    "Ridge from any features of the pictures to the responses; it sees the picture only."
+    """Ridge from any features of the pictures to the responses; it sees the picture only.
+
+    Examples
+    --------
+    >>> x, labels = np.arange(6.0)[:, None], 2 * np.arange(6.0)[:, None]  # one feature, one neuron
+    >>> rest = dict(images=np.zeros((6, 4, 4)), repeat=np.zeros(6, int), behavior=None, pupil_center=None)
+    >>> data = SceneArrays(image=np.arange(6), scene=np.arange(6), labels=labels, **rest)
+    >>> picture_ridge(x, data, data, shown=np.array([1, 4]), alphas=[1e-6])[0].round(3).tolist()
+    [[2.0], [8.0]]
+    """
     fitted = []
     for data in (train, validation):
         pictures, means, counts = _picture_means(data.labels, data.image)
@@ -77,7 +94,15 @@ def _picture_means(values: np.ndarray, image: np.ndarray) -> tuple[np.ndarray, n
 def as_clips(
     data: SceneArrays,  # one tier
 ) -> TierArrays:  # labels (presentations, neurons, 1), videos (pictures, 1, H, W)
-    "The same tier as clips of one frame, for the functions of `cortexlit.evaluation`."
+    """The same tier as clips of one frame, for the functions of `cortexlit.evaluation`.
+
+    Examples
+    --------
+    >>> rest = dict(images=np.zeros((6, 4, 4)), repeat=np.zeros(6, int), behavior=None, pupil_center=None)
+    >>> data = SceneArrays(image=np.arange(6), scene=np.arange(6), labels=np.ones((6, 3)), **rest)
+    >>> as_clips(data).videos.shape, as_clips(data).labels.shape
+    ((6, 1, 4, 4), (6, 3, 1))
+    """
     behavior, pupil = (None if x is None else x[..., None] for x in (data.behavior, data.pupil_center))
     return TierArrays(
         videos=data.images[:, None],
@@ -124,7 +149,14 @@ def correlation_table(
     predictions: np.ndarray,  # (presentations, neurons)
     labels: np.ndarray,  # same shape
 ) -> np.ndarray:  # same shape; NaN for a neuron whose response is constant, 0 where only the prediction is
-    "What each presentation contributes to each neuron's correlation over presentations, the mean of its column."
+    """What each presentation contributes to each neuron's correlation over presentations, the mean of its column.
+
+    Examples
+    --------
+    >>> labels = np.random.default_rng(0).normal(size=(10, 2))
+    >>> correlation_table(-labels, labels).mean(0).round(3).tolist()
+    [-1.0, -1.0]
+    """
     both = [np.asarray(a, float) for a in (predictions, labels)]
     p_varies, y_varies = (a.var(0) > CONSTANT * np.square(a).mean(0) for a in both)
     p, y = (a - a.mean(0) for a in both)
@@ -139,7 +171,14 @@ def average_table(
     labels: np.ndarray,  # same shape
     image: np.ndarray,  # (presentations,) which picture each shows
 ) -> np.ndarray:  # (pictures, neurons), pictures in the order of their numbers
-    "What each picture contributes to each neuron's correlation of mean prediction and mean response."
+    """What each picture contributes to each neuron's correlation of mean prediction and mean response.
+
+    Examples
+    --------
+    >>> labels, image = np.array([[0.0], [2], [5], [7]]), np.array([0, 0, 1, 1])
+    >>> average_table(np.array([[1.0], [1], [6], [6]]), labels, image).mean(0).round(3).tolist()
+    [1.0]
+    """
     return correlation_table(*(_picture_means(a, image)[1] for a in (predictions, labels)))
 
 # %% ../../neuro_nbs/10a_scene_baselines.ipynb #99b956e5
@@ -149,7 +188,15 @@ def feve_table(
     image: np.ndarray,  # (presentations,) which picture each shows; two or more of each
     threshold: float = 0.15,  # neurons with this explainable fraction or less are NaN
 ) -> np.ndarray:  # (presentations, neurons)
-    "What each presentation contributes to each neuron's fraction of explainable variance explained."
+    """What each presentation contributes to each neuron's fraction of explainable variance explained.
+
+    Examples
+    --------
+    >>> labels, image = np.array([[0.0], [2], [5], [7]]), np.array([0, 0, 1, 1])
+    >>> means = np.array([[1.0], [1], [6], [6]])  # of these very trials: their noise is fitted, too
+    >>> bool(feve_table(means, labels, image).mean() > 1)
+    True
+    """
     predictions, labels = (np.asarray(a, float) for a in (predictions, labels))
     usable = explainable_variance(labels[..., None], image) > threshold
     error = (predictions - labels) ** 2
@@ -165,7 +212,13 @@ def other_repeats(
     labels: np.ndarray,  # (presentations, neurons) of all tiers
     image: np.ndarray,  # (presentations,) which picture each shows
 ) -> np.ndarray:  # (presentations, neurons); NaN where a picture was shown once
-    "The oracle: each presentation predicted by the mean of all other presentations of its picture."
+    """The oracle: each presentation predicted by the mean of all other presentations of its picture.
+
+    Examples
+    --------
+    >>> other_repeats(np.array([[1.0], [3], [5]]), np.array([0, 0, 1])).tolist()
+    [[3.0], [1.0], [nan]]
+    """
     pictures, means, counts = _picture_means(labels, image)
     at = np.searchsorted(pictures, image)
     n = counts[at][:, None]

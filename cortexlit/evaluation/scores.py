@@ -54,6 +54,13 @@ class Score:
         Training seed; None if nothing was random.
     note : str
         Free text; required if `value` is NaN.
+
+    Examples
+    --------
+    >>> where = dict(tier="test", dataset="toy", split="repeats", split_hash="0")
+    >>> row = ScoreSheet().add("mine", "correlation", np.full((6, 3), 0.5), **where)
+    >>> isinstance(row, Score), row.value, row.n_clips, row.n_neurons
+    (True, 0.5, 6, 3)
     """
 
     model: str

@@ -26,7 +26,13 @@ def attention_weights(
     k: Tensor,  # keys (..., keys, head_dim)
     causal: bool = False,  # query i sees keys 0 to i only
 ) -> Tensor:  # (..., queries, keys): not negative, each row sums to 1
-    "The weights that the fused `scaled_dot_product_attention` uses and does not return."
+    """The weights that the fused `scaled_dot_product_attention` uses and does not return.
+
+    Examples
+    --------
+    >>> attention_weights(torch.zeros(2, 1), torch.zeros(2, 1), causal=True).tolist()
+    [[1.0, 0.0], [0.5, 0.5]]
+    """
     scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
     if causal:
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
@@ -161,7 +167,16 @@ def attend(
     k: Tensor,  # keys (samples, heads, keys, head_dim)
     v: Tensor,  # values (samples, heads, keys, value_dim)
 ) -> Tensor:  # (samples, heads, queries, value_dim)
-    "`scaled_dot_product_attention`; in bfloat16 on a CPU, the faster version of this chapter."
+    """`scaled_dot_product_attention`; in bfloat16 on a CPU, the faster version of this chapter.
+
+    Examples
+    --------
+    Equal keys get equal weights, so the answer is the mean of the values:
+
+    >>> same = torch.zeros(1, 1, 2, 3)
+    >>> attend(same, same, torch.tensor([[[[0.0], [2.0]]]])).flatten().tolist()
+    [1.0, 1.0]
+    """
     if q.dtype == torch.bfloat16 and q.device.type == "cpu" and not torch.compiler.is_compiling():
         attended, safe = _ChunkedAttention.apply(q, k, v)
         if safe:

@@ -203,9 +203,11 @@ class VAE(Patterns):
 
     Examples
     --------
+    >>> responses, labels = torch.ones(8, 64), torch.zeros(8, 3)
     >>> model = VAE(VAEConfig(inputs=64, labels=3, latents=2))
     >>> model(responses, labels).loss.backward()
-    >>> made = model.eval().sample(labels)  # one new response for each row
+    >>> model.eval().sample(labels).shape  # one new response for each row
+    torch.Size([8, 64])
     """
 
     config_class = VAEConfig

@@ -72,8 +72,11 @@ class Diffusion(Patterns):
 
     Examples
     --------
-    >>> model = Diffusion(DiffusionConfig(inputs=64, labels=3)).fit(responses, labels)
-    >>> made = model.sample(labels)  # one new response for each row
+    >>> responses, labels = torch.ones(8, 64), torch.zeros(8, 3)
+    >>> model = Diffusion(DiffusionConfig(inputs=64, labels=3))
+    >>> model(responses, labels).loss.backward()
+    >>> model.eval().sample(labels).shape  # one new response for each row
+    torch.Size([8, 64])
     """
 
     config_class = DiffusionConfig

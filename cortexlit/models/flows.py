@@ -67,9 +67,11 @@ class FlowMatching(Patterns):
 
     Examples
     --------
+    >>> responses, labels = torch.ones(8, 64), torch.zeros(8, 3)
     >>> model = FlowMatching(FlowMatchingConfig(inputs=64, labels=3))
     >>> model(responses, labels).loss.backward()
-    >>> made = model.eval().sample(labels)  # one new response for each row
+    >>> model.eval().sample(labels).shape  # one new response for each row
+    torch.Size([8, 64])
     """
 
     config_class = FlowMatchingConfig

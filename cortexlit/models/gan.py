@@ -80,8 +80,9 @@ class GAN(Patterns):
 
     Examples
     --------
-    >>> model = GAN(GANConfig(inputs=64, labels=3)).fit(responses, labels)
-    >>> made = model.sample(labels)  # one new response for each row
+    >>> model = GAN(GANConfig(inputs=64, labels=3)).eval()
+    >>> model.sample(torch.zeros(8, 3)).shape  # one new response for each row; `fit` trains both networks
+    torch.Size([8, 64])
     """
 
     config_class = GANConfig

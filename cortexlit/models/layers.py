@@ -22,7 +22,15 @@ __all__ = ['ACTIVATIONS', 'TOKENS_AT_ONCE', 'DropPath', 'project', 'Projection',
 #| code-fold: true
 #| code-summary: "For the library: the parallel block, its parts, and a stack of it"
 class DropPath(nn.Module):
-    "While training, leave out a branch for whole samples, and scale up the kept ones."
+    """While training, leave out a branch for whole samples, and scale up the kept ones.
+
+    Examples
+    --------
+    Nothing is left out in evaluation:
+
+    >>> DropPath(0.5).eval()(torch.ones(1, 2)).tolist()
+    [[1.0, 1.0]]
+    """
 
     def __init__(
         self,
@@ -59,7 +67,13 @@ def project(
     x: Tensor,  # (..., inputs), as a rule (samples, tokens, inputs)
     weight: Tensor,  # (outputs, inputs)
 ) -> Tensor:  # (..., outputs)
-    "Product of every token with a matrix; in float32 on a CPU computed as a convolution of width one."
+    """Product of every token with a matrix; in float32 on a CPU computed as a convolution of width one.
+
+    Examples
+    --------
+    >>> project(torch.ones(1, 2, 3), torch.ones(1, 3)).tolist()
+    [[[3.0], [3.0]]]
+    """
     plain = x.device.type == "cpu" and x.dtype == torch.float32 and x.ndim == 3
     if not plain or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight)
@@ -68,7 +82,13 @@ def project(
 
 
 class Projection(nn.Linear):
-    "`nn.Linear` without bias, computed by `project`."
+    """`nn.Linear` without bias, computed by `project`.
+
+    Examples
+    --------
+    >>> Projection(3, 2)(torch.ones(1, 4, 3)).shape
+    torch.Size([1, 4, 2])
+    """
 
     def __init__(
         self,

@@ -144,8 +144,11 @@ def augmenter(
 
     Examples
     --------
-    >>> more = augmenter("normal", patterns[train], labels[train])
+    >>> draw = np.random.default_rng(0)
+    >>> more = augmenter("normal", draw.normal(size=(20, 6)), draw.normal(size=(20, 2)))
     >>> x, y = more(0.5)  # the recorded trials, and half as many made ones below
+    >>> x.shape, y.shape
+    ((30, 6), (30, 2))
     """
     check_augmentation(name, seed=seed)
     patterns = _table("patterns", patterns)
@@ -268,7 +271,11 @@ def pretrain_decoder(
 
     Examples
     --------
-    >>> model = pretrain(ViT3D(config), dataset.responses[unlabelled], "masked")
+    >>> import cortexlit as cx
+    >>> config = cx.ViT3DConfig(grid=(4, 4, 4), patch=(2, 2, 2), emb_dim=8, depth=1, heads=2, mlp_dim=8)
+    >>> voxels = np.random.default_rng(0).normal(size=(16, 64))
+    >>> pretrain_decoder(cx.ViT3D(config), voxels, "masked", steps=2).tokens
+    8
     """
     _named("pretraining", how, PRETRAINING)
     c, count = model.config, round(hidden * model.tokens)
