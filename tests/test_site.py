@@ -222,3 +222,10 @@ def test_the_list_of_every_name_is_that_of_the_library():
             if len(parts) == 1 and parts[0][0] != "_" and module != "cortexlit.cli" and page:
                 known.add((page, parts[0]))
     assert listed == known, "run: python tools/run_notebooks.py --save nbs/00d_reference.ipynb"
+
+
+def test_the_site_is_checked_whatever_words_its_caller_was_given(monkeypatch):
+    "The runner of notebooks has an option of the same name."
+    monkeypatch.setattr(sys, "argv", ["run_notebooks.py", "--site"])
+    monkeypatch.setattr(check_docs, "build", lambda folder: "as far as this")
+    assert check_docs.main() == 1

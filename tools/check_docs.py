@@ -18,6 +18,7 @@ import shutil
 import sys
 import tempfile
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -640,9 +641,10 @@ def check_site(site: Path) -> int:
     return bool(problems)
 
 
-def main() -> int:
-    if sys.argv[1:2] == ["--site"]:
-        return check_site(Path(sys.argv[2]))
+def main(words: Sequence[str] = ()) -> int:
+    "`--site FOLDER`: check rendered pages; nothing: build the pages and check them."
+    if list(words[:1]) == ["--site"] and len(words) == 2:
+        return check_site(Path(words[1]))
     if not notebooks():
         print("PROBLEM no notebooks found")
         return 1
@@ -665,4 +667,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
