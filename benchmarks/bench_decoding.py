@@ -14,11 +14,10 @@ import argparse
 import json
 import os
 import statistics
-import time
-from collections.abc import Callable
 
 import numpy as np
 from himalaya.kernel_ridge import KernelRidgeCV
+from side_by_side import timed
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import GridSearchCV, PredefinedSplit
 
@@ -49,13 +48,6 @@ def search(features: np.ndarray, targets: np.ndarray, folds: np.ndarray) -> Grid
         scoring="neg_mean_squared_error",
         refit=False,
     ).fit(features, targets)
-
-
-def timed(function: Callable[[], np.ndarray]) -> tuple[float, np.ndarray]:
-    "Seconds and result of one call."
-    start = time.perf_counter()
-    result = function()
-    return time.perf_counter() - start, result
 
 
 def himalaya_search(features: np.ndarray, targets: np.ndarray, folds: np.ndarray) -> np.ndarray:

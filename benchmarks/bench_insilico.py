@@ -15,12 +15,12 @@ import argparse
 import json
 import os
 import statistics
-import time
 from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
 import torch
+from side_by_side import timed
 
 from cortexlit.core import provenance, rng, write_json
 from cortexlit.insilico.excite import exciting_films
@@ -44,21 +44,14 @@ def published_twin() -> Twin:
     return Twin(model, "A", Screen(), (0.0, 255.0), state, neurons, {}, np.full(NEURONS, np.nan))
 
 
-def seconds(work: Callable[[], np.ndarray]) -> tuple[float, np.ndarray]:
-    "Wall time, and what came out."
-    start = time.perf_counter()
-    found = work()
-    return time.perf_counter() - start, found
-
-
 def compare(name: str, together: Callable, alone: Callable, cells: int, loop: int, repeats: int) -> dict:
     "Seconds per neuron of one call for all `cells`, and of a call for each of `loop`; they take turns."
     all_s, loop_s, worst = [], [], 0.0
     for r in range(repeats):
-        spent, whole = seconds(together)
+        spent, whole = timed(together)
         all_s.append(spent / cells)
         for cell in range(r * loop // repeats, (r + 1) * loop // repeats):
-            spent, one = seconds(lambda cell=cell: alone(cell))
+            spent, one = timed(lambda cell=cell: alone(cell))
             loop_s.append(spent)
             worst = max(worst, float(np.abs(one - whole[cell]).max() / np.abs(whole[cell]).max()))
     fast, slow = statistics.median(all_s), statistics.median(loop_s)

@@ -12,11 +12,11 @@ import argparse
 import json
 import os
 import statistics
-import time
 import tracemalloc
 from collections.abc import Callable
 
 import numpy as np
+from side_by_side import timed
 
 from cortexlit.core import provenance, rng, write_json
 from cortexlit.metrics import single_trial_correlation
@@ -31,13 +31,6 @@ def loop(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
         for neuron in range(labels.shape[1]):
             out[sample, neuron] = np.corrcoef(predictions[sample, neuron], labels[sample, neuron])[0, 1]
     return out
-
-
-def timed(function: Callable[[], np.ndarray]) -> tuple[float, np.ndarray]:
-    "Seconds and result of one call."
-    start = time.perf_counter()
-    result = function()
-    return time.perf_counter() - start, result
 
 
 def peak_bytes(function: Callable[[], np.ndarray]) -> int:

@@ -139,3 +139,10 @@ def run(
     write_json(args.out, {"cases": cases, "provenance": provenance(**options)})
     for case in cases:
         print(json.dumps({k: v for k, v in case.items() if not k.endswith("_s")}))
+
+
+def timed(function: Callable[[], np.ndarray]) -> tuple[float, np.ndarray]:
+    "Seconds and result of one call."
+    start = time.perf_counter()
+    result = function()
+    return time.perf_counter() - start, result

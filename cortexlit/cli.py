@@ -415,11 +415,11 @@ Last = Annotated[int, typer.Option(help="Frames at the end of each clip that are
 
 def _options(scale: str | None, core_given: str | None) -> tuple[str, dict]:
     "The scale, and the options of `train_head` there."
-    from cortexlit.training.recipes import SCALES, STUDY_HEAD
+    from cortexlit.training.recipes import STUDY_HEAD
 
     scale = scale or core.scale()
-    if scale not in SCALES:
-        raise core.DataError(f"--scale {scale}", expected=f"one of {', '.join(SCALES)}")
+    if scale not in core.SCALES:
+        raise core.DataError(f"--scale {scale}", expected=f"one of {', '.join(core.SCALES)}")
     if scale == "paper" and core_given is None:
         raise core.MissingError(
             "--scale paper without a core",
@@ -1120,7 +1120,8 @@ def insilico_excite(
     table = excite_report(
         twin, out, neurons, **options, unseen=other, overwrite=overwrite, progress=not as_json
     )
-    _tell_report("most exciting films", table, twin, out, as_json)
+    title = f"{'least' if suppress else 'most'} exciting {'pictures' if still else 'films'}"
+    _tell_report(title, table, twin, out, as_json)
 
 # %% ../neuro_nbs/19_cli.ipynb #b7e2f0d4
 def real_files() -> dict[str, Any]:  # by name: `OpenFile`

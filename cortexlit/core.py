@@ -30,12 +30,12 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 # %% auto #0
-__all__ = ['check_seed', 'rng', 'seed_everything', 'seeded', 'CortexlitError', 'DataError', 'MissingError', 'StorageError',
-           'SplitLeak', 'named_errors', 'reading', 'project_dir', 'data_home', 'generated', 'runs', 'scale',
-           'clear_leftovers', 'flush', 'settle', 'atomic_file', 'kind_of', 'atomic_folder', 'locked', 'need_space',
-           'new_array', 'h5_file', 'need_memory', 'check_out', 'write_json', 'read_json', 'digest', 'sha256', 'claim',
-           'seal', 'check_seal', 'hashes', 'same_files', 'write_card', 'check_card', 'save_array', 'load_array',
-           'made_once', 'provenance']
+__all__ = ['SCALES', 'check_seed', 'rng', 'seed_everything', 'seeded', 'CortexlitError', 'DataError', 'MissingError',
+           'StorageError', 'SplitLeak', 'named_errors', 'reading', 'project_dir', 'data_home', 'generated', 'runs',
+           'scale', 'clear_leftovers', 'flush', 'settle', 'atomic_file', 'kind_of', 'atomic_folder', 'locked',
+           'need_space', 'new_array', 'h5_file', 'need_memory', 'check_out', 'write_json', 'read_json', 'digest',
+           'sha256', 'claim', 'seal', 'check_seal', 'hashes', 'same_files', 'write_card', 'check_card', 'save_array',
+           'load_array', 'made_once', 'provenance']
 
 # %% ../nbs/00_core.ipynb #4bf9be33
 def check_seed(
@@ -374,6 +374,9 @@ def runs(
     return project_dir().joinpath("_runs", *parts)
 
 # %% ../nbs/00_core.ipynb #33929b94
+SCALES = ("demo", "paper")
+
+
 def scale() -> str:  # "demo" or "paper"
     """The size at which notebooks run, from `CORTEXLIT_SCALE`.
 
@@ -383,7 +386,7 @@ def scale() -> str:  # "demo" or "paper"
     True
     """
     value = os.environ.get("CORTEXLIT_SCALE", "").strip() or "demo"
-    if value not in ("demo", "paper"):
+    if value not in SCALES:
         raise DataError(
             f"CORTEXLIT_SCALE is {value!r}", expected="demo or paper", fix="unset it, or set one of the two"
         )

@@ -5,7 +5,7 @@
 # %% ../../neuro_nbs/21a_reports.ipynb #21ba0004
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,33 +95,40 @@ def tuning_report(
 _DRAWN = 12  # neurons in a figure, the best predicted ones
 
 
-def _grid(n: int, height: float) -> tuple[Figure, list[Any]]:
-    "A figure of up to twelve panels, four in a row."
-    figure = Figure(figsize=(9, height * -(-n // 4)), layout="constrained")
-    return figure, list(figure.subplots(-(-n // 4), min(n, 4), squeeze=False).flat)
+def _panels(
+    table: pd.DataFrame, draw: Callable[[Any, int, pd.Series], None], height: float, below: str, beside: str
+) -> Figure:
+    "A figure of up to twelve panels, four in a row, each drawn by `draw(axis, row's position, row)`."
+    best = np.argsort(-table["validation_correlation"].fillna(-1).to_numpy(), kind="stable")[:_DRAWN]
+    lines = -(-len(best) // 4)
+    figure = Figure(figsize=(9, height * lines), layout="constrained")
+    axes = list(figure.subplots(lines, min(len(best), 4), squeeze=False).flat)
+    for axis, k in zip(axes, best, strict=False):
+        draw(axis, k, table.iloc[k])
+    for axis in axes[len(best) :]:
+        axis.set_axis_off()
+    figure.supxlabel(below)
+    figure.supylabel(beside)
+    return figure
 
 
-def _best(table: pd.DataFrame) -> np.ndarray:
-    "Rows of a table to draw."
-    order = np.argsort(-table["validation_correlation"].fillna(-1).to_numpy(), kind="stable")
-    return order[:_DRAWN]
+def _extent(twin: Twin) -> tuple[float, float, float, float]:
+    "Edges of a picture, in degrees, as `imshow` takes them."
+    x, y = twin.screen.angles()
+    return x.min(), x.max(), y.min(), y.max()
 
 
 def _curves(gratings: pd.DataFrame, answers: np.ndarray, table: pd.DataFrame) -> Figure:
     "Direction tuning, mean over everything else."
-    drawn = _best(table)
-    figure, axes = _grid(len(drawn), 1.7)
     mean = pd.DataFrame(answers).groupby(gratings["direction"].to_numpy()).mean()
-    for axis, k in zip(axes, drawn, strict=False):
-        row = table.iloc[k]
+
+    def draw(axis: Any, k: int, row: pd.Series) -> None:
         axis.plot(mean.index, mean[k], "o-", ms=3, color="tab:blue")
         axis.axhline(0, color="0.8", lw=0.8, zorder=0)
         axis.set(title=f"neuron {row['neuron']:.0f}: {row['orientation']:.0f} deg", xticks=(0, 90, 180, 270))
-    for axis in axes[len(drawn) :]:
-        axis.set_axis_off()
-    figure.supxlabel("direction of drift (degrees); the title gives the preferred orientation")
-    figure.supylabel("model's response above grey")
-    return figure
+
+    below = "direction of drift (degrees); the title gives the preferred orientation"
+    return _panels(table, draw, 1.7, below, "model's response above grey")
 
 # %% ../../neuro_nbs/21a_reports.ipynb #21ba0013
 def fields_report(
@@ -149,20 +156,14 @@ def fields_report(
 # %% ../../neuro_nbs/21a_reports.ipynb #21ba0014
 def _pictures(fields: np.ndarray, table: pd.DataFrame, twin: Twin) -> Figure:
     "The field of each neuron on its screen, and the centre of its Gabor."
-    drawn = _best(table)
-    figure, axes = _grid(len(drawn), 1.4)
-    x, y = twin.screen.angles()
-    extent = (x.min(), x.max(), y.min(), y.max())
-    for axis, k in zip(axes, drawn, strict=False):
-        row, most = table.iloc[k], np.abs(fields[k]).max() or 1
-        axis.imshow(fields[k], cmap="RdBu_r", vmin=-most, vmax=most, extent=extent, aspect="auto")
+
+    def draw(axis: Any, k: int, row: pd.Series) -> None:
+        most = np.abs(fields[k]).max() or 1
+        axis.imshow(fields[k], cmap="RdBu_r", vmin=-most, vmax=most, extent=_extent(twin), aspect="auto")
         axis.plot(row["azimuth"], row["altitude"], "+", color="k", ms=9)
         axis.set(title=f"{row['neuron']:.0f}: Gabor r2 {row['r2']:.2f}")
-    for axis in axes[len(drawn) :]:
-        axis.set_axis_off()
-    figure.supxlabel("azimuth (degrees)")
-    figure.supylabel("altitude (degrees)")
-    return figure
+
+    return _panels(table, draw, 1.4, "azimuth (degrees)", "altitude (degrees)")
 
 # %% ../../neuro_nbs/21a_reports.ipynb #be039f80
 def excite_report(
@@ -220,16 +221,10 @@ def _alike(films: np.ndarray) -> np.ndarray:
 
 def _gallery(films: np.ndarray, table: pd.DataFrame, twin: Twin) -> Figure:
     "The last frame of each film, to which the answer belongs."
-    drawn = _best(table)
-    figure, axes = _grid(len(drawn), 1.4)
-    x, y = twin.screen.angles()
-    extent = (x.min(), x.max(), y.min(), y.max())
-    for axis, k in zip(axes, drawn, strict=False):
-        row = table.iloc[k]
-        axis.imshow(films[k, -1], cmap="gray", vmin=-1, vmax=1, extent=extent, aspect="auto")
+
+    def draw(axis: Any, k: int, row: pd.Series) -> None:
+        axis.imshow(films[k, -1], cmap="gray", vmin=-1, vmax=1, extent=_extent(twin), aspect="auto")
         axis.set(title=f"{row['neuron']:.0f}: {row['answer']:.1f} (grey {row['grey']:.1f})")
-    for axis in axes[len(drawn) :]:
-        axis.set_axis_off()
-    figure.supxlabel("azimuth (degrees); the title gives the model's answers")
-    figure.supylabel("altitude (degrees)")
-    return figure
+
+    below = "azimuth (degrees); the title gives the model's answers"
+    return _panels(table, draw, 1.4, below, "altitude (degrees)")

@@ -6,24 +6,20 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['SCALES', 'HEAD_RECIPE', 'STUDY_HEAD', 'STUDY', 'FULL', 'CORE', 'SESSIONS', 'SCENE_RECIPE', 'CONV_RECIPE',
-           'DECODER_RECIPE', 'STUDY_DECODER', 'CLASSIFIER_RECIPE', 'STUDY_CLASSIFIER', 'RECIPES', 'Recipe',
-           'lora_recipe', 'recipe']
+__all__ = ['HEAD_RECIPE', 'STUDY_HEAD', 'STUDY', 'FULL', 'CORE', 'SESSIONS', 'SCENE_RECIPE', 'CONV_RECIPE', 'DECODER_RECIPE',
+           'STUDY_DECODER', 'CLASSIFIER_RECIPE', 'STUDY_CLASSIFIER', 'RECIPES', 'Recipe', 'lora_recipe', 'recipe']
 
 # %% ../../neuro_nbs/06d_recipes.ipynb #4b3a13b1
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..core import DataError, scale
+from ..core import SCALES, DataError, scale
 from ..models.adapters import Adapters
 from ..models.parts import CONV
 from .trainer import check_options
 
 # %% ../../neuro_nbs/06d_recipes.ipynb #ea16ba18
-SCALES = ("demo", "paper")
-
-
 @dataclass(frozen=True)
 class Recipe:
     """How a model is trained, under a name.
