@@ -24,7 +24,7 @@ from cortexlit.data.clips import MouseDataset, build_dataset
 from cortexlit.metrics import single_trial_correlation
 from cortexlit.models.adapters import Adapters, load_adapters
 from cortexlit.training import lora
-from cortexlit.training.lora import Grid, clip_folds
+from cortexlit.training.lora import Grid, clip_folds, cross_validate
 from cortexlit.training.recipes import FULL, STUDY, Recipe
 from cortexlit.training.trainer import Fit, predict
 
@@ -305,3 +305,13 @@ def test_folds_hold_out_every_clip_once(inputs):
     assert [f[1].indices for f in folds] == [f[1].indices for f in clip_folds(inputs[0], 3, seed=1)]
     with pytest.raises(DataError, match="2 to"):
         clip_folds(inputs[0], 1)
+
+
+def test_a_recipe_that_says_more_than_how_to_fit_is_refused(inputs):
+    "What it asks of the model or the data would be left out without a word."
+    for more in ({"model": {"depth": 1}}, {"data": {"samples": 10}}):
+        wrong = CONFIGURATIONS[0].but(**more)
+        with pytest.raises(DataError, match="also has options of the"):
+            Grid(inputs[0], [wrong], [0], core=inputs[1], last=LAST)
+        with pytest.raises(DataError, match="also has options of the"):
+            cross_validate(inputs[0], wrong, core=inputs[1], last=LAST)

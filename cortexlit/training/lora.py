@@ -209,6 +209,16 @@ def run_cells(
             return
 
 # %% ../../neuro_nbs/09_lora_grid.ipynb #8ed72605
+def _alone(recipe: Recipe) -> Mapping[str, Any]:
+    "What a recipe says of `fit`; refused if it says more, which adapting a given model would leave out."
+    if more := [part for part in ("model", "data") if getattr(recipe, part)]:
+        raise DataError(
+            f"recipe {recipe.name!r} also has options of the {more[0]}",
+            expected="options of `fit` alone: the model is a head's, the data are a folder's",
+        )
+    return recipe.fit
+
+
 class Grid:
     """Configurations times seeds as the trials of one Optuna study; each trial keeps its run folder.
 
@@ -264,7 +274,7 @@ class Grid:
         for seed in self.seeds:
             check_options(**{**HEAD_RECIPE.fit, **common, "seed": seed, **self.head})
         for configuration in self.configurations.values():
-            check_options(**{**configuration.fit, **common, **self.options})
+            check_options(**{**_alone(configuration), **common, **self.options})
             if (adapters := configuration.fit.get("adapters")) is not None:
                 check_targets(model, adapters)
 
@@ -417,7 +427,7 @@ def cross_validate(
     "Train a head and adapt the core on all clips but those of one fold, fold by fold."
     head_options = {**HEAD_RECIPE.fit, "last": last, "seed": seed, "progress": False, **(head or {})}
     check_options(**head_options)
-    options = {**configuration.fit, "last": last, "seed": seed, "progress": False, **options}
+    options = {**_alone(configuration), "last": last, "seed": seed, "progress": False, **options}
     check_options(**options)
     first = fresh_head(root, core)
     if configuration.fit.get("adapters") is not None:
