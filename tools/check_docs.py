@@ -13,11 +13,14 @@ is checked instead: links, anchors, pictures, and what every head must hold.
 import ast
 import csv
 import json
+import multiprocessing
+import os
 import re
 import shutil
 import sys
 import tempfile
 import unicodedata
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -26,22 +29,9 @@ from urllib.parse import unquote
 
 import yaml
 from nbdev.config import get_config
-from project import LIBRARY, ROOT, copy_project, notebooks, python
+from project import LIBRARY, ROOT, copy_project, notebooks
 
-# Workers are forked from a server, since spawned ones run IPython's clean-up at their exit: a sweep of the whole
-# memory for each page, half of the build's time.
-BUILD = """
-import os
-os.environ["PYTHONWARNINGS"] = "ignore"  # of this process and its workers: pages are no place for them
-from fastcore.parallel import parallel
-from nbdev import serve
-from nbdev.doclinks import _build_modidx
-from nbdev.quarto import refresh_quarto_yml
-_build_modidx()
-refresh_quarto_yml()
-serve.parallel = lambda *args, **options: parallel(*args, **(options | {"method": "forkserver"}))
-serve.proc_nbs(n_workers=2)
-"""
+MESSAGES = ".messages.txt"  # of nbdev
 GUIDES = ("README.md", "CONTRIBUTING.md")
 BIBLIOGRAPHY = "references.bib"  # of all pages
 CONCEPTS = "nbs/00b_concepts.ipynb"  # the table of the course's concepts
@@ -542,15 +532,47 @@ def leftovers(
     return problems + [f"a path of this machine: {m}" for m in re.findall(r"\S*/site-packages/\S*", told)[:1]]
 
 
+# On Linux all are forked: what this process has imported need not be imported again, and none runs IPython's clean-up
+# at its exit, a sweep of the whole memory for each page, half of the build's time.
+FORK = "fork" if sys.platform == "linux" else "spawn"
+
+
+def process(
+    copy: Path,  # of the project
+) -> None:
+    "nbdev's part of the build, in a process of its own whose messages go to a file beside the pages."
+    os.chdir(copy)
+    os.environ["PYTHONPATH"] = str(copy)
+    os.environ["PYTHONWARNINGS"] = "ignore"  # pages are no place for them
+    os.environ.pop("IN_TEST", None)  # nbdev refuses to export when it is set
+    sys.path.insert(0, str(copy))
+    with (copy / MESSAGES).open("w", buffering=1) as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+        from fastcore.parallel import parallel
+        from nbdev import serve
+        from nbdev.doclinks import _build_modidx
+        from nbdev.quarto import refresh_quarto_yml
+
+        warnings.simplefilter("ignore")
+        _build_modidx()
+        refresh_quarto_yml()
+        serve.parallel = lambda *args, **options: parallel(*args, **(options | {"method": FORK}))
+        serve.proc_nbs(n_workers=2)
+
+
 def build(
     copy: Path,  # an empty folder
 ) -> str:  # what went wrong, or ""
     "Process the notebooks as nbdev_docs does, without its calls of Quarto, pip and curl."
     copy_project(copy)
-    done = python(BUILD, copy)
-    if done.returncode:
-        causes = re.findall(r"^(?:\w+\.)*\w*Error\b.*", done.stderr, flags=re.M)
-        cell = done.stderr.rpartition("\nException: ")[2].strip()[:1000]
+    nbdev = multiprocessing.get_context(FORK).Process(target=process, args=(copy,))
+    nbdev.start()
+    nbdev.join()
+    if nbdev.exitcode:
+        said = (copy / MESSAGES).read_text(errors="replace")
+        causes = re.findall(r"^(?:\w+\.)*\w*Error\b.*", said, flags=re.M)
+        cell = said.rpartition("\nException: ")[2].strip()[:1000]
         return "building the pages failed: " + "\n".join([*dict.fromkeys(causes), cell])
     mend(copy / "_proc")
     made = {p.relative_to(copy / "_proc").as_posix() for p in notebooks(copy / "_proc")}
