@@ -97,7 +97,13 @@ def export_tree(
     layout: str = "sensorium",  # or "study1"
     overwrite: bool = False,
 ) -> Path:  # `out`
-    "Write a dataset folder as one file per sample, in the Sensorium 2023 layout or that of study 1."
+    """Write a dataset folder as one file per sample, in the Sensorium 2023 layout or that of study 1.
+
+    Examples
+    --------
+    >>> sorted(path.name for path in export_tree(mouse, "tree").iterdir())
+    ['card.json', 'data', 'meta', 'neurons.csv', 'samples.csv']
+    """
     writers = {"sensorium": _export_sensorium, "study1": _export_study1}
     if layout not in writers:
         raise DataError(f"layout {layout!r}", expected=f"one of {sorted(writers)}")
@@ -460,7 +466,13 @@ def export_sensorium2022(
     out: str | Path,  # folder to write
     overwrite: bool = False,
 ) -> Path:  # `out`
-    "Write a static dataset folder in the Sensorium 2022 layout, which published V1T code reads unchanged."
+    """Write a static dataset folder in the Sensorium 2022 layout, which published V1T code reads unchanged.
+
+    Examples
+    --------
+    >>> sorted(path.name for path in export_sensorium2022(scenes, "sensorium2022").iterdir())
+    ['card.json', 'data', 'meta', 'neurons.csv', 'samples.csv']
+    """
     root, data = Path(root), ScenesDataset(root, "train")
     card = data.card
     samples = load_table(root / "samples.csv", ["tier"])

@@ -90,7 +90,12 @@ THINGS_TABLES: dict[str, OpenFile] = {
 def things_table(
     name: str,  # a name of `THINGS_TABLES`
 ) -> Path:  # the file in the data folder, its hash verified
-    "Find a real table below `data_home()/things`, or download it; errors as `fetch`."
+    """Find a real table below `data_home()/things`, or download it; errors as `fetch`.
+
+    Examples
+    --------
+    >>> things_table("animacy.csv")  # doctest: +SKIP
+    """
     return fetch(THINGS_TABLES[name])
 
 # %% ../../neuro_nbs/12_things.ipynb #9d66b53d
