@@ -101,7 +101,7 @@ def export_tree(
 
     Examples
     --------
-    >>> sorted(path.name for path in export_tree(mouse, "tree").iterdir())
+    >>> sorted(path.name for path in export_tree(mouse, "exported").iterdir())
     ['card.json', 'data', 'meta', 'neurons.csv', 'samples.csv']
     """
     writers = {"sensorium": _export_sensorium, "study1": _export_study1}
@@ -470,7 +470,7 @@ def export_sensorium2022(
 
     Examples
     --------
-    >>> sorted(path.name for path in export_sensorium2022(scenes, "sensorium2022").iterdir())
+    >>> sorted(path.name for path in export_sensorium2022(scenes, "exported-2022").iterdir())
     ['card.json', 'data', 'meta', 'neurons.csv', 'samples.csv']
     """
     root, data = Path(root), ScenesDataset(root, "train")

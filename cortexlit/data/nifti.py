@@ -39,12 +39,12 @@ class NiftiSubject(Things):
 
     Examples
     --------
-    >>> for name, values in {"mask": np.ones((2, 2, 2)), "betas": np.zeros((2, 2, 2, 3))}.items():
-    ...     nib.save(nib.Nifti1Image(values.astype("float32"), np.eye(4)), f"{name}.nii.gz")
-    >>> table = pd.DataFrame({"file": "betas.nii.gz", "image": ["a.jpg", "b.jpg", "a.jpg"]})
-    >>> subject = open_nifti(table, "mask.nii.gz")
-    >>> type(subject).__name__, len(subject.voxels)
-    ('NiftiSubject', 8)
+    >>> nib.save(nib.Nifti1Image(np.ones((2, 2, 2), "float32"), np.eye(4)), "brain.nii.gz")
+    >>> nib.save(nib.Nifti1Image(np.zeros((2, 2, 2, 3), "float32"), np.eye(4)), "run.nii.gz")
+    >>> table = pd.DataFrame({"file": "run.nii.gz", "image": ["a.jpg", "b.jpg", "a.jpg"]})
+    >>> subject = open_nifti(table, "brain.nii.gz")
+    >>> [values.shape for _, _, values in subject.blocks(np.ones(8, bool))]  # trials, voxels
+    [(3, 8)]
     """
 
     def __init__(self, trials: pd.DataFrame, mask: Any, subject: str, rois: Mapping[str, Path], root: Path):
@@ -111,8 +111,14 @@ def open_nifti(
 
     Examples
     --------
-    >>> from cortexlit.data.nifti import open_nifti
-    >>> open_nifti("trials.csv", "mask.nii.gz")  # doctest: +SKIP
+    Three volumes of eight voxels, which showed two pictures:
+
+    >>> nib.save(nib.Nifti1Image(np.ones((2, 2, 2), "float32"), np.eye(4)), "mask.nii.gz")
+    >>> nib.save(nib.Nifti1Image(np.zeros((2, 2, 2, 3), "float32"), np.eye(4)), "betas.nii.gz")
+    >>> table = pd.DataFrame({"file": "betas.nii.gz", "image": ["a.jpg", "b.jpg", "a.jpg"]})
+    >>> subject = open_nifti(table, "mask.nii.gz")
+    >>> len(subject.index.stimuli), len(subject.voxels)
+    (3, 8)
     """
     root = Path(root)
     where = None if isinstance(trials, pd.DataFrame) else root / trials

@@ -94,7 +94,8 @@ def things_table(
 
     Examples
     --------
-    >>> things_table("animacy.csv")  # doctest: +SKIP
+    >>> things_table("animacy.csv").name  # doctest: +SKIP
+    'animacy.csv'
     """
     return fetch(THINGS_TABLES[name])
 

@@ -104,6 +104,10 @@ class Pretraining:
             raise DataError(
                 f"{self.types} types from {self.mice} mice", expected="a multiple of 8 and of twice the mice"
             )
+        if self.batch_size > self.clips:
+            raise DataError(
+                f"batch_size={self.batch_size} of {self.clips} clips", expected="no more than clips"
+            )
 
     @property
     def config(self) -> ViV1TConfig:
@@ -264,9 +268,9 @@ def teachers(
     Examples
     --------
     >>> recipe = Pretraining(mice=2, types=8)
-    >>> shown = film(seed=0, number=0, frames=70)[1]
-    >>> teachers(neuron_types(recipe), recipe.config, [shown])(shown[:5]).shape
-    (8, 60, 5)
+    >>> shown = film(seed=0, number=0, frames=62)[1]
+    >>> teachers(neuron_types(recipe), recipe.config, [shown])(shown[:2]).shape
+    (8, 60, 2)
     """
     tiles = tiled(types, config)
     if isinstance(population, V1Like):
@@ -306,7 +310,8 @@ def simulate(
 
     Examples
     --------
-    >>> data = simulate(Pretraining(mice=2, types=8, clips=1), folder="simulated", progress=False)
+    >>> recipe = Pretraining(mice=2, types=8, clips=1, batch_size=1)
+    >>> data = simulate(recipe, folder="simulated", progress=False)
     >>> data.videos.shape, data.responses.shape  # one clip to train on, one to validate
     ((2, 140, 36, 64), (2, 8, 60, 110))
     """
@@ -437,7 +442,7 @@ def _load_state(path: Path) -> dict[str, Any]:
 
 
 def pretrain(
-    out: str | Path,  # folder of the finished core: config.json, model.safetensors, README.md, curve.csv
+    out: str | Path,  # folder of the finished core, which is as that of `demo_core`
     recipe: Pretraining | None = None,  # default: the one of the shipped core
     seed: int = 0,  # of population, films, first weights and order
     progress: bool = True,
@@ -448,7 +453,8 @@ def pretrain(
 
     Examples
     --------
-    >>> out = pretrain("core", Pretraining(mice=2, types=8, clips=1, steps=1, batch_size=1), progress=False)
+    >>> recipe = Pretraining(mice=2, types=8, clips=1, steps=1, batch_size=1)
+    >>> out = pretrain("core", recipe, progress=False)
     >>> sorted(path.name for path in out.iterdir())
     ['README.md', 'card.json', 'config.json', 'curve.csv', 'model.safetensors', 'provenance.json']
     """
@@ -567,7 +573,7 @@ says nothing about brains; it exists so that head training, adapters and score s
 """
 
 # %% ../../neuro_nbs/07_pretraining.ipynb #ad46f2f3
-def demo_core() -> Path:  # folder with config.json, model.safetensors, README.md, curve.csv, provenance.json
+def demo_core() -> Path:  # folder of a core, with card, README.md, curve.csv and provenance.json
     """The demonstration core that comes with the package.
 
     Examples

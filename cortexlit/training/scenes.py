@@ -217,7 +217,7 @@ def simulated_core(
 
     Examples
     --------
-    >>> core, curve = simulated_core(pictures=40, steps=2, emb_dim=8, heads=1, mlp_dim=8, depth=1)
+    >>> core, curve = simulated_core(pictures=10, steps=2, emb_dim=8, heads=1, mlp_dim=8, depth=1)
     >>> core.config.neurons, list(curve)
     ({}, ['step', 'loss', 'correlation'])
     """
