@@ -42,8 +42,8 @@ class NiftiSubject(Things):
     >>> nib.save(nib.Nifti1Image(np.ones((2, 2, 2), "float32"), np.eye(4)), "brain.nii.gz")
     >>> nib.save(nib.Nifti1Image(np.zeros((2, 2, 2, 3), "float32"), np.eye(4)), "run.nii.gz")
     >>> table = pd.DataFrame({"file": "run.nii.gz", "image": ["a.jpg", "b.jpg", "a.jpg"]})
-    >>> subject = open_nifti(table, "brain.nii.gz")
-    >>> [values.shape for _, _, values in subject.blocks(np.ones(8, bool))]  # trials, voxels
+    >>> mine = open_nifti(table, "brain.nii.gz")
+    >>> [values.shape for _, _, values in mine.blocks(np.ones(8, bool))]  # trials, voxels
     [(3, 8)]
     """
 
@@ -116,8 +116,8 @@ def open_nifti(
     >>> nib.save(nib.Nifti1Image(np.ones((2, 2, 2), "float32"), np.eye(4)), "mask.nii.gz")
     >>> nib.save(nib.Nifti1Image(np.zeros((2, 2, 2, 3), "float32"), np.eye(4)), "betas.nii.gz")
     >>> table = pd.DataFrame({"file": "betas.nii.gz", "image": ["a.jpg", "b.jpg", "a.jpg"]})
-    >>> subject = open_nifti(table, "mask.nii.gz")
-    >>> len(subject.index.stimuli), len(subject.voxels)
+    >>> mine = open_nifti(table, "mask.nii.gz")
+    >>> len(mine.index.stimuli), len(mine.voxels)
     (3, 8)
     """
     root = Path(root)
@@ -184,7 +184,7 @@ def bids_trials(
 
     Examples
     --------
-    >>> name = "sub-01_ses-01_task-things_run-01"
+    >>> name = "sub-01_ses-01_task-objects_run-01"
     >>> nib.save(nib.Nifti1Image(np.zeros((2, 2, 2, 2), "float32"), np.eye(4)), f"{name}_betas.nii.gz")
     >>> events = pd.DataFrame({"onset": [0.0, 5.0], "stim_file": ["images/a.jpg", "images/b.jpg"]})
     >>> events.to_csv(f"{name}_events.tsv", sep="\\t", index=False)
