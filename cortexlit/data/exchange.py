@@ -213,7 +213,7 @@ def _tree_neurons(root: Path, n: int) -> pd.DataFrame:
     "The table of neurons of a tree: one row for each response, or an error that names the file."
     path = root / "neurons.csv"
     if path.is_file():
-        neurons = load_table(path, float_precision="round_trip")
+        neurons = load_table(path, exact=True)
         described(neurons, n, path)
         return neurons
     ids, where = root / "meta/neurons/unit_ids.npy", root / "meta/neurons/cell_motor_coordinates.npy"

@@ -158,7 +158,7 @@ def _write_fold(
                 f"fold {folder.name}: no sample is left in the {tier} tier",
                 fix="shorten clip_frames, or ask for fewer folds",
             )
-    neurons = load_table(whole_folder / "neurons.csv", float_precision="round_trip")
+    neurons = load_table(whole_folder / "neurons.csv", exact=True)
     _complete(folder, arrays, samples, neurons, card, False, grey)
 
 # %% ../../neuro_nbs/03b_folds.ipynb #03b00022

@@ -447,7 +447,7 @@ def score_dataset(
     --------
     >>> test = load_tier(mouse, "test")
     >>> sheet = score_dataset(mouse, last=12, models={"knows the test": test.labels}, baselines=clip_baselines(mouse))
-    >>> sheet.table().set_index("model").loc["knows the test", "value"].iloc[0].round(3)
+    >>> round(float(sheet.table().set_index("model").loc["knows the test", "value"].iloc[0]), 3)
     1.0
     """
     card = check_folder(root)
