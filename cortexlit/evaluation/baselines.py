@@ -446,7 +446,8 @@ def score_dataset(
     Examples
     --------
     >>> test = load_tier(mouse, "test")
-    >>> sheet = score_dataset(mouse, last=12, models={"knows the test": test.labels}, baselines=clip_baselines(mouse))
+    >>> known = {"baselines": {"repeat mean": np.zeros_like(test.labels)}, "models": {"knows the test": test.labels}}
+    >>> sheet = score_dataset(mouse, last=12, **known)
     >>> round(float(sheet.table().set_index("model").loc["knows the test", "value"].iloc[0]), 3)
     1.0
     """

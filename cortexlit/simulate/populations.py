@@ -403,8 +403,8 @@ def tuning(
     Examples
     --------
     >>> population = V1Like()
-    >>> neurons = population.neurons(cells=1, seed=0)
-    >>> list(tuning(population, neurons, np.ones((len(neurons), 4))))[:2]
+    >>> neurons = population.neurons(cells=1, seed=0)[:1]
+    >>> list(tuning(population, neurons, np.ones((1, 4))))[:2]
     ['best_direction', 'best_orientation']
     """
     directions, frequencies, rates = 22.5 * np.arange(16), [0.02, 0.03, 0.045, 0.07], [0.75, 1.5, 3.0, 6.0]

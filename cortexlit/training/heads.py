@@ -148,7 +148,7 @@ def reverse_correlate(
     >>> small |= {"patch": (13, 20, 20), "stride": (1, 8, 8), "core_state": False}
     >>> ViV1T(ViV1TConfig({}, **small)).save_core("core")
     >>> model = fresh_head(mouse, "core")
-    >>> parts = [torch.utils.data.Subset(cx.open_dataset(mouse, t), range(6)) for t in ("train", "validation")]
+    >>> parts = [torch.utils.data.Subset(cx.open_dataset(mouse, t), range(2)) for t in ("train", "validation")]
     >>> parts = [cached_features(model, part, "kept", last=12, progress=False) for part in parts]
     >>> 0 <= reverse_correlate(model, *parts, last=12) <= 1
     True
