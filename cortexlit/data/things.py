@@ -1401,7 +1401,7 @@ def _joined(concepts: pd.Series, ratings: pd.DataFrame) -> np.ndarray:
             f"{len(absent)} concepts have no rating, e.g. {absent[0]}",
             expected="ratings of every shown concept",
         )
-    values = ratings.loc[concepts].to_numpy(np.float32)
+    values = np.array(ratings.loc[concepts], np.float32)  # a copy: tensors are made of it
     if not np.isfinite(values).all():
         bad = ratings.columns[~np.isfinite(values).all(0)][0]
         raise DataError(f"{bad} is missing for some shown concepts", fix="leave this property out")
