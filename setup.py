@@ -10,7 +10,7 @@ parser = ConfigParser(delimiters=["="])
 parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 lib = cfg["lib_path"]
-allen = cfg["allen_requirements"].split()
+allen, tests = cfg["allen_requirements"].split(), cfg["dev_requirements"].split()
 
 setup(
     name=cfg["lib_name"],
@@ -32,7 +32,9 @@ setup(
     extras_require={
         "allen": allen,
         "postgres": cfg["postgres_requirements"].split(),
-        "dev": cfg["dev_requirements"].split() + allen,
+        # What tests and notebooks need; those that need the Allen reader skip themselves.
+        "test": tests,
+        "dev": tests + allen,
     },
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),

@@ -55,7 +55,13 @@ PLACES = {name: module for module, names in NAMES.items() for name in names.spli
 def find(
     name: str,  # of `PLACES`, or a part of the library such as "data"
 ) -> Any:
-    "What the name stands for: imported now, if it was not before."
+    """What the name stands for: imported now, if it was not before.
+
+    Examples
+    --------
+    >>> find("fit").__module__
+    'cortexlit.training.trainer'
+    """
     if name in ("data", "simulate", "models", "training", "evaluation", "insilico"):
         return importlib.import_module(f"cortexlit.{name}")
     if name not in PLACES:

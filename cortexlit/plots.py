@@ -26,7 +26,13 @@ def plot_rois(
     recording: Any,  # a `Recording`
     ax: Axes | None = None,  # drawn into; by default a new figure
 ) -> Axes:
-    "Masks of all neurons over the maximum projection, or their coordinates as points."
+    """Masks of all neurons over the maximum projection, or their coordinates as points.
+
+    Examples
+    --------
+    >>> plot_rois(session).get_title()
+    '900000001: 8 neurons'
+    """
     if ax is None:
         _, ax = plt.subplots(figsize=(4.6, 4.6), dpi=70, layout="constrained")
     ax.set_title(f"{recording.name}: {recording.n_neurons} neurons")
@@ -56,7 +62,13 @@ def plot_traces(
     start: float = 0.0,  # s after the first frame
     seconds: float = 60.0,  # length of the piece
 ) -> Figure:
-    "Some neurons, running speed and pupil area over the same stretch of time."
+    """Some neurons, running speed and pupil area over the same stretch of time.
+
+    Examples
+    --------
+    >>> len(plot_traces(session, neurons=[0, 1], seconds=10.0).axes)  # neurons, running, pupil area
+    3
+    """
     rows = np.asarray(neurons)
     if rows.ndim == 0:
         rows = np.unique(np.linspace(0, recording.n_neurons - 1, int(rows)).round().astype(int))
@@ -113,7 +125,13 @@ def plot_timeline(
     recording: Any,  # a `Recording`
     ax: Axes | None = None,  # drawn into; by default a new figure
 ) -> Axes:
-    "The blocks of stimuli as a coloured bar, with their first frames; `MissingError` without epochs."
+    """The blocks of stimuli as a coloured bar, with their first frames; `MissingError` without epochs.
+
+    Examples
+    --------
+    >>> len(plot_timeline(session).texts) == len(session.epochs)  # the first frame of each block
+    True
+    """
     if recording.epochs is None:
         raise MissingError(f"recording {recording.name} has no table of epochs")
     if ax is None:

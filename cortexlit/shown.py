@@ -21,6 +21,15 @@ class Shown:
     """An object that says what it is: lines in a terminal, a card in Jupyter.
 
     A class that inherits from this one writes `_facts`, and `_picture` if there is something to see.
+
+    Examples
+    --------
+    >>> class Mouse(Shown):
+    ...     def _facts(self):
+    ...         return "Mouse A", {"neurons": 8}
+    >>> Mouse()
+    Mouse A
+      neurons: 8
     """
 
     def _facts(self) -> tuple[str, Mapping[str, Any]]:
@@ -47,7 +56,13 @@ def card_html(
     facts: Mapping[str, Any],
     picture: str = "",  # HTML, put at the left
 ) -> str:
-    "Title, facts and picture as one block of HTML, with all that is text escaped."
+    """Title, facts and picture as one block of HTML, with all that is text escaped.
+
+    Examples
+    --------
+    >>> "&lt;5&gt;" in card_html("Mouse A", {"neurons": "<5>"})  # facts are text
+    True
+    """
     rows = "".join(_ROW.format(escape(str(name)), escape(str(fact))) for name, fact in facts.items())
     text = f"<div style='flex:1 1 18em;min-width:0'><strong>{escape(title)}</strong><table style='margin:0.4em 0'>{rows}</table></div>"
     return f"<div style='display:flex;flex-wrap:wrap;gap:1em;align-items:flex-start'>{picture}{text}</div>"
@@ -58,7 +73,13 @@ def picture_html(
     alt: str,  # what is to be seen, in words
     width: int = 160,  # on the page, pixels
 ) -> str:  # an `<img>` that holds the picture itself
-    "A grey picture as HTML; `ValueError` unless it has two axes."
+    """A grey picture as HTML; `ValueError` unless it has two axes.
+
+    Examples
+    --------
+    >>> picture_html(np.eye(2), alt="a diagonal")[:24]
+    '<img alt="a diagonal" wi'
+    """
     from PIL import Image
 
     pixels = np.asarray(pixels, np.float64)
@@ -80,7 +101,15 @@ def curve_html(
     marked: int | None = None,  # position with a dot
     width: int = 160,  # pixels; half as high
 ) -> str:  # an `<svg>`
-    "A small curve as HTML. Gaps (NaN) are left out; fewer than two values give no curve."
+    """A small curve as HTML. Gaps (NaN) are left out; fewer than two values give no curve.
+
+    Examples
+    --------
+    >>> curve_html([0.0, 1.0, 0.5], alt="up and down")[:16]
+    '<svg role="img" '
+    >>> curve_html([1.0], alt="one value")
+    ''
+    """
     y = np.asarray(values, np.float64)
     at = np.flatnonzero(np.isfinite(y))
     if len(at) < 2:

@@ -69,7 +69,9 @@ def test_population_is_the_same_every_time_and_of_other_mice(places):
     )  # no embedded mouse has such a number
 
 
-@pytest.mark.parametrize("wrong", [{"types": 0}, {"types": 30}, {"lr": -1.0}, {"mice": 3, "types": 88}])
+@pytest.mark.parametrize(
+    "wrong", [{"types": 0}, {"types": 30}, {"lr": -1.0}, {"mice": 3, "types": 88}, {"clips": 1}]
+)
 def test_wrong_recipes_are_refused(wrong):
     with pytest.raises(DataError):
         Pretraining(**wrong)

@@ -239,7 +239,16 @@ def download(
     timeout: float = 30.0,  # s without a byte before a try is given up
     tries: int = 4,  # each one goes on where the last stopped
 ) -> Path:  # `path`
-    "Fetch a file whole or not at all: resumes, checks size and content, notes its SHA-256."
+    """Fetch a file whole or not at all: resumes, checks size and content, notes its SHA-256.
+
+    Examples
+    --------
+    A file that is there already is left alone:
+
+    >>> size = Path("a.csv").write_text("x,y")
+    >>> download("https://example.org/a.csv", "a.csv").name
+    'a.csv'
+    """
     path = Path(path)
     part = path.with_name(path.name + ".part")
     encrypted(url)
@@ -340,7 +349,15 @@ def open_cache(
     base_uri: str | None = None,  # address of the API; default: api.brain-map.org
     timeout: float = 60.0,  # s to wait for an answer
 ) -> Any:  # a `BrainObservatoryCache`
-    "allensdk's cache object with timeouts and checked downloads; offline on an embedded folder."
+    """allensdk's cache object with timeouts and checked downloads; offline on an embedded folder.
+
+    Examples
+    --------
+    >>> import cortexlit as cx
+    >>> cache = open_cache(cx.embedded_session("tiny"))
+    >>> [session["id"] for session in cache.get_ophys_experiments()]
+    [900000001, 900000002]
+    """
     sdk = _sdk()
     manifest, base_uri, marker = _checked(cache_dir, base_uri)
     root = manifest.parent

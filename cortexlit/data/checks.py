@@ -351,10 +351,13 @@ def load_arrays(
     return found
 
 
+_EXACT = {} if tuple(map(int, pd.__version__.split(".")[:2])) >= (3, 1) else {"float_precision": "round_trip"}
+
+
 def load_table(
     path: str | Path,  # .csv
     needs: Sequence[str] = (),  # columns it must have
-    **options: Any,  # for `pandas.read_csv`
+    exact: bool = False,  # every digit of a number counts; slower before pandas 3.1, which always does so
 ) -> pd.DataFrame:
     """A table of a dataset folder; errors as `load_array`.
 
@@ -365,7 +368,7 @@ def load_table(
     ['train']
     """
     with reading(path, "a table with a header"):
-        table = pd.read_csv(path, **options)
+        table = pd.read_csv(path, **(_EXACT if exact else {}))
     if missing := [c for c in needs if c not in table]:
         wish = f"columns {', '.join(needs)}"
         raise DataError(

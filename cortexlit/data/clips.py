@@ -761,7 +761,13 @@ def audit_split(
     root: str | Path,  # a dataset folder
     allow_shared_stimuli: bool = False,  # report instead of refusing
 ) -> pd.DataFrame:  # as `audit_samples`
-    "Count what the tiers of a dataset folder share; raises `SplitLeak` if they share stimuli."
+    """Count what the tiers of a dataset folder share; raises `SplitLeak` if they share stimuli.
+
+    Examples
+    --------
+    >>> audit_split(mouse)[["tiers", "shared_frames"]].values.tolist()
+    [['train / validation', 0], ['train / test', 0], ['validation / test', 0]]
+    """
     card, samples = check_folder(root, "clips"), load_table(Path(root) / "samples.csv")
     videos = np.load(Path(root) / "videos.npy", mmap_mode="r")
     audit = audit_samples(samples, videos.shape[1], videos)
@@ -1044,6 +1050,12 @@ class TierArrays:
         (samples, channels, frames); None if not measured.
     pupil_center : np.ndarray or None
         (samples, 2, frames); None if not measured.
+
+    Examples
+    --------
+    >>> test = load_tier(mouse, "test")
+    >>> test.labels.shape[0] == len(test.clip) == len(test.repeat)
+    True
     """
 
     videos: np.ndarray
@@ -1061,7 +1073,14 @@ def load_tier(
     tier: str,  # "train", "validation", "test"
     normalisation: str = "range",  # one of NORMALISATIONS
 ) -> TierArrays:
-    "All samples of one tier in memory, with the numbers of `MouseDataset`."
+    """All samples of one tier in memory, with the numbers of `MouseDataset`.
+
+    Examples
+    --------
+    >>> test = load_tier(mouse, "test")
+    >>> test.labels.shape  # samples, neurons, frames
+    (30, 8, 26)
+    """
     data = MouseDataset(root, tier, normalisation)
     stacked = {
         name: np.stack([data.read(i, name) for i in range(len(data))]) if name in data._arrays else None

@@ -97,7 +97,13 @@ def export_tree(
     layout: str = "sensorium",  # or "study1"
     overwrite: bool = False,
 ) -> Path:  # `out`
-    "Write a dataset folder as one file per sample, in the Sensorium 2023 layout or that of study 1."
+    """Write a dataset folder as one file per sample, in the Sensorium 2023 layout or that of study 1.
+
+    Examples
+    --------
+    >>> sorted(path.name for path in export_tree(mouse, "exported").iterdir())
+    ['card.json', 'data', 'meta', 'neurons.csv', 'samples.csv']
+    """
     writers = {"sensorium": _export_sensorium, "study1": _export_study1}
     if layout not in writers:
         raise DataError(f"layout {layout!r}", expected=f"one of {sorted(writers)}")
@@ -207,7 +213,7 @@ def _tree_neurons(root: Path, n: int) -> pd.DataFrame:
     "The table of neurons of a tree: one row for each response, or an error that names the file."
     path = root / "neurons.csv"
     if path.is_file():
-        neurons = load_table(path, float_precision="round_trip")
+        neurons = load_table(path, exact=True)
         described(neurons, n, path)
         return neurons
     ids, where = root / "meta/neurons/unit_ids.npy", root / "meta/neurons/cell_motor_coordinates.npy"
@@ -460,7 +466,13 @@ def export_sensorium2022(
     out: str | Path,  # folder to write
     overwrite: bool = False,
 ) -> Path:  # `out`
-    "Write a static dataset folder in the Sensorium 2022 layout, which published V1T code reads unchanged."
+    """Write a static dataset folder in the Sensorium 2022 layout, which published V1T code reads unchanged.
+
+    Examples
+    --------
+    >>> sorted(path.name for path in export_sensorium2022(scenes, "exported-2022").iterdir())
+    ['card.json', 'data', 'meta', 'neurons.csv', 'samples.csv']
+    """
     root, data = Path(root), ScenesDataset(root, "train")
     card = data.card
     samples = load_table(root / "samples.csv", ["tier"])

@@ -206,7 +206,13 @@ def check_folder(
     root: str | Path,  # a dataset folder
     kind: str | None = None,  # "clips", "scenes" or "things"; None: any
 ) -> dict[str, Any]:  # the card
-    "Read the card and verify it and every file against its hash; raises `MissingError` or `DataError`."
+    """Read the card and verify it and every file against its hash; raises `MissingError` or `DataError`.
+
+    Examples
+    --------
+    >>> check_folder(mouse, "clips")["kind"]
+    'clips'
+    """
     card = read_card(root, kind)
     if "files" not in card:  # a cached fMRI subject of an older version
         return card

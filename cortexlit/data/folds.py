@@ -158,7 +158,7 @@ def _write_fold(
                 f"fold {folder.name}: no sample is left in the {tier} tier",
                 fix="shorten clip_frames, or ask for fewer folds",
             )
-    neurons = load_table(whole_folder / "neurons.csv", float_precision="round_trip")
+    neurons = load_table(whole_folder / "neurons.csv", exact=True)
     _complete(folder, arrays, samples, neurons, card, False, grey)
 
 # %% ../../neuro_nbs/03b_folds.ipynb #03b00022
@@ -254,7 +254,13 @@ def build_folds(
 def fold_folders(
     root: str | Path,  # a folder by `build_folds`
 ) -> list[Path]:  # dataset folders, in the order of folds
-    "The dataset folder of each fold; `MissingError` or `DataError` if these are no folds, or were changed."
+    """The dataset folder of each fold; `MissingError` or `DataError` if these are no folds, or were changed.
+
+    Examples
+    --------
+    >>> [folder.name for folder in fold_folders(folds)]
+    ['0', '1', '2']
+    """
     card = check_folder(root, "folds")
     return [Path(root) / str(k) for k in range(int(card["options"]["folds"]))]
 
@@ -262,7 +268,13 @@ def fold_folders(
 def fold_of(
     root: str | Path,  # a folder by `build_folds`
 ) -> np.ndarray:  # (samples,) the fold that tests each sample, in the order of `pooled_tier`
-    "Which fold tests which sample."
+    """Which fold tests which sample.
+
+    Examples
+    --------
+    >>> sorted(set(fold_of(folds).tolist()))
+    [0, 1, 2]
+    """
     check_folder(root, "folds")
     return whole("fold", load_table(Path(root) / "samples.csv", ["fold"])["fold"])
 
@@ -271,7 +283,17 @@ def pool(
     root: str | Path,  # a folder by `build_folds`
     parts: Sequence[np.ndarray],  # of each fold: (test samples, neurons, frames), in units of its labels
 ) -> np.ndarray:  # (samples, neurons, frames), in the unit of the recording
-    "Predictions of all folds as those of one session, each sample from the fold that tests it."
+    """Predictions of all folds as those of one session, each sample from the fold that tests it.
+
+    Examples
+    --------
+    A model that answers nothing, in each of three folds:
+
+    >>> tests = [MouseDataset(folder, "test") for folder in fold_folders(folds)]
+    >>> silent = [np.zeros((len(test), len(test.neurons), 12)) for test in tests]
+    >>> pool(folds, silent).shape == (len(fold_of(folds)), 8, 12)
+    True
+    """
     folders, out = fold_folders(root), None
     if len(parts) != len(folders):
         raise DataError(
@@ -295,7 +317,13 @@ def pool(
 def pooled_tier(
     root: str | Path,  # a folder by `build_folds`
 ) -> TierArrays:  # labels, behaviour and pupil in the units of the recording
-    "All samples of the session, each of which some fold tests."
+    """All samples of the session, each of which some fold tests.
+
+    Examples
+    --------
+    >>> len(pooled_tier(folds).labels) == len(fold_of(folds))  # each sample is tested once
+    True
+    """
     first = MouseDataset(fold_folders(root)[0], "test")
     samples = load_table(Path(root) / "samples.csv", ["sample", "clip", "movie", "start", "repeat"])
     rows = whole("sample", samples["sample"], high=len(first._arrays["responses"]) - 1)

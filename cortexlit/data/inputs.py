@@ -137,7 +137,13 @@ def open_for(
     root: str | Path,  # a dataset folder
     tier: str,  # "train", "validation", "test", or another tier of the folder
 ) -> MouseDataset:
-    "A tier of a dataset folder as the model was taught to see it; raises `DataError` where it cannot be."
+    """A tier of a dataset folder as the model was taught to see it; raises `DataError` where it cannot be.
+
+    Examples
+    --------
+    >>> open_for(head.model, mouse, "test").normalisation
+    'range'
+    """
     config = getattr(model, "config", model)
     want = scheme_of(config)
     if want.normalisation is None:
@@ -154,7 +160,17 @@ def comparable(
     dataset: MouseDataset,  # of a folder, as the model was fed it
     predictions: np.ndarray,  # (samples, neurons, last frames), in the unit of its labels
 ) -> np.ndarray:  # the same, over the spread of each neuron: what scores take
-    "Predictions in the one unit in which all models of a folder are compared."
+    """Predictions in the one unit in which all models of a folder are compared.
+
+    Examples
+    --------
+    Labels of "range" are in this unit already:
+
+    >>> test = MouseDataset(mouse, "test")
+    >>> answers = np.zeros((len(test), 8, 12), np.float32)
+    >>> comparable(test, answers) is answers
+    True
+    """
     if dataset.normalisation in ("range", "closed-loop"):
         return predictions
     scale = dataset._terms["responses"][1][:, -predictions.shape[-1] :]

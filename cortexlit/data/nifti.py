@@ -35,7 +35,17 @@ __all__ = ['NiftiSubject', 'open_nifti', 'bids_trials']
 
 # %% ../../neuro_nbs/12e_own_fmri.ipynb #ow000009
 class NiftiSubject(Things):
-    "A subject from files that a table lists; made by `open_nifti`."
+    """A subject from files that a table lists; made by `open_nifti`.
+
+    Examples
+    --------
+    >>> nib.save(nib.Nifti1Image(np.ones((2, 2, 2), "float32"), np.eye(4)), "brain.nii.gz")
+    >>> nib.save(nib.Nifti1Image(np.zeros((2, 2, 2, 3), "float32"), np.eye(4)), "run.nii.gz")
+    >>> table = pd.DataFrame({"file": "run.nii.gz", "image": ["a.jpg", "b.jpg", "a.jpg"]})
+    >>> mine = open_nifti(table, "brain.nii.gz")
+    >>> [values.shape for _, _, values in mine.blocks(np.ones(8, bool))]  # trials, voxels
+    [(3, 8)]
+    """
 
     def __init__(self, trials: pd.DataFrame, mask: Any, subject: str, rois: Mapping[str, Path], root: Path):
         self.layout, self.subject, self.root = ThingsLayout("nifti", subject, {}), subject, root
@@ -101,8 +111,14 @@ def open_nifti(
 
     Examples
     --------
-    >>> from cortexlit.data.nifti import open_nifti
-    >>> open_nifti("trials.csv", "mask.nii.gz")  # doctest: +SKIP
+    Three volumes of eight voxels, which showed two pictures:
+
+    >>> nib.save(nib.Nifti1Image(np.ones((2, 2, 2), "float32"), np.eye(4)), "mask.nii.gz")
+    >>> nib.save(nib.Nifti1Image(np.zeros((2, 2, 2, 3), "float32"), np.eye(4)), "betas.nii.gz")
+    >>> table = pd.DataFrame({"file": "betas.nii.gz", "image": ["a.jpg", "b.jpg", "a.jpg"]})
+    >>> mine = open_nifti(table, "mask.nii.gz")
+    >>> len(mine.index.stimuli), len(mine.voxels)
+    (3, 8)
     """
     root = Path(root)
     where = None if isinstance(trials, pd.DataFrame) else root / trials
@@ -164,7 +180,17 @@ def bids_trials(
     column: str = "stim_file",  # of events.tsv: the picture; rows with n/a are left out
     events: str | Path | None = None,  # folder of the events, if they lie elsewhere (the raw data set)
 ) -> pd.DataFrame:  # as `open_nifti` takes it
-    "The trials of a subject in a BIDS derivative: the k-th event of a run is the k-th volume of its betas."
+    """The trials of a subject in a BIDS derivative: the k-th event of a run is the k-th volume of its betas.
+
+    Examples
+    --------
+    >>> name = "sub-01_ses-01_task-objects_run-01"
+    >>> nib.save(nib.Nifti1Image(np.zeros((2, 2, 2, 2), "float32"), np.eye(4)), f"{name}_betas.nii.gz")
+    >>> events = pd.DataFrame({"onset": [0.0, 5.0], "stim_file": ["images/a.jpg", "images/b.jpg"]})
+    >>> events.to_csv(f"{name}_events.tsv", sep="\\t", index=False)
+    >>> bids_trials(".", "01")[["image", "volume", "session", "run"]].values.tolist()
+    [['a.jpg', 0, 1, 1], ['b.jpg', 1, 1, 1]]
+    """
     root = Path(root)
     found = [
         p for p in sorted(root.rglob(f"sub-{subject}_*_{ending}.nii*")) if task in (None, _part(p, "task"))

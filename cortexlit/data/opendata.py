@@ -46,6 +46,12 @@ class OpenFile:
         One sentence.
     facts : dict
         What is known about the animal and is not in the file.
+
+    Examples
+    --------
+    >>> entry = next(iter(REGISTRY.values()))
+    >>> len(entry.sha256), entry.url.startswith("https://")
+    (64, True)
     """
 
     name: str
@@ -112,7 +118,16 @@ REGISTRY: dict[str, OpenFile] = {
 def fetch(
     name: str | OpenFile,  # a name of `REGISTRY`, or an entry that another module keeps
 ) -> Path:  # the file, its hash verified
-    "Find or download a registered file; `MissingError` if it cannot be had, `DataError` if its bytes are not the registered ones."
+    """Find or download a registered file; `MissingError` if it cannot be had, `DataError` if its bytes are not the registered ones.
+
+    Examples
+    --------
+    >>> fetch("mine")
+    Traceback (most recent call last):
+        ...
+    cortexlit.core.MissingError: no open recording 'mine'
+      expected: one of [...]
+    """
     if isinstance(name, str) and name not in REGISTRY:
         raise MissingError(f"no open recording {name!r}", expected=f"one of {sorted(REGISTRY)}")
     entry = REGISTRY[name] if isinstance(name, str) else name
@@ -197,7 +212,16 @@ def drifting_grating(
     size: tuple[int, int] = (36, 64),  # (H, W) pixels
     field_of_view: tuple[float, float] = (95.0, 120.0),  # deg, height and width of the screen
 ) -> np.ndarray:  # (frames, H, W) uint8, grey is 128
-    "Render a full-screen sine grating; `DataError` if pixels or frames are too coarse to show it."
+    """Render a full-screen sine grating; `DataError` if pixels or frames are too coarse to show it.
+
+    Examples
+    --------
+    Grey before it starts:
+
+    >>> film = drifting_grating(direction=0, times=np.array([-0.1, 0.0, 0.1]))
+    >>> [np.unique(frame).size > 1 for frame in film]
+    [False, True, True]
+    """
     times = np.asarray(times, float)
     pixel = np.array(field_of_view) / size  # deg
     if not 0 <= contrast <= 1:

@@ -559,6 +559,12 @@ class SceneArrays:
         (presentations, channels) / train std; None if not measured.
     pupil_center : np.ndarray or None
         (presentations, 2) standardised; None if not measured.
+
+    Examples
+    --------
+    >>> test = load_scenes(scenes, "test")
+    >>> len(test.labels) == len(test.image) == len(test.repeat)
+    True
     """
 
     images: np.ndarray
@@ -574,7 +580,13 @@ def load_scenes(
     root: str | Path,  # a folder made by `build_scenes` or one of the importers
     tier: str,  # "train", "validation", "test"
 ) -> SceneArrays:
-    "All presentations of one tier in memory, with the numbers of `ScenesDataset`."
+    """All presentations of one tier in memory, with the numbers of `ScenesDataset`.
+
+    Examples
+    --------
+    >>> load_scenes(scenes, "test").labels.shape  # presentations, neurons
+    (8, 8)
+    """
     data = ScenesDataset(root, tier)
     fields = {
         name: data._normalise(name, np.asarray(array if name == "images" else array[data._rows[name]]))

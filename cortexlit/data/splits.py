@@ -88,7 +88,8 @@ def _units(samples: pd.DataFrame) -> pd.DataFrame:
     named = samples[[name for name in _COUNTED if name in samples]]
     if {"session", "run"} <= set(named):
         named = named.assign(run=named["session"].astype(str) + "/" + named["run"].astype(str))
-    text = [name for name in ("image", "concept") if name in named and named[name].dtype == object]
+    numbers = set(named.select_dtypes("number"))
+    text = [name for name in ("image", "concept") if name in named and name not in numbers]
     return named.assign(**{name: named[name].map(_plain) for name in text})
 
 # %% ../../neuro_nbs/03d_splits.ipynb #03d00009

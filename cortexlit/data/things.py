@@ -90,7 +90,13 @@ THINGS_TABLES: dict[str, OpenFile] = {
 def things_table(
     name: str,  # a name of `THINGS_TABLES`
 ) -> Path:  # the file in the data folder, its hash verified
-    "Find a real table below `data_home()/things`, or download it; errors as `fetch`."
+    """Find a real table below `data_home()/things`, or download it; errors as `fetch`.
+
+    Examples
+    --------
+    >>> things_table("animacy.csv").name  # doctest: +SKIP
+    'animacy.csv'
+    """
     return fetch(THINGS_TABLES[name])
 
 # %% ../../neuro_nbs/12_things.ipynb #9d66b53d
@@ -1395,7 +1401,7 @@ def _joined(concepts: pd.Series, ratings: pd.DataFrame) -> np.ndarray:
             f"{len(absent)} concepts have no rating, e.g. {absent[0]}",
             expected="ratings of every shown concept",
         )
-    values = ratings.loc[concepts].to_numpy(np.float32)
+    values = np.array(ratings.loc[concepts], np.float32)  # a copy: tensors are made of it
     if not np.isfinite(values).all():
         bad = ratings.columns[~np.isfinite(values).all(0)][0]
         raise DataError(f"{bad} is missing for some shown concepts", fix="leave this property out")

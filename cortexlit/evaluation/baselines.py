@@ -441,7 +441,16 @@ def score_dataset(
     truth: np.ndarray
     | None = None,  # (samples, neurons, frames) from `true_response`; scored, and its scores are the ceilings
 ) -> ScoreSheet:
-    "Baselines, other repeats, ceilings and any further predictions on the test tier of a dataset folder."
+    """Baselines, other repeats, ceilings and any further predictions on the test tier of a dataset folder.
+
+    Examples
+    --------
+    >>> test = load_tier(mouse, "test")
+    >>> known = {"baselines": {"repeat mean": np.zeros_like(test.labels)}, "models": {"knows the test": test.labels}}
+    >>> sheet = score_dataset(mouse, last=12, **known)
+    >>> round(float(sheet.table().set_index("model").loc["knows the test", "value"].iloc[0]), 3)
+    1.0
+    """
     card = check_folder(root)
     folds = fold_of(root) if card.get("kind") == "folds" else None
     tiers = ("train", "validation", "test")

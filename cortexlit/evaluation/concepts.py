@@ -30,7 +30,16 @@ def nearest_class_mean(
 ) -> (
     np.ndarray
 ):  # (trials, concepts) scores: minus half the squared distance, up to a constant; NaN where set apart
-    "Scores of held-out trials by their distance to the mean of each class in the other folds."
+    """Scores of held-out trials by their distance to the mean of each class in the other folds.
+
+    Examples
+    --------
+    Two concepts in two folds; each held-out trial is nearer to the mean of its own:
+
+    >>> responses = np.array([[0.0], [1.0], [0.1], [0.9]])
+    >>> nearest_class_mean(responses, np.array([0, 1, 0, 1]), np.array([0, 0, 1, 1])).argmax(1).tolist()
+    [0, 1, 0, 1]
+    """
     x, shown = np.asarray(responses, float), np.asarray(shown)
     out = np.full((len(x), int(shown.max()) + 1), np.nan)
     for k in range(int(fold.max()) + 1):
@@ -55,7 +64,19 @@ def score_concepts(
     dataset: str,  # its name in the sheet
     root: str | Path | None,  # the cached subject, which counts openings of its test; None: no folder
 ) -> ScoreSheet:
-    "Hits among k guesses and pairs of the nearest class mean and of any classifier, over all sessions, in one sheet."
+    """Hits among k guesses and pairs of the nearest class mean and of any classifier, over all sessions, in one sheet.
+
+    Examples
+    --------
+    >>> import cortexlit as cx
+    >>> from types import SimpleNamespace
+    >>> shown, fold = np.tile([0, 1, 2, 3], 3), np.repeat([0, 1, 2], 4)
+    >>> trials = pd.DataFrame({"concept": np.array(["ape", "bee", "cat", "dog"])[shown], "session": fold + 1})
+    >>> split = SimpleNamespace(kind="by session", fold=fold, hash="example")
+    >>> sheet = score_concepts(np.eye(4)[shown], trials, split, k=1, dataset="made up", root=None)
+    >>> sheet.table()[["metric", "value"]].values.tolist()
+    [['top 1', 1.0], ['pairs', 1.0]]
+    """
     if root is not None:
         read_card(root, "things")
     tested = split.fold >= 0

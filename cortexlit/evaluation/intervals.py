@@ -163,7 +163,7 @@ def score_interval(
     --------
     >>> scores = np.random.default_rng(0).normal(0.5, 0.1, (20, 30))  # twenty clips, thirty neurons
     >>> low, high = score_interval(scores)
-    >>> low < scores.mean() < high
+    >>> bool(low < scores.mean() < high)
     True
     """
     return _with_interval(_checked(values, groups, level, draws), groups, level, draws, seed)[1:]

@@ -119,7 +119,13 @@ def as_clips(
 def scene_baselines(
     root: str | Path,  # a folder made by `build_scenes` or one of the importers
 ) -> dict[str, np.ndarray | str]:  # name -> (presentations, neurons) of the test tier, or why there is none
-    "What a model of still pictures has to beat: fitted on train, chosen on validation, predicted for test."
+    """What a model of still pictures has to beat: fitted on train, chosen on validation, predicted for test.
+
+    Examples
+    --------
+    >>> list(scene_baselines(scenes))
+    ['train mean', 'picture mean', 'behaviour ridge', 'energy + behaviour', 'pixel ridge', 'energy ridge']
+    """
     parts = {tier: load_scenes(root, tier) for tier in ("train", "validation", "test")}
     train, validation, test = parts.values()
     clips = {tier: as_clips(data) for tier, data in parts.items()}
@@ -283,7 +289,15 @@ def score_scenes(
     baselines: Mapping[str, np.ndarray | str]
     | None = None,  # from `scene_baselines` of this folder, if at hand; they are fitted otherwise
 ) -> ScoreSheet:
-    "Baselines, ceilings and any further predictions on the test tier of a static dataset folder."
+    """Baselines, ceilings and any further predictions on the test tier of a static dataset folder.
+
+    Examples
+    --------
+    >>> mean = np.zeros_like(load_scenes(scenes, "test").labels)
+    >>> sheet = score_scenes(scenes, baselines={"picture mean": mean})
+    >>> sorted(set(sheet.table()["metric"]))
+    ['FEVE', 'correlation to average', 'single-trial correlation']
+    """
     card = check_folder(root)
     parts = {tier: load_scenes(root, tier) for tier in ("train", "validation", "test")}
     test = parts["test"]

@@ -150,7 +150,7 @@ def _start(field: np.ndarray, screen: Screen) -> tuple[float, float, float, floa
     power = gaussian_filter(field**2, 1.5)
     weight = np.clip(power - power.max() / 2, 0, None)
     centre = [float((weight * v).sum() / weight.sum()) for v in (x, y)]
-    wide = np.abs(np.fft.fft2(field - field.mean(), s=(128, 128)))
+    wide = np.abs(np.fft.fft2(field - field.mean(), s=(128, 128), axes=(0, 1)))
     step = [abs(float(v)) for v in (y[1, 0] - y[0, 0], x[0, 1] - x[0, 0])]
     fy, fx = -np.fft.fftfreq(128, step[0])[:, None], np.fft.fftfreq(128, step[1])[None]
     i, j = np.unravel_index(wide.argmax(), wide.shape)

@@ -250,7 +250,17 @@ def add_adapters(
     adapters: Adapters,
     seed: int = 0,  # of the matrices A
 ) -> PeftModel:  # the wrapper; `model` itself is adapted, too
-    "Give a model low-rank adapters."
+    """Give a model low-rank adapters.
+
+    Examples
+    --------
+    >>> import cortexlit as cx
+    >>> small = {"emb_dim": 22, "heads": 1, "head_dim": 4, "mlp_dim": 8, "spatial_depth": 1, "temporal_depth": 1}
+    >>> model = cx.ViV1T(cx.ViV1TConfig({"A": 5}, **small))
+    >>> wrapper = add_adapters(model, Adapters(rank=2, targets="fused"))  # 2 blocks, 2 rows, 22 in and 20 out
+    >>> sum(weight.numel() for weight in wrapper.parameters() if weight.requires_grad)
+    168
+    """
     check_targets(model, adapters)
     with seeded(seed):
         with warnings.catch_warnings():
@@ -266,7 +276,17 @@ def check_targets(
     model: nn.Module,
     adapters: Adapters,
 ) -> None:
-    "Raise `DataError` if a model lacks the layers that adapters ask for, or has adapters already."
+    """Raise `DataError` if a model lacks the layers that adapters ask for, or has adapters already.
+
+    Examples
+    --------
+    >>> check_targets(nn.Sequential(nn.Linear(2, 2)), Adapters(targets=("0",)))
+    >>> check_targets(nn.Sequential(nn.Linear(2, 2)), Adapters(targets=("to_qkv",)))
+    Traceback (most recent call last):
+        ...
+    cortexlit.core.DataError: no linear layer is called 'to_qkv'
+      expected: one of 0
+    """
     if _adapted(model):
         raise DataError("the model has adapters already", fix="merged(...) makes them part of its weights")
     names = [name for name, part in model.named_modules() if isinstance(part, nn.Linear)]
@@ -298,7 +318,16 @@ def _head(model: nn.Module) -> dict[str, nn.Parameter]:
 def merged(
     wrapper: PeftModel,  # from `add_adapters`; it keeps its adapters
 ) -> PreTrainedModel:  # of the class of the adapted model
-    "A copy of an adapted model with the corrections added to its weights."
+    """A copy of an adapted model with the corrections added to its weights.
+
+    Examples
+    --------
+    >>> import cortexlit as cx
+    >>> small = {"emb_dim": 22, "heads": 1, "head_dim": 4, "mlp_dim": 8, "spatial_depth": 1, "temporal_depth": 1}
+    >>> wrapper = add_adapters(cx.ViV1T(cx.ViV1TConfig({"A": 5}, **small)), Adapters(rank=2))
+    >>> type(merged(wrapper)).__name__, type(wrapper).__name__
+    ('ViV1T', 'PeftModel')
+    """
     plain = copy.deepcopy(wrapper).merge_and_unload()
     return plain.requires_grad_(True)
 
@@ -309,7 +338,16 @@ _HEAD, _BASE = "head.safetensors", "base.json"  # beside peft's files
 def tensors_digest(
     tensors: Mapping[str, torch.Tensor],
 ) -> str:  # 16 hex digits
-    "Content hash of named tensors."
+    """Content hash of named tensors.
+
+    Examples
+    --------
+    >>> one, two = torch.zeros(2), torch.ones(3)
+    >>> tensors_digest({"a": one, "b": two}) == tensors_digest({"b": two, "a": one})  # any order
+    True
+    >>> tensors_digest({"a": one}) == tensors_digest({"a": one.double()})  # equal numbers of another type
+    False
+    """
     known = hashlib.sha256()
     for name, value in sorted(tensors.items()):
         known.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -332,7 +370,18 @@ def save_adapters(
     adapters: Adapters,
     folder: str | Path,  # gets peft's two files, base.json, card.json and, with head=True, head.safetensors
 ) -> None:
-    "Save adapters, the head that was trained with them, and the hashes of the weights they belong to."
+    """Save adapters, the head that was trained with them, and the hashes of the weights they belong to.
+
+    Examples
+    --------
+    >>> import cortexlit as cx
+    >>> small = {"emb_dim": 22, "heads": 1, "head_dim": 4, "mlp_dim": 8, "spatial_depth": 1, "temporal_depth": 1}
+    >>> adapters = Adapters(rank=2)
+    >>> wrapper = add_adapters(cx.ViV1T(cx.ViV1TConfig({"A": 5}, **small)), adapters)
+    >>> save_adapters(wrapper, adapters, "adapters")
+    >>> sorted(path.name for path in Path("adapters").iterdir())
+    ['adapter_config.json', 'adapter_model.safetensors', 'base.json', 'card.json']
+    """
     folder, model = Path(folder), wrapper.base_model.model
     with named_errors(folder):
         (folder / "card.json").unlink(missing_ok=True)  # of what is about to be replaced
@@ -382,7 +431,19 @@ def load_adapters(
     model: PreTrainedModel,  # the model the adapters were trained on; changed in place
     folder: str | Path,  # from `save_adapters`, or any folder in peft's format
 ) -> PeftModel:
-    "Put saved adapters on a model; `DataError` if they are not whole or belong to another one."
+    """Put saved adapters on a model; `DataError` if they are not whole or belong to another one.
+
+    Examples
+    --------
+    Into a model with the same weights:
+
+    >>> import cortexlit as cx
+    >>> small = {"emb_dim": 22, "heads": 1, "head_dim": 4, "mlp_dim": 8, "spatial_depth": 1, "temporal_depth": 1}
+    >>> model, adapters = cx.ViV1T(cx.ViV1TConfig({"A": 5}, **small)), Adapters(rank=2)
+    >>> save_adapters(add_adapters(copy.deepcopy(model), adapters), adapters, "adapters")
+    >>> load_adapters(model, "adapters").peft_config["default"].r
+    2
+    """
     folder = Path(folder)
     if not (folder / "adapter_config.json").is_file():
         raise MissingError("no adapters here", path=folder, expected="adapter_config.json, as peft writes it")

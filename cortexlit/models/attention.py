@@ -98,7 +98,15 @@ def share(
     samples: int,  # how many there are
     size: int,  # at most so many at once
 ) -> None:
-    "Do `work(start, stop)` for all samples without gradients: each of torch's threads takes the next part and does it alone."
+    """Do `work(start, stop)` for all samples without gradients: each of torch's threads takes the next part and does it alone.
+
+    Examples
+    --------
+    >>> doubled = torch.zeros(5)
+    >>> share(lambda start, stop: doubled[start:stop].fill_(2.0 * (stop - start)), samples=5, size=2)
+    >>> bool((doubled > 0).all())  # each sample was done
+    True
+    """
     threads = torch.get_num_threads()
     size = max(1, min(size, -(-samples // threads)))
     if threads == 1 or samples <= size:

@@ -26,6 +26,11 @@ class VAEConfig(PretrainedConfig):
     """The options of a `VAE`. `DataError` for an option that no model can be built from.
 
     The noise variance is in the squared unit of the responses: 1 if cells or voxels were z-scored.
+
+    Examples
+    --------
+    >>> VAEConfig(inputs=64, labels=3, latents=2).hidden
+    [64]
     """
 
     model_type = "response-vae"
@@ -81,6 +86,12 @@ class VAEOutput(ModelOutput):
         Expected responses (batch, inputs): of a drawn code in training, of its mean in evaluation.
     mean, log_variance : tensor
         Of the code, each (batch, latents); the variance is sigma squared.
+
+    Examples
+    --------
+    >>> found = VAE(VAEConfig(inputs=6, latents=2))(torch.zeros(4, 6))
+    >>> found.prediction.shape, found.mean.shape
+    (torch.Size([4, 6]), torch.Size([4, 2]))
     """
 
     loss: torch.Tensor | None = None
@@ -117,7 +128,14 @@ class _Average:
 
 
 class Patterns(Saved, PreTrainedModel):
-    "What models of response patterns have in common: trials (batch, inputs), and a label vector beside each if the config says so."
+    """What models of response patterns have in common: trials (batch, inputs), and a label vector beside each if the config says so.
+
+    Examples
+    --------
+    >>> model = VAE(VAEConfig(inputs=6, latents=2))
+    >>> isinstance(model.fit(torch.zeros(4, 6), steps=2, batch=4), Patterns)
+    True
+    """
 
     main_input_name = "responses"
 

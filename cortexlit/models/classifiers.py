@@ -31,7 +31,13 @@ def study_split(
     trials: pd.DataFrame,  # one row per trial
     seed: int = 0,
 ) -> list[np.ndarray]:  # rows of the train, validation and test tier
-    "The published split: trials at random, 7:1:2, whatever they show. `split_by_session` is the one to use."
+    """The published split: trials at random, 7:1:2, whatever they show. `split_by_session` is the one to use.
+
+    Examples
+    --------
+    >>> [len(rows) for rows in study_split(pd.DataFrame(index=range(100)))]
+    [70, 10, 20]
+    """
     order = rng(seed, "7:1:2").permutation(len(trials))
     return np.split(order, [round(0.7 * len(trials)), round(0.8 * len(trials))])
 
@@ -43,7 +49,16 @@ def block_mean(
 ) -> tuple[
     np.ndarray, np.ndarray
 ]:  # means (..., X, Y, Z) float32, 0 without voxels; share of each block that is inside
-    "Mean over the voxels of each block that are inside the mask."
+    """Mean over the voxels of each block that are inside the mask.
+
+    Examples
+    --------
+    A row of three voxels, in blocks of two:
+
+    >>> means, share = block_mean(np.array([1.0, 3.0, 5.0]), np.ones((3, 1, 1), bool), block=(2, 1, 1))
+    >>> means.ravel().tolist(), share.ravel().tolist()
+    ([2.0, 5.0], [1.0, 0.5])
+    """
     values = np.asarray(values)
     if values.shape[-1] != mask.sum() or not mask.any():
         raise DataError(
@@ -67,7 +82,14 @@ CLASSIFIERS = ("logistic", "mlp", "cnn")
 
 
 class ClassifierConfig(PretrainedConfig):
-    "The options of a `ConceptClassifier`, and the names of its outputs."
+    """The options of a `ConceptClassifier`, and the names of its outputs.
+
+    Examples
+    --------
+    >>> config = ClassifierConfig(shape=(4, 4, 4), concepts=["cat", "dog", "boat"])
+    >>> config.indices(["dog", "cat"]).tolist()
+    [1, 0]
+    """
 
     model_type = "concept-classifier"
 
@@ -164,6 +186,12 @@ class ClassifierOutput(ModelOutput):
         Cross-entropy, when labels were given.
     logits : tensor
         (batch, concepts).
+
+    Examples
+    --------
+    >>> model = ConceptClassifier(ClassifierConfig(shape=(6,), concepts=["cat", "dog"]))
+    >>> model(voxels=torch.zeros(3, 6)).logits.shape
+    torch.Size([3, 2])
     """
 
     loss: torch.Tensor | None = None
@@ -171,7 +199,15 @@ class ClassifierOutput(ModelOutput):
 
 
 class ConceptClassifier(Saved, PreTrainedModel):
-    "Response to one image -> scores of the concepts."
+    """Response to one image -> scores of the concepts.
+
+    Examples
+    --------
+    >>> model = ConceptClassifier(ClassifierConfig(shape=(4, 4, 4), concepts=["cat", "dog"]))
+    >>> found = model(volume=torch.zeros(3, 1, 4, 4, 4), labels=torch.tensor([0, 1, 0]))
+    >>> found.logits.shape, found.loss.shape
+    (torch.Size([3, 2]), torch.Size([]))
+    """
 
     config_class = ClassifierConfig
     main_input_name = "volume"
@@ -234,7 +270,14 @@ class ConceptClassifier(Saved, PreTrainedModel):
 
 
 class ConceptTrials:
-    "Trials as the trainer takes them: an input and the number of the concept."
+    """Trials as the trainer takes them: an input and the number of the concept.
+
+    Examples
+    --------
+    >>> trials = ConceptTrials(np.zeros((2, 4, 4, 4)), [0, 1])
+    >>> len(trials), trials.inputs.shape
+    (2, torch.Size([2, 1, 4, 4, 4]))
+    """
 
     def __init__(
         self,

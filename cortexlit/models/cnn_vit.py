@@ -25,7 +25,14 @@ NORMS = ("group", "batch")
 
 
 class ConvBlock(nn.Module):
-    "Convolution 3x3x3, normalisation, rectifier, zero outside, maximum of 2x2x2."
+    """Convolution 3x3x3, normalisation, rectifier, zero outside, maximum of 2x2x2.
+
+    Examples
+    --------
+    >>> block = ConvBlock(np.ones((4, 4, 4), bool), inputs=1, outputs=8)
+    >>> block(torch.zeros(2, 1, 4, 4, 4)).shape
+    torch.Size([2, 8, 2, 2, 2])
+    """
 
     def __init__(
         self,
@@ -50,7 +57,14 @@ class ConvBlock(nn.Module):
 
 # %% ../../neuro_nbs/15_cnn_vit.ipynb #e67ac223
 class CNNViTConfig(ViT3DConfig):
-    "The options of a `CNNViT`: those of `ViT3DConfig` but parcels and scales, and the convolutional blocks."
+    """The options of a `CNNViT`: those of `ViT3DConfig` but parcels and scales, and the convolutional blocks.
+
+    Examples
+    --------
+    >>> config = CNNViTConfig(grid=(8, 8, 8), patch=(4, 4, 4), channels=(4, 8))
+    >>> config.halvings, config.cells  # two blocks: a patch is one cell of what they give
+    (4, (1, 1, 1))
+    """
 
     model_type = "cnn_vit"
 
@@ -98,7 +112,14 @@ class CNNViTConfig(ViT3DConfig):
 
 # %% ../../neuro_nbs/15_cnn_vit.ipynb #f3f0073c
 class ConvEmbedding(nn.Module):
-    "Voxels -> convolutional blocks -> one token for each patch with brain."
+    """Voxels -> convolutional blocks -> one token for each patch with brain.
+
+    Examples
+    --------
+    >>> embedding = ConvEmbedding(CNNViTConfig(grid=(8, 8, 8), patch=(4, 4, 4), channels=(4, 8), emb_dim=16))
+    >>> embedding(torch.zeros(1, 8 * 8 * 8)).shape
+    torch.Size([1, 8, 16])
+    """
 
     def __init__(
         self,
@@ -137,7 +158,15 @@ class ConvEmbedding(nn.Module):
 
 # %% ../../neuro_nbs/15_cnn_vit.ipynb #1a32d31f
 class CNNViT(ViT3D):
-    "Responses of one trial -> properties of the object, by convolutions and a transformer on their output."
+    """Responses of one trial -> properties of the object, by convolutions and a transformer on their output.
+
+    Examples
+    --------
+    >>> small = {"emb_dim": 16, "depth": 1, "heads": 2, "mlp_dim": 16}
+    >>> model = CNNViT(CNNViTConfig(grid=(8, 8, 8), patch=(4, 4, 4), channels=(4, 8), outputs=3, **small))
+    >>> model(volume=torch.zeros(2, 1, 8, 8, 8)).logits.shape
+    torch.Size([2, 3])
+    """
 
     config_class = CNNViTConfig
 

@@ -24,7 +24,13 @@ __all__ = ['DiffusionConfig', 'DiffusionOutput', 'Diffusion']
 # %% ../../nbs/16_diffusion.ipynb #16a00027
 #| code-fold: true
 class DiffusionConfig(PretrainedConfig):
-    "The options of a `Diffusion`. `DataError` for an option that no model can be built from."
+    """The options of a `Diffusion`. `DataError` for an option that no model can be built from.
+
+    Examples
+    --------
+    >>> DiffusionConfig(inputs=64, labels=3).times
+    1000
+    """
 
     model_type = "response-diffusion"
 
@@ -58,6 +64,11 @@ class DiffusionOutput(ModelOutput):
     ----------
     loss : tensor
         Scalar: mean squared error of the predicted noise, at random times.
+
+    Examples
+    --------
+    >>> Diffusion(DiffusionConfig(inputs=6))(torch.zeros(4, 6)).loss.shape
+    torch.Size([])
     """
 
     loss: torch.Tensor | None = None

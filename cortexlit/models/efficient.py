@@ -22,7 +22,15 @@ def rotary_angles(
     width: int,  # of a head
     base: float = 100.0,  # the larger, the slower an axis' slowest plane turns
 ) -> Tensor:  # (tokens, planes), rad
-    "By how much rotary positions turn the planes of a head (Su et al. 2021); each axis has an equal share of planes."
+    """By how much rotary positions turn the planes of a head (Su et al. 2021); each axis has an equal share of planes.
+
+    Examples
+    --------
+    Two axes, one plane each: a token's angles are its coordinates.
+
+    >>> rotary_angles(torch.tensor([[0, 0], [1, 2]]), width=4).tolist()
+    [[0.0, 0.0], [1.0, 2.0]]
+    """
     axes = places.shape[1]
     planes = width // 2 // axes
     if planes < 1:
@@ -38,7 +46,16 @@ def rotate(
     x: Tensor,  # (..., tokens, width): queries or keys
     angles: Tensor,  # (tokens, planes) from `rotary_angles`
 ) -> Tensor:  # same shape
-    "Turn each pair of neighbouring numbers by its angle; what is beyond the last pair stays."
+    """Turn each pair of neighbouring numbers by its angle; what is beyond the last pair stays.
+
+    Examples
+    --------
+    A quarter turn, with a third number that stays:
+
+    >>> turned = rotate(torch.tensor([[1.0, 0.0, 5.0]]), torch.tensor([[torch.pi / 2]]))
+    >>> turned.round(decimals=3).tolist()
+    [[-0.0, 1.0, 5.0]]
+    """
     turned = 2 * angles.shape[-1]
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     first, second = x[..., 0:turned:2], x[..., 1:turned:2]
@@ -49,7 +66,19 @@ def rotate(
 #| code-fold: true
 #| code-summary: "For the library: half of the heads near, half far"
 class HiLoAttention(nn.Module):
-    "Half of the heads look within a window, half at the means of all windows (Pan et al. 2022); CLS, the first token, sees all and is seen by all."
+    """Half of the heads look within a window, half at the means of all windows (Pan et al. 2022); CLS, the first token, sees all and is seen by all.
+
+    Examples
+    --------
+    CLS and four tokens in two windows; the first head does not look into the other window:
+
+    >>> q = k = torch.zeros(1, 2, 5, 3)
+    >>> near, far = HiLoAttention().weights(q, k, torch.tensor([[1, 2], [3, 4]]))[0, :, 1]
+    >>> (near > 0).tolist()
+    [True, True, True, False, False]
+    >>> (far > 0).all().item()
+    True
+    """
 
     def forward(
         self,

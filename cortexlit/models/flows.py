@@ -24,7 +24,13 @@ __all__ = ['FlowMatchingConfig', 'FlowMatchingOutput', 'FlowMatching']
 # %% ../../nbs/17_flow_matching.ipynb #271aea25
 #| code-fold: true
 class FlowMatchingConfig(PretrainedConfig):
-    """The options of a `FlowMatching`. `DataError` for an option that no model can be built from."""
+    """The options of a `FlowMatching`. `DataError` for an option that no model can be built from.
+
+    Examples
+    --------
+    >>> FlowMatchingConfig(inputs=64, labels=3).steps
+    20
+    """
 
     model_type = "response-flow"
 
@@ -52,6 +58,11 @@ class FlowMatchingOutput(ModelOutput):
         Scalar: mean over trials of the squared error of the velocity, mean over cells or voxels.
     prediction : tensor
         What the model takes each partly noised response for, (batch, inputs): its place plus the rest of the way.
+
+    Examples
+    --------
+    >>> FlowMatching(FlowMatchingConfig(inputs=6))(torch.zeros(4, 6)).prediction.shape
+    torch.Size([4, 6])
     """
 
     loss: torch.Tensor | None = None

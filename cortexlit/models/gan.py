@@ -33,7 +33,13 @@ __all__ = ['GANConfig', 'GANOutput', 'GAN']
 # %% ../../nbs/15_gan.ipynb #15a00030
 #| code-fold: true
 class GANConfig(PretrainedConfig):
-    "The options of a `GAN`. `DataError` for an option that no model can be built from."
+    """The options of a `GAN`. `DataError` for an option that no model can be built from.
+
+    Examples
+    --------
+    >>> GANConfig(inputs=64, labels=3).judge
+    [128, 64]
+    """
 
     model_type = "response-gan"
 
@@ -66,6 +72,11 @@ class GANOutput(ModelOutput):
     ----------
     logits : tensor
         Log-odds (batch,) that a response was recorded, as the judge sees it.
+
+    Examples
+    --------
+    >>> GAN(GANConfig(inputs=6))(torch.zeros(4, 6)).logits.shape
+    torch.Size([4])
     """
 
     logits: torch.Tensor | None = None

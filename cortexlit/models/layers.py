@@ -114,7 +114,14 @@ def _behind(layer: nn.Module, x: Tensor, *before: nn.Module) -> Tensor:
 
 
 class ParallelBlock(nn.Module):
-    "Attention and feed-forward side by side on one normalised input, added to the stream (ViV1T)."
+    """Attention and feed-forward side by side on one normalised input, added to the stream (ViV1T).
+
+    Examples
+    --------
+    >>> block = ParallelBlock(dim=6, heads=2, head_dim=3, mlp_dim=8)
+    >>> block(torch.zeros(1, 4, 6)).shape, block.attention_map(torch.zeros(1, 4, 6)).shape
+    (torch.Size([1, 4, 6]), torch.Size([1, 2, 4, 4]))
+    """
 
     def __init__(
         self,
@@ -184,7 +191,14 @@ def _samples_at_once(x: Tensor, recompute: bool) -> int:
 
 
 class Transformer(nn.Module):
-    "A stack of `ParallelBlock`s; set `gradient_checkpointing` to trade a second forward pass for memory."
+    """A stack of `ParallelBlock`s; set `gradient_checkpointing` to trade a second forward pass for memory.
+
+    Examples
+    --------
+    >>> stack = Transformer(2, dim=6, heads=2, head_dim=3, mlp_dim=8)
+    >>> len(stack.blocks), stack(torch.zeros(1, 4, 6)).shape
+    (2, torch.Size([1, 4, 6]))
+    """
 
     def __init__(
         self,

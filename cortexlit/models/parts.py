@@ -23,6 +23,14 @@ class ConvCore(nn.Module):
 
     The first layer has the large kernel and, as all do in time, no padding; the others are padded in space. Time is
     causal: a frame of the map has seen `layers * (taps - 1)` frames before its own, and none after.
+
+    Examples
+    --------
+    >>> import cortexlit as cx
+    >>> config = cx.ViV1TConfig({"A": 5}, frames=20, size=(16, 20), emb_dim=4, core="conv")
+    >>> core = ConvCore(config, layers=2, taps=5)  # each layer needs 4 frames more than it gives
+    >>> core(torch.zeros(1, 1, 20, 16, 20), torch.zeros(1, 4, 20)).shape
+    torch.Size([1, 4, 12, 4, 8])
     """
 
     def __init__(
@@ -65,7 +73,14 @@ class ConvCore(nn.Module):
 # %% ../../neuro_nbs/06c_own_parts.ipynb #0c00001d
 @register_readout("factorised")
 class FactorisedReadout(nn.Module):
-    "Where and what apart: per neuron a mask over the map times a weight per feature (Klindt et al. 2017)."
+    """Where and what apart: per neuron a mask over the map times a weight per feature (Klindt et al. 2017).
+
+    Examples
+    --------
+    >>> readout = FactorisedReadout(channels=4, neurons=5, size=(2, 3))
+    >>> readout(torch.zeros(1, 4, 7, 2, 3)).shape
+    torch.Size([1, 5, 7])
+    """
 
     def __init__(
         self,

@@ -30,7 +30,15 @@ def sample_map(
     features: torch.Tensor,  # (B, C, T, H, W), float32
     points: torch.Tensor,  # (B * T, N, 2): x (left -1, right 1), y (top -1, bottom 1)
 ) -> torch.Tensor:  # (B * T, N, C); zeros beyond the edge
-    "Bilinear samples of each frame's map: `grid_sample` with `align_corners`, reading whole feature vectors."
+    """Bilinear samples of each frame's map: `grid_sample` with `align_corners`, reading whole feature vectors.
+
+    Examples
+    --------
+    Halfway between two places, the mean of both:
+
+    >>> sample_map(torch.tensor([[[[[2.0, 4.0]]]]]), torch.tensor([[[0.0, 0.0]]])).item()
+    3.0
+    """
     h, w = features.shape[-2:]
     table = features.permute(0, 2, 3, 4, 1).flatten(0, 3)  # one row per frame and place
     first = torch.arange(len(points), device=points.device)[:, None] * (h * w)  # first row of a frame
@@ -54,7 +62,13 @@ def sample_map(
 def standard_coordinates(
     coordinates: np.ndarray | torch.Tensor,  # (neurons, 2 or more) x, y (, depth) in um, or any unit
 ) -> torch.Tensor:  # (neurons, 2) float32: centred, the largest absolute value 1
-    "Cortical x, y on the scale on which the published readouts expect them."
+    """Cortical x, y on the scale on which the published readouts expect them.
+
+    Examples
+    --------
+    >>> standard_coordinates([[0, 0], [300, 600]]).tolist()
+    [[-0.5, -1.0], [0.5, 1.0]]
+    """
     xy = torch.as_tensor(np.asarray(coordinates), dtype=torch.float32)
     if xy.ndim != 2 or xy.shape[1] < 2:
         raise DataError(f"coordinates of shape {tuple(xy.shape)}", expected="(neurons, 2 or more)")
@@ -73,6 +87,12 @@ class Gaussian2dReadout(nn.Module):
 
     While training, the point is drawn from the neuron's own Gaussian, anew in every frame; in evaluation it
     is the mean. A state encoder adds a vector computed from behaviour and pupil to what was sampled (ViV1T).
+
+    Examples
+    --------
+    >>> readout = Gaussian2dReadout(channels=4, neurons=2, coordinates=[[0, 0], [300, 600]]).eval()
+    >>> readout(torch.ones(1, 4, 7, 2, 3))[0, :, 0].tolist()  # a mean over equal features, no bias yet
+    [1.0, 1.0]
     """
 
     def __init__(
@@ -184,7 +204,13 @@ class Gaussian2dReadout(nn.Module):
 
 # %% ../../neuro_nbs/05a_readouts.ipynb #2a00fdd5
 class Shifter(nn.Module):
-    "Moves all reading points of one mouse with the position of its pupil (Lurz et al. 2021)."
+    """Moves all reading points of one mouse with the position of its pupil (Lurz et al. 2021).
+
+    Examples
+    --------
+    >>> Shifter()(torch.zeros(1, 2, 7)).shape
+    torch.Size([1, 2, 7])
+    """
 
     def __init__(
         self,
@@ -207,7 +233,13 @@ class Shifter(nn.Module):
 def elu1(
     raw: torch.Tensor,  # any shape
 ) -> torch.Tensor:  # positive, same shape; linear above 0, exponential below
-    "ELU + 1: an output that cannot be negative and does not explode."
+    """ELU + 1: an output that cannot be negative and does not explode.
+
+    Examples
+    --------
+    >>> elu1(torch.tensor([-1000.0, 0.0, 2.0])).tolist()
+    [0.0, 1.0, 3.0]
+    """
     return F.elu(raw) + 1
 
 
@@ -221,7 +253,13 @@ OUTPUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 def output_named(
     name: str,  # "exp" (the published ViV1T), "elu1" or "softplus"
 ) -> Callable[[torch.Tensor], torch.Tensor]:  # raw -> response, element by element
-    "The output nonlinearity of that name."
+    """The output nonlinearity of that name.
+
+    Examples
+    --------
+    >>> output_named("elu1") is elu1
+    True
+    """
     if name not in OUTPUTS:
         raise DataError(f"there is no output {name!r}", expected=f"one of {', '.join(OUTPUTS)}")
     return OUTPUTS[name]
@@ -232,7 +270,13 @@ def initial_bias(
     output: str = "exp",  # name of the output nonlinearity
     floor: float = 0.01,  # smallest mean that is still inverted: a silent neuron starts here
 ) -> torch.Tensor:  # (neurons,) float32
-    "The bias at which a readout that reads nothing answers with the mean response."
+    """The bias at which a readout that reads nothing answers with the mean response.
+
+    Examples
+    --------
+    >>> elu1(initial_bias([0.5, 2.0], output="elu1")).tolist()
+    [0.5, 2.0]
+    """
     output_named(output)
     mean = torch.as_tensor(np.asarray(mean_response), dtype=torch.float32)
     if mean.ndim != 1 or not torch.isfinite(mean).all():
@@ -259,7 +303,13 @@ def _two_layers(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 
 
 class MLPModulator(nn.Module):
-    "A gain from each neuron's own recent past, and an offset from the state (published as `mlp`)."
+    """A gain from each neuron's own recent past, and an offset from the state (published as `mlp`).
+
+    Examples
+    --------
+    >>> MLPModulator(neurons=3)(torch.zeros(1, 3, 7), torch.zeros(1, 4, 7)).shape
+    torch.Size([1, 3, 7])
+    """
 
     def __init__(
         self,
@@ -283,7 +333,13 @@ class MLPModulator(nn.Module):
 
 # %% ../../neuro_nbs/05a_readouts.ipynb #1bc70d90
 class MLP2Modulator(nn.Module):
-    "An offset from the recent past of response and state together, one network for all neurons (`mlp-v2`)."
+    """An offset from the recent past of response and state together, one network for all neurons (`mlp-v2`).
+
+    Examples
+    --------
+    >>> MLP2Modulator(neurons=3)(torch.zeros(1, 3, 7), torch.zeros(1, 4, 7)).shape
+    torch.Size([1, 3, 7])
+    """
 
     def __init__(
         self,
@@ -309,7 +365,15 @@ class MLP2Modulator(nn.Module):
 
 # %% ../../neuro_nbs/05a_readouts.ipynb #7bd0980b
 class MLP3Modulator(nn.Module):
-    "An offset per neuron, linear in the state, squashed by tanh (`mlp-v3`)."
+    """An offset per neuron, linear in the state, squashed by tanh (`mlp-v3`).
+
+    Examples
+    --------
+    An animal at rest changes nothing:
+
+    >>> MLP3Modulator(neurons=3)(torch.full((1, 3, 2), 5.0), torch.zeros(1, 4, 2)).unique().tolist()
+    [5.0]
+    """
 
     def __init__(
         self,
@@ -341,7 +405,13 @@ def in_float32(
     module: nn.Module,  # a small part of a model: a readout, a shifter, a modulator
     *given: torch.Tensor | None,  # what it takes
 ) -> torch.Tensor:
-    "What a module gives; one whose weights have 16 bits is computed in float32: places and rates need more than 8 bits."
+    """What a module gives; one whose weights have 16 bits is computed in float32: places and rates need more than 8 bits.
+
+    Examples
+    --------
+    >>> in_float32(nn.Linear(2, 3).bfloat16(), torch.ones(1, 2, dtype=torch.bfloat16)).dtype
+    torch.float32
+    """
     weights = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     if not any(value.dtype in _HALF for value in weights.values()):
         return module(*given)
@@ -355,7 +425,15 @@ def as_weights(
     module: nn.Module,  # a core
     x: torch.Tensor | None,
 ) -> torch.Tensor | None:
-    "An input in the type of a module's weights, if that has 16 bits; otherwise as it is."
+    """An input in the type of a module's weights, if that has 16 bits; otherwise as it is.
+
+    Examples
+    --------
+    >>> as_weights(nn.Linear(2, 3).bfloat16(), torch.ones(2)).dtype
+    torch.bfloat16
+    >>> as_weights(nn.Linear(2, 3), torch.ones(2)).dtype
+    torch.float32
+    """
     dtype = next((weight.dtype for weight in module.parameters()), None)
     return x.to(dtype) if x is not None and dtype in _HALF else x
 
@@ -461,7 +539,13 @@ def part_named(
     kind: str,  # "core" or "readout"
     name: str,
 ) -> type[nn.Module]:
-    "The class of that name; `DataError` with the names there are."
+    """The class of that name; `DataError` with the names there are.
+
+    Examples
+    --------
+    >>> part_named("readout", "gaussian").__name__
+    'Gaussian2dReadout'
+    """
     known = {"core": CORES, "readout": READOUTS}[kind]
     if name not in known:
         raise DataError(
@@ -475,7 +559,18 @@ def check_parts(
     config: Any,  # of a model
     takes: str,  # "video" or "image"
 ) -> None:
-    "Raise at a core or a readout that there is not, or at options that cannot be theirs."
+    """Raise at a core or a readout that there is not, or at options that cannot be theirs.
+
+    Examples
+    --------
+    >>> import cortexlit as cx
+    >>> check_parts(cx.V1TConfig({"A": 5}), "image")
+    >>> check_parts(cx.V1TConfig({"A": 5}), "video")
+    Traceback (most recent call last):
+        ...
+    cortexlit.core.DataError: core 'vit' takes no video
+      expected: one for a video
+    """
     for kind in ("core", "readout"):
         name, options = getattr(config, kind), getattr(config, f"{kind}_options")
         if name in _TAKES:  # on the page of its model it is not defined yet
@@ -499,7 +594,13 @@ def parts_told(
 ) -> dict[
     str, Any
 ]:  # without the parts, if they are the published ones: files and hashes stay what they were
-    "Options without those of core and readout that say nothing new."
+    """Options without those of core and readout that say nothing new.
+
+    Examples
+    --------
+    >>> parts_told({"emb_dim": 8, "core": "vit", "core_options": {}, "readout": "factorised"}, core="vit")
+    {'emb_dim': 8, 'readout': 'factorised'}
+    """
     known = {"core": core, "core_options": {}, "readout": "gaussian", "readout_options": {}}
     return {name: value for name, value in options.items() if name not in known or value != known[name]}
 
@@ -507,7 +608,14 @@ def parts_told(
 def own_code(
     config: Any,  # of a model
 ) -> dict[str, str]:  # empty for parts of the library
-    "Hash of the source of parts that are not the library's: a change there is another model."
+    """Hash of the source of parts that are not the library's: a change there is another model.
+
+    Examples
+    --------
+    >>> import cortexlit as cx
+    >>> own_code(cx.V1TConfig({"A": 5}))
+    {}
+    """
     found = {}
     for kind, known in (("core", CORES), ("readout", READOUTS)):
         cls = known.get(getattr(config, kind, None))
@@ -555,7 +663,16 @@ def _tried(kind: str, name: str, part: nn.Module, *shapes: tuple[int, ...] | Non
 def make_core(
     config: Any,  # of a model
 ) -> tuple[nn.Module, tuple[int, int]]:  # the core, and height and width of its map
-    "The core that a config names, tried without data."
+    """The core that a config names, tried without data.
+
+    Examples
+    --------
+    >>> import cortexlit as cx
+    >>> config = cx.V1TConfig({"A": 5}, emb_dim=4, core="conv", behavior="none", behavior_channels=0)
+    >>> core, size = make_core(config)
+    >>> type(core).__name__, size  # of a picture of 36 by 64 pixels, less 12 for a kernel of 13
+    ('ConvCore', (24, 52))
+    """
     core = _made("core", config, config)
     if config.core in _BUILT_IN:
         return core, tuple(config.grid[-2:])
@@ -578,7 +695,15 @@ def make_readout(
     state_channels: int = 0,  # of behaviour and pupil that it is told
     shifts: bool = False,  # whether the eye moves the map
 ) -> nn.Module:
-    "The readout of a mouse that a config names, tried without data."
+    """The readout of a mouse that a config names, tried without data.
+
+    Examples
+    --------
+    >>> import cortexlit as cx
+    >>> config = cx.V1TConfig({"A": 5}, emb_dim=4, readout="factorised", shift="none")
+    >>> make_readout(config, neurons=5, size=(2, 3)).masks.shape
+    torch.Size([5, 6])
+    """
     readout = _made("readout", config, config.emb_dim, neurons, size, state_channels)
     told = (2, 2, 3) if shifts else None, (2, state_channels, 3) if state_channels else None
     found = _tried("readout", config.readout, readout, (2, config.emb_dim, 3, *size), *told)

@@ -22,7 +22,14 @@ def folded(
 ) -> tuple[
     Tensor, Tensor, Tensor
 ]:  # video kernel (emb, 25, 7, 7), state kernel (emb, C, 25), constant (emb,)
-    "LayerNorm's gain, mean and shift moved into the weights of the Linear that follows; float32."
+    """LayerNorm's gain, mean and shift moved into the weights of the Linear that follows; float32.
+
+    Examples
+    --------
+    >>> kernel, state, constant = folded(nn.LayerNorm(3 * 8), nn.Linear(3 * 8, 5), patch=(2, 2, 2))
+    >>> kernel.shape, state.shape, constant.shape  # of video, of two state channels, of neither
+    (torch.Size([5, 2, 2, 2]), torch.Size([5, 2, 2]), torch.Size([5]))
+    """
     weight = linear.weight.float()
     kernel = weight * norm.weight.float()
     kernel = (kernel - kernel.mean(1, keepdim=True)).unflatten(1, (-1, *patch))
@@ -37,7 +44,16 @@ def inverse_deviation(
     stride: tuple[int, int, int],  # step from one tubelet to the next
     eps: float,  # LayerNorm's, added to the variance
 ) -> Tensor:  # (batch, T', H', W')
-    "One over the standard deviation of each tubelet; values should lie around zero, or digits are lost."
+    """One over the standard deviation of each tubelet; values should lie around zero, or digits are lost.
+
+    Examples
+    --------
+    Half of a tubelet is -2, half 2:
+
+    >>> video = torch.tensor([-2.0, 2.0]).expand(1, 1, 1, 1, 2)
+    >>> inverse_deviation(video, None, patch=(1, 1, 2), stride=(1, 1, 2), eps=0.0).item()
+    0.5
+    """
     moments = []
     for power in (1, 2):
         moment = F.avg_pool2d(video[:, 0] ** power, patch[1:], stride[1:])
@@ -49,7 +65,16 @@ def inverse_deviation(
 
 # %% ../../neuro_nbs/05b_tubelets.ipynb #1ede5e29
 class Tubelets(nn.Module):
-    "Tokens from overlapping space-time patches of a video and the animal's state (ViViT's tubelets, as in ViV1T)."
+    """Tokens from overlapping space-time patches of a video and the animal's state (ViViT's tubelets, as in ViV1T).
+
+    Examples
+    --------
+    >>> tubelets = Tubelets(frames=6, size=(4, 6), emb_dim=5, patch=(2, 2, 2), stride=(1, 2, 2))
+    >>> tubelets.grid(6)
+    (5, 2, 3)
+    >>> tubelets(torch.zeros(1, 1, 6, 4, 6), torch.zeros(1, 4, 6)).shape
+    torch.Size([1, 5, 6, 5])
+    """
 
     def __init__(
         self,

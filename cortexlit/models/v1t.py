@@ -225,7 +225,13 @@ class _TokensLast(nn.Module):
 
 
 class ShiftedCopies(nn.Module):
-    "The image, and four copies of it moved by half a patch along the diagonals, as channels."
+    """The image, and four copies of it moved by half a patch along the diagonals, as channels.
+
+    Examples
+    --------
+    >>> ShiftedCopies(patch=2)(torch.tensor([[[[1.0, 0.0], [0.0, 0.0]]]]))[0, 1].tolist()  # moved down-right
+    [[0.0, 0.0], [0.0, 1.0]]
+    """
 
     def __init__(
         self,
@@ -263,7 +269,14 @@ def _projection(c: V1TConfig) -> nn.Sequential:
 
 # %% ../../neuro_nbs/11_v1t.ipynb #ef01e6e9
 class PatchEmbedding(nn.Module):
-    "Image -> tokens: one without a place (CLS), then the patches row by row, with positions added."
+    """Image -> tokens: one without a place (CLS), then the patches row by row, with positions added.
+
+    Examples
+    --------
+    >>> config = V1TConfig({"A": 5}, size=(4, 6), patch=2, stride=2, emb_dim=8)
+    >>> PatchEmbedding(config)(torch.zeros(1, 1, 4, 6)).shape  # CLS, and 2 rows of 3 patches
+    torch.Size([1, 7, 8])
+    """
 
     def __init__(
         self,
@@ -384,7 +397,16 @@ def attention(
     dropout: float = 0.0,  # of the weights
     local: bool = False,  # no token looks at itself
 ) -> torch.Tensor:  # (B, heads, tokens, head_dim)
-    "Attention without a table of weights: torch's, or in strips where torch's would need it on a CPU."
+    """Attention without a table of weights: torch's, or in strips where torch's would need it on a CPU.
+
+    Examples
+    --------
+    With `local`, a token sees only the others; of two tokens, each gets the other's value:
+
+    >>> same = torch.zeros(1, 1, 2, 1)
+    >>> attention(same, same, torch.tensor([[[[1.0], [3.0]]]]), local=True).flatten().tolist()
+    [3.0, 1.0]
+    """
     if not dropout and not local:
         return attend(q, k, v)
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -403,7 +425,14 @@ def _init(module: nn.Module) -> None:
 
 
 class Attention(nn.Module):
-    "LayerNorm, then attention with heads as wide as a token."
+    """LayerNorm, then attention with heads as wide as a token.
+
+    Examples
+    --------
+    >>> layer = Attention(dim=8, heads=2)
+    >>> layer(torch.zeros(1, 4, 8)).shape, layer.attention_map(torch.zeros(1, 4, 8)).shape
+    (torch.Size([1, 4, 8]), torch.Size([1, 2, 4, 4]))
+    """
 
     def __init__(
         self,
@@ -459,14 +488,26 @@ def behaviour_mlp(
     inputs: int,  # behaviour (and pupil) channels
     dim: int,  # channels of a token
 ) -> nn.Sequential:  # (B, inputs) -> (B, dim), each between -1 and 1
-    "Two layers with tanh; the published code has a dropout of 0 in third place."
+    """Two layers with tanh; the published code has a dropout of 0 in third place.
+
+    Examples
+    --------
+    >>> behaviour_mlp(inputs=5, dim=8)(torch.zeros(3, 5)).shape
+    torch.Size([3, 8])
+    """
     return nn.Sequential(
         nn.Linear(inputs, dim // 2), nn.Tanh(), nn.Identity(), nn.Linear(dim // 2, dim), nn.Tanh()
     ).apply(_init)
 
 
 class Block(nn.Module):
-    "What the animal does, then attention, then feed-forward, each added to the stream."
+    """What the animal does, then attention, then feed-forward, each added to the stream.
+
+    Examples
+    --------
+    >>> Block(dim=8, heads=2, mlp_dim=16)(torch.zeros(1, 4, 8), state=torch.zeros(1, 8)).shape
+    torch.Size([1, 4, 8])
+    """
 
     def __init__(
         self,
@@ -496,7 +537,14 @@ class Block(nn.Module):
 
 # %% ../../neuro_nbs/11_v1t.ipynb #42e9a98c
 class ViT(nn.Module):
-    "The core: tokens, blocks, and the tokens back on the grid they came from."
+    """The core: tokens, blocks, and the tokens back on the grid they came from.
+
+    Examples
+    --------
+    >>> small = {"size": (4, 6), "patch": 2, "stride": 2, "emb_dim": 8, "heads": 1, "mlp_dim": 8, "depth": 1}
+    >>> ViT(V1TConfig({"A": 5}, **small))(torch.zeros(1, 1, 4, 6), [None]).shape
+    torch.Size([1, 8, 2, 3])
+    """
 
     takes = ("image",)
 
@@ -558,7 +606,15 @@ def seen_part(
     sampling: str = "nearest",  # or "bilinear"
     resize: Iterable[int] | None = None,  # height, width to make of it
 ) -> torch.Tensor:  # (B, 1, height, width); zeros beyond the edge
-    "The part of the image that the eye looks at."
+    """The part of the image that the eye looks at.
+
+    Examples
+    --------
+    The middle of a picture of 4 by 4 pixels:
+
+    >>> seen_part(torch.arange(16.0).view(1, 1, 4, 4), crop=0.5).shape
+    torch.Size([1, 1, 2, 2])
+    """
     if crop < 1 or shifts is not None:
         sides = [torch.linspace(-crop, crop, int(n * crop), device=image.device) for n in image.shape[-2:]]
         y, x = torch.meshgrid(*sides, indexing="ij")
@@ -612,6 +668,13 @@ class V1TOutput(ModelOutput):
         Scalar, when labels were given.
     logits : tensor
         Responses (batch, neurons), after the output nonlinearity.
+
+    Examples
+    --------
+    >>> small = {"size": (4, 6), "patch": 2, "stride": 2, "emb_dim": 8, "heads": 1, "mlp_dim": 8, "depth": 1}
+    >>> model = V1T(V1TConfig({"A": 5}, behavior="none", behavior_channels=0, shift="none", **small))
+    >>> model.eval()(torch.zeros(2, 1, 4, 6)).logits.shape
+    torch.Size([2, 5])
     """
 
     loss: torch.Tensor | None = None
@@ -806,7 +869,15 @@ def rollout(
     maps: torch.Tensor,  # (depth, B, heads, tokens, tokens), rows sum to 1
     fuse: str = "max",  # of the heads: "max", as published, or "mean"
 ) -> torch.Tensor:  # (B, tokens, tokens): row = token at the end, column = token at the start; rows sum to 1
-    "Attention, with the stream that passes by it, multiplied along the blocks (Abnar & Zuidema 2020)."
+    """Attention, with the stream that passes by it, multiplied along the blocks (Abnar & Zuidema 2020).
+
+    Examples
+    --------
+    Tokens that look at themselves alone stay what they are, however many blocks:
+
+    >>> rollout(torch.eye(3).expand(4, 1, 2, 3, 3))[0].tolist()
+    [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+    """
     if fuse not in ("max", "mean"):
         raise DataError(f"fuse={fuse!r}", expected='"max" or "mean"')
     if maps.ndim != 5 or not len(maps) or maps.shape[-1] != maps.shape[-2]:
@@ -826,7 +897,17 @@ def attention_centre(
     maps: torch.Tensor,  # (..., H', W'), not negative, e.g. from `attention_rollout`
     config: V1TConfig,
 ) -> torch.Tensor:  # (..., 2): x (column), y (row), pixels of the image that the core sees
-    "Centre of mass of attention over the patches' centres: the centre of attention of the V1T paper."
+    """Centre of mass of attention over the patches' centres: the centre of attention of the V1T paper.
+
+    Examples
+    --------
+    All attention on the patch in column 2, row 1; patches of 3 pixels, so its middle is at 7, 4:
+
+    >>> maps = torch.zeros(2, 3)
+    >>> maps[1, 2] = 1
+    >>> attention_centre(maps, V1TConfig({"A": 5}, size=(6, 9), patch=3, stride=3)).tolist()
+    [7.0, 4.0]
+    """
     middle = (config.patch - 1) / 2
     y, x = (
         middle + config.stride * torch.arange(n, dtype=maps.dtype, device=maps.device)
@@ -924,7 +1005,13 @@ _SAME = {  # options that are only called otherwise
 def published_v1t_config(
     args: Mapping[str, Any],  # content of a published run's args.yaml
 ) -> V1TConfig:
-    "The options of a published run under our names; an option we have no counterpart for is an error."
+    """The options of a published run under our names; an option we have no counterpart for is an error.
+
+    Examples
+    --------
+    >>> published_v1t_config({"patch_size": 8, "num_heads": 4, "output_shapes": {"A": [5]}}).neurons
+    {'A': 5}
+    """
     options = _named_options(args, _FIXED, _SAME, _CHOICES)
     options["size"] = list(args.get("input_shape", (1, 36, 64)))[1:]
     small = [36, 64]

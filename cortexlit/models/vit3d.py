@@ -39,7 +39,16 @@ def patch_voxels(
     patch: Sequence[int],  # voxels along each axis
     pad: bool = True,  # fill up at the border; False: drop what fills no patch
 ) -> tuple[np.ndarray, np.ndarray]:  # (tokens, voxels of a patch) numbers, (tokens, 3) places of the patches
-    "Cut a volume into patches and keep those with voxels; a place without one has the number past the last."
+    """Cut a volume into patches and keep those with voxels; a place without one has the number past the last.
+
+    Examples
+    --------
+    Three voxels in a row, patches of two; the place that is missing has the number 3:
+
+    >>> members, places = patch_voxels(np.ones((3, 1, 1), bool), (2, 1, 1))
+    >>> members.tolist(), places.tolist()
+    ([[0, 1], [2, 3]], [[0, 0, 0], [1, 0, 0]])
+    """
     beyond = int(mask.sum())
     number = np.full(mask.shape, beyond)
     number[mask] = np.arange(beyond)
@@ -55,7 +64,14 @@ def patch_voxels(
 
 # %% ../../neuro_nbs/13_vit3d.ipynb #c8053801
 class VolumeEmbedding(nn.Module):
-    "The same linear map for every patch: a convolution whose stride is its kernel."
+    """The same linear map for every patch: a convolution whose stride is its kernel.
+
+    Examples
+    --------
+    >>> members, _ = patch_voxels(np.ones((4, 4, 4), bool), (2, 2, 2))
+    >>> VolumeEmbedding(members, dim=5)(torch.zeros(1, 64)).shape
+    torch.Size([1, 8, 5])
+    """
 
     def __init__(
         self,
@@ -74,7 +90,13 @@ class VolumeEmbedding(nn.Module):
 
 
 class ParcelEmbedding(nn.Module):
-    "A linear map of its own for every parcel."
+    """A linear map of its own for every parcel.
+
+    Examples
+    --------
+    >>> ParcelEmbedding(np.array([1, 2, 2, 0, 1]), dim=5)(torch.zeros(3, 5)).shape  # two parcels
+    torch.Size([3, 2, 5])
+    """
 
     def __init__(
         self,
@@ -116,7 +138,16 @@ def _between(
 
 
 class TwoScales(nn.Module):
-    "Patches of two sizes: the tokens of both, or one token for each smaller patch."
+    """Patches of two sizes: the tokens of both, or one token for each smaller patch.
+
+    Examples
+    --------
+    >>> config = ViT3DConfig(grid=(4, 4, 4), patch=(2, 2, 2), emb_dim=8, heads=2, scales="two")
+    >>> members, places = patch_voxels(config.brain, config.patch)
+    >>> both = TwoScales(VolumeEmbedding(members, 8), places, config)
+    >>> both(torch.zeros(1, 64)).shape  # 8 smaller patches, and one of all voxels
+    torch.Size([1, 9, 8])
+    """
 
     def __init__(
         self,
@@ -162,7 +193,14 @@ class TwoScales(nn.Module):
 
 # %% ../../neuro_nbs/13_vit3d.ipynb #a4d408ab
 class SoftmaxAttention(nn.Module):
-    "Mean of the values, weighted by the agreement of query and key."
+    """Mean of the values, weighted by the agreement of query and key.
+
+    Examples
+    --------
+    >>> q = k = torch.zeros(1, 1, 2, 3)
+    >>> SoftmaxAttention().weights(q, k).tolist()
+    [[[[0.5, 0.5], [0.5, 0.5]]]]
+    """
 
     def forward(
         self,
@@ -187,7 +225,16 @@ class SoftmaxAttention(nn.Module):
 
 
 class LinearAttention(nn.Module):
-    "Weights that are products of positive features of query and key (Katharopoulos et al. 2020)."
+    """Weights that are products of positive features of query and key (Katharopoulos et al. 2020).
+
+    Examples
+    --------
+    The same as from the weights that it never writes out:
+
+    >>> q, k, v = torch.randn(3, 1, 1, 4, 2, generator=torch.Generator().manual_seed(0))
+    >>> bool(torch.allclose(LinearAttention()(q, k, v), LinearAttention().weights(q, k) @ v, atol=1e-6))
+    True
+    """
 
     def forward(
         self,
@@ -404,7 +451,14 @@ def _check_options(c: ViT3DConfig) -> None:
 
 # %% ../../neuro_nbs/13_vit3d.ipynb #ddcf151b
 class EncoderBlock(nn.Module):
-    "Attention, then feed-forward, each normalised before and added to the stream."
+    """Attention, then feed-forward, each normalised before and added to the stream.
+
+    Examples
+    --------
+    >>> block = EncoderBlock(ViT3DConfig(grid=(4, 4, 4), patch=(2, 2, 2), emb_dim=8, heads=2, mlp_dim=8))
+    >>> block(torch.zeros(1, 5, 8)).shape
+    torch.Size([1, 5, 8])
+    """
 
     def __init__(
         self,
@@ -463,6 +517,13 @@ class ViT3DOutput(ModelOutput):
         Scalar, when labels were given.
     logits : tensor
         Predicted properties (batch, outputs), in the unit of the labels.
+
+    Examples
+    --------
+    >>> small = {"emb_dim": 8, "depth": 1, "heads": 2, "mlp_dim": 8}
+    >>> model = ViT3D(ViT3DConfig(grid=(4, 4, 4), patch=(2, 2, 2), outputs=3, **small))
+    >>> model(volume=torch.zeros(2, 1, 4, 4, 4), labels=torch.zeros(2, 3)).loss.shape
+    torch.Size([])
     """
 
     loss: torch.Tensor | None = None

@@ -253,7 +253,15 @@ class ViV1TConfig(PretrainedConfig):
 
 # %% ../../neuro_nbs/06_viv1t.ipynb #2555afc1
 class ViViT(nn.Module):
-    "The core: tubelets, then attention across space at each moment, then across time at each place."
+    """The core: tubelets, then attention across space at each moment, then across time at each place.
+
+    Examples
+    --------
+    >>> small = {"emb_dim": 22, "heads": 1, "head_dim": 4, "mlp_dim": 8, "spatial_depth": 1, "temporal_depth": 1}
+    >>> config = ViV1TConfig({"A": 5}, frames=4, size=(4, 6), patch=(2, 2, 2), stride=(1, 2, 2), **small)
+    >>> ViViT(config)(torch.zeros(1, 1, 4, 4, 6), torch.zeros(1, 4, 4)).shape
+    torch.Size([1, 22, 3, 2, 3])
+    """
 
     takes = ("video",)
 
@@ -324,6 +332,12 @@ class Layout:
         Content of args.yaml -> config.
     visible : callable
         Weights by published names -> config, as far as they tell.
+
+    Examples
+    --------
+    >>> layout = ViV1T.layout
+    >>> layout.config.__name__, sorted(layout.constants(ViV1TConfig({"A": 5})))[0]
+    ('ViV1TConfig', 'core.vivit.reg_scale')
     """
 
     config: type[PretrainedConfig]
@@ -370,7 +384,17 @@ def model_card(
     scores: Any = None,  # a `ScoreSheet`
     scored_as: str | None = None,  # what the model is called there; None: the only one
 ) -> str:  # markdown with the metadata of the hub
-    "What a model is, how it is opened, and what it reached, beside baselines and ceilings."
+    """What a model is, how it is opened, and what it reached, beside baselines and ceilings.
+
+    Examples
+    --------
+    >>> small = {"emb_dim": 22, "heads": 1, "head_dim": 4, "mlp_dim": 8, "spatial_depth": 1, "temporal_depth": 1}
+    >>> print(model_card(ViV1T(ViV1TConfig({"A": 5}, **small))))
+    ---
+    ...
+    It has heads for: A (5 neurons).
+    ...
+    """
     name, c = type(model).__name__, model.config
     known = {} if scores is None else {row.model: row for row in scores.rows}
     if scored_as is None and len(known) == 1:
@@ -418,7 +442,17 @@ model = {name}.from_pretrained("here")  # this folder, or owner/name on the hub
 
 # %% ../../neuro_nbs/06_viv1t.ipynb #91aad9b5
 class Saved:
-    "A model that is read back whole, or refused by name; put it before `PreTrainedModel`."
+    """A model that is read back whole, or refused by name; put it before `PreTrainedModel`.
+
+    Examples
+    --------
+    >>> small = {"emb_dim": 22, "heads": 1, "head_dim": 4, "mlp_dim": 8, "spatial_depth": 1, "temporal_depth": 1}
+    >>> ViV1T(ViV1TConfig({"A": 5}, **small)).save_pretrained("model")
+    >>> sorted(path.name for path in Path("model").iterdir())
+    ['card.json', 'config.json', 'model.safetensors']
+    >>> ViV1T.from_pretrained("model").config.neurons
+    {'A': 5}
+    """
 
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any):
         _need_memory(type(self), config)
@@ -581,7 +615,16 @@ def _check_finite(weights: Mapping[str, torch.Tensor], where: Any) -> None:
 
 
 class Heads(Saved):
-    "The side of a model that knows mice, and where its weights come from: one core, one head per mouse."
+    """The side of a model that knows mice, and where its weights come from: one core, one head per mouse.
+
+    Examples
+    --------
+    >>> small = {"emb_dim": 22, "heads": 1, "head_dim": 4, "mlp_dim": 8, "spatial_depth": 1, "temporal_depth": 1}
+    >>> model = ViV1T(ViV1TConfig({}, positions="free", **small)).freeze_core()
+    >>> model.add_mouse("new", n_neurons=7)
+    >>> model.config.neurons, any(weight.requires_grad for weight in model.core.parameters())
+    ({'new': 7}, False)
+    """
 
     layout: Layout  # how the published code stores this model
     map_size: tuple[int, int]  # height and width of the core's map
@@ -755,6 +798,14 @@ class ViV1TOutput(ModelOutput):
         Scalar, when labels were given.
     logits : tensor
         Responses (batch, neurons, response frames), after the output nonlinearity.
+
+    Examples
+    --------
+    >>> small = {"emb_dim": 22, "heads": 1, "head_dim": 4, "mlp_dim": 8, "spatial_depth": 1, "temporal_depth": 1}
+    >>> config = ViV1TConfig({"A": 5}, frames=4, size=(4, 6), patch=(2, 2, 2), stride=(1, 2, 2), **small)
+    >>> state = {"behavior": torch.zeros(1, 2, 4), "pupil_center": torch.zeros(1, 2, 4)}
+    >>> ViV1T(config).eval()(torch.zeros(1, 1, 4, 4, 6), **state).logits.shape  # no answer to the first frame
+    torch.Size([1, 5, 3])
     """
 
     loss: torch.Tensor | None = None
@@ -1022,7 +1073,13 @@ def _fed(args: Mapping[str, Any]) -> dict[str, Any]:
 def published_viv1t_config(
     args: Mapping[str, Any],  # content of a published run's args.yaml
 ) -> ViV1TConfig:
-    "The options of a published run under our names; an option we have no counterpart for is an error."
+    """The options of a published run under our names; an option we have no counterpart for is an error.
+
+    Examples
+    --------
+    >>> published_viv1t_config({"core_emb_dim": 112, "output_shapes": {"A": [5, 300]}}).neurons
+    {'A': 5}
+    """
     options = _named_options(args, _FIXED, _SAME, _CHOICES)
     sizes = {
         f"{what}{axis}": args.get(f"core_{axis}_patch_{what}", default)

@@ -57,7 +57,13 @@ def two_lobes(
     neurons: pd.DataFrame,  # from `V1Like.neurons`
     gaze: tuple[float, float] = (0.0, 0.0),  # azimuth and altitude of the eye, degrees
 ) -> np.ndarray:  # (cells, 3, 38, 76) float32, norm 1
-    "The subunits: a bright and a dark blob half a period apart, a sixth of a period from one subunit to the next."
+    """The subunits: a bright and a dark blob half a period apart, a sixth of a period from one subunit to the next.
+
+    Examples
+    --------
+    >>> two_lobes(V1Like().neurons(cells=2, seed=0)).shape  # 2 of session A, and one that B alone has
+    (3, 3, 38, 76)
+    """
     column, along, across = _axes(neurons, gaze)
     period, out = 1 / column["frequency"], []
     for k in range(SUBUNITS):
@@ -75,7 +81,14 @@ def pools(
     neurons: pd.DataFrame,  # from `V1Like.neurons`
     gaze: tuple[float, float] = (0.0, 0.0),
 ) -> np.ndarray:  # (cells, 2, 38, 76) float32: near window and far ring, sum 1
-    "Where contrast is pooled."
+    """Where contrast is pooled.
+
+    Examples
+    --------
+    >>> both = pools(V1Like().neurons(cells=2, seed=0))
+    >>> both.shape, both.sum((2, 3)).round(3).tolist()
+    ((3, 2, 38, 76), [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]])
+    """
     column, along, across = _axes(neurons, gaze)
     square = along**2 + across**2
     near = np.exp(-0.5 * square / column["pool_sd"] ** 2)
@@ -87,7 +100,15 @@ def pools(
 def contrast_energy(
     pictures: np.ndarray,  # (n, 38, 76), grey = 0
 ) -> np.ndarray:  # (n, 38, 76), 0 or larger
-    "Squared output of a difference of Gaussians (1.9 and 5.7 degrees): contrast without orientation."
+    """Squared output of a difference of Gaussians (1.9 and 5.7 degrees): contrast without orientation.
+
+    Examples
+    --------
+    A grey screen has none:
+
+    >>> float(contrast_energy(np.zeros((1, 38, 76))).max())
+    0.0
+    """
     narrow, wide = (gaussian_filter(pictures, (0, sd, sd)) for sd in (1.2, 3.6))
     return (narrow - wide) ** 2
 
@@ -98,7 +119,14 @@ def filtered(
     squared: np.ndarray,  # (..., 2, 38, 76), of `pools`
     block: int = 2048,  # pictures per matrix product
 ) -> np.ndarray:  # (n, ..., 5) float32: three subunits, near and far contrast
-    "What five windows make of every picture."
+    """What five windows make of every picture.
+
+    Examples
+    --------
+    >>> neurons = V1Like().neurons(cells=2, seed=0)
+    >>> filtered(np.zeros((4, 38, 76), np.float32), two_lobes(neurons), pools(neurons)).shape
+    (4, 3, 5)
+    """
     many = linear.shape[:-3]
     out = np.empty((len(pictures), *many, SUBUNITS + 2), np.float32)
     for at in range(0, len(pictures), block):
@@ -123,7 +151,14 @@ def drives(
     neuron: pd.Series,  # one row of `V1Like.neurons`
     rate: float = FRAME_RATE,  # frames per second
 ) -> np.ndarray:  # (..., T, 3): squared drive, near contrast, surround contrast
-    "Subunits in time, their form and motion terms, and the two pools."
+    """Subunits in time, their form and motion terms, and the two pools.
+
+    Examples
+    --------
+    >>> neuron = V1Like().neurons(cells=2, seed=0).iloc[0]
+    >>> drives(np.zeros((30, 5)), neuron).shape
+    (30, 3)
+    """
     late = np.concatenate([np.zeros_like(signal[..., :LATENCY, :]), signal[..., :-LATENCY, :]], -2)
     tau = 1 / (2 * np.pi * neuron.temporal_frequency)
     change = late[..., :SUBUNITS]
@@ -143,7 +178,17 @@ def divided(
     neuron: pd.Series,
     weight: float,  # of the surround; 0 for none
 ) -> np.ndarray:  # (...,) 0 to 1
-    "Normalisation by near contrast, then suppression by the surround."
+    """Normalisation by near contrast, then suppression by the surround.
+
+    Examples
+    --------
+    Near contrast divides: the more of it, the weaker the answer to the same drive.
+
+    >>> neuron = V1Like().neurons(cells=2, seed=0).iloc[0]
+    >>> low, high = divided(np.array([[1.0, 1.0, 0.0], [1.0, 4.0, 0.0]]), neuron, weight=0.0)
+    >>> bool(low > high)
+    True
+    """
     drive, near, far = np.moveaxis(relative, -1, 0)
     n = neuron.exponent
     below = neuron.threshold * (neuron.semisaturation**n + near ** (n / 2))
@@ -222,6 +267,11 @@ class V1Like(Population):
         How far the focal plane sinks in an hour, um.
     lost : float
         Cells of session A, as a share, that session B has lost, and as many new ones in their place; 0 to 1.
+
+    Examples
+    --------
+    >>> V1Like(lost=0.5).neurons(cells=4, seed=0).shape[0]  # 4 in each session, 2 of them in both
+    6
     """
 
     name: str = "v1like"
@@ -322,7 +372,15 @@ def swept(
     contrast: float = 0.8,
     frames: int = 60,  # at 30 frames per second
 ) -> np.ndarray:  # (cells, [rates,] frames, 5), as `V1Like.filter` of the whole film would give
-    "Signals of a drifting grating from three still ones."
+    """Signals of a drifting grating from three still ones.
+
+    Examples
+    --------
+    >>> population = V1Like()
+    >>> neurons = population.neurons(cells=2, seed=0)
+    >>> swept(population, neurons, direction=0, frequency=0.04, temporal=[1, 2], frames=30).shape
+    (3, 2, 30, 5)
+    """
     still = population.filter(
         grating(direction, frequency, np.array([0, 0.25, 0.125]), contrast), neurons, [(0.0, 0.0)]
     )
@@ -340,7 +398,15 @@ def tuning(
     neurons: pd.DataFrame,
     scale: np.ndarray,  # (cells, 4), from `V1Like.scale`
 ) -> pd.DataFrame:  # (cells,) best_direction, best_orientation, best_frequency, best_rate, osi, dsi
-    "Preferred grating and selectivity, noiseless, above rest; the second of two seconds counts."
+    """Preferred grating and selectivity, noiseless, above rest; the second of two seconds counts.
+
+    Examples
+    --------
+    >>> population = V1Like()
+    >>> neurons = population.neurons(cells=1, seed=0)[:1]
+    >>> list(tuning(population, neurons, np.ones((1, 4))))[:2]
+    ['best_direction', 'best_orientation']
+    """
     directions, frequencies, rates = 22.5 * np.arange(16), [0.02, 0.03, 0.045, 0.07], [0.75, 1.5, 3.0, 6.0]
     found = np.empty((len(neurons), 16, len(frequencies), len(rates)))
     for d, direction in enumerate(directions):
@@ -374,7 +440,18 @@ def respond(
     scale: np.ndarray,  # (cells, ...), from the population's `scale`
     pictures: np.ndarray,  # (T, 38, 76) float32 at 30 frames per second, grey = 0
 ) -> np.ndarray:  # (cells, T) events per second
-    "Noiseless answer of simulated neurons to any film: a resting mouse that looks straight ahead."
+    """Noiseless answer of simulated neurons to any film: a resting mouse that looks straight ahead.
+
+    Examples
+    --------
+    To a grey screen, neurons answer at rest:
+
+    >>> population = V1Like()
+    >>> neurons = population.neurons(cells=2, seed=0)
+    >>> grey = respond(population, neurons, np.ones((3, 4)), np.zeros((10, 38, 76), np.float32))
+    >>> bool(np.allclose(grey, neurons["rest_rate"].to_numpy()[:, None]))
+    True
+    """
     signals = population.filter(pictures, neurons, [(0.0, 0.0)])[:, :, 0]
     rows = (neurons.iloc[i] for i in range(len(neurons)))
     return np.stack([population.rate(s, n, k, 30.0) for s, n, k in zip(signals, rows, scale, strict=True)])
@@ -385,7 +462,14 @@ def v1like_session(
     seed: int = 0,  # the mouse
     **options: float,  # of `V1Like`
 ) -> Path:  # a folder as made by `write_session`, below `_data/sessions/`
-    "The session of the second population: written on first use, found ever after."
+    """The session of the second population: written on first use, found ever after.
+
+    Examples
+    --------
+    >>> folder = v1like_session("tiny", seed=1)
+    >>> (folder / "cortexlit.json").is_file()
+    True
+    """
     size_named(size)
     population = V1Like(**options)
     name = f"v1like{population.version}-{size}-{seed}" + (

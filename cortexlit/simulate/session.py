@@ -69,6 +69,11 @@ class Size:
         Late display refreshes in the first block of each movie of session A.
     first, tail : float
         Two-photon frames before the first stimulus and after the last.
+
+    Examples
+    --------
+    >>> SESSION_SIZES["tiny"].cells, SESSION_SIZES["full"].cells
+    (8, 227)
     """
 
     cells: int
@@ -125,7 +130,13 @@ SESSION_SIZES = {
 def size_named(
     size: str,  # "tiny", "demo" or "full"
 ) -> Size:
-    "The `Size` of that name; `DataError` for another name."
+    """The `Size` of that name; `DataError` for another name.
+
+    Examples
+    --------
+    >>> size_named("tiny").movie_frames["natural_movie_one"]
+    150
+    """
     if size not in SESSION_SIZES:
         raise DataError(f"unknown size {size!r}", expected=", ".join(SESSION_SIZES))
     return SESSION_SIZES[size]
@@ -140,7 +151,13 @@ def protocol(
     session_type: str,  # "three_session_A" or "three_session_B"
     size: str = "demo",  # "tiny", "demo" or "full"
 ) -> list[tuple[str, int, int, int]]:  # (stimulus, sweeps or repeats, late, grey refreshes after)
-    "The blocks of a session in the order in which they were shown."
+    """The blocks of a session in the order in which they were shown.
+
+    Examples
+    --------
+    >>> protocol("three_session_B", "tiny")[0][:2]  # the first block: 40 sweeps
+    ('static_gratings', 40)
+    """
     s = size_named(size)
     grey, (g1, g2, g3) = s.gap, s.gratings
     one, three, gratings, rest = (
@@ -263,6 +280,12 @@ class Timeline:
         `repeat` for movies, `onset`/`offset` in s, `start`/`end` as two-photon frames (end inclusive).
     epochs : DataFrame
         `stimulus`, `start`, `end` of each block.
+
+    Examples
+    --------
+    >>> timeline = session_timeline("three_session_A", "tiny")
+    >>> timeline.tables["natural_movie_one"]["repeat"].nunique()
+    10
     """
 
     session_type: str
@@ -276,7 +299,14 @@ def session_timeline(
     size: str = "demo",  # "tiny", "demo" or "full"
     seed: int = 0,  # late refreshes, sub-millisecond jitter and the order of sweeps
 ) -> Timeline:
-    "Stimulus tables and the two-photon clock, without any neuron."
+    """Stimulus tables and the two-photon clock, without any neuron.
+
+    Examples
+    --------
+    >>> timeline = session_timeline("three_session_B", "tiny")
+    >>> len(timeline.epochs) == len(protocol("three_session_B", "tiny"))
+    True
+    """
     s, random = size_named(size), rng(seed, "timeline", session_type)
     blocks, refresh = [], 0
     for number, (stimulus, count, late, grey) in enumerate(protocol(session_type, size)):
@@ -313,7 +343,13 @@ def resize(
     stack: np.ndarray,  # (n, height, width)
     shape: tuple[int, int],  # height and width wanted, px
 ) -> np.ndarray:  # (n, *shape) float32
-    "Bilinear resizing as two matrix products; halving a side is the exact mean of pairs."
+    """Bilinear resizing as two matrix products; halving a side is the exact mean of pairs.
+
+    Examples
+    --------
+    >>> resize(np.array([[[0.0, 2.0], [4.0, 6.0]]]), (1, 1)).tolist()
+    [[[3.0]]]
+    """
 
     def weights(n_in: int, n_out: int) -> np.ndarray:
         at = np.clip((np.arange(n_out) + 0.5) * n_in / n_out - 0.5, 0, n_in - 1)
@@ -342,12 +378,19 @@ def texture(
     slope: float = 1.0,  # amplitude falls as 1 / frequency**slope
     orientation: float | None = None,  # degrees; None for no preferred orientation
 ) -> np.ndarray:  # (height, width) float32, mean 0, sd 1, periodic in both directions
-    "A piece of 1/f texture, as in photographs of nature."
+    """A piece of 1/f texture, as in photographs of nature.
+
+    Examples
+    --------
+    >>> piece = texture(rng(0, "example"), (8, 16))
+    >>> piece.shape, round(float(piece.std()), 3)
+    ((8, 16), 1.0)
+    """
     amplitude, angle = _plane(tuple(shape), slope)
     if orientation is not None:
         amplitude = amplitude * np.exp(3.0 * (np.cos(2 * (angle - np.deg2rad(orientation))) - 1))
     phase = random.uniform(0, 2 * np.pi, amplitude.shape)
-    picture = np.fft.irfft2(amplitude * np.exp(1j * phase), s=shape)
+    picture = np.fft.irfft2(amplitude * np.exp(1j * phase), s=shape, axes=(0, 1))
     picture = np.tanh(1.2 * picture / picture.std())
     return ((picture - picture.mean()) / picture.std()).astype(np.float32)
 
@@ -382,7 +425,13 @@ def scene(
     frames: int,  # length of the scene, movie frames (1/30 s)
     shape: tuple[int, int] = WORLD,  # height and width, px
 ) -> np.ndarray:  # (frames, height, width) uint8
-    "One take: a panning texture with textured objects that move in front of it."
+    """One take: a panning texture with textured objects that move in front of it.
+
+    Examples
+    --------
+    >>> scene(rng(0, "example"), frames=2).shape
+    (2, 76, 152)
+    """
     h, w = shape
     speed = random.uniform(2, 14) / DEGREES_PER_PX / 30  # px per frame
     drift = np.stack(
@@ -418,7 +467,13 @@ def natural_movie(
     frames: int,  # length at 30 frames per second
     seed: int = 0,  # the same seed gives the same movie to every mouse
 ) -> np.ndarray:  # (frames, 76, 152) uint8, read-only
-    "A film of several takes with cuts between them."
+    """A film of several takes with cuts between them.
+
+    Examples
+    --------
+    >>> natural_movie("natural_movie_one", frames=2).shape
+    (2, 76, 152)
+    """
     random, parts, made = rng(seed, "movie", name), [], 0
     while made < frames:
         length = min(int(random.uniform(60, 210)), frames - made)
@@ -434,7 +489,14 @@ def movie_on_field(
     name: str,  # as for `natural_movie`
     frames: int,
 ) -> np.ndarray:  # (frames, 38, 76) float32, read-only, grey = 0, full range -1..1
-    "The movie as the neurons see it."
+    """The movie as the neurons see it.
+
+    Examples
+    --------
+    >>> shown = movie_on_field("natural_movie_one", frames=2)
+    >>> shown.shape, bool(abs(shown).max() <= 1)
+    ((2, 38, 76), True)
+    """
     pictures = resize(natural_movie(name, frames), FIELD) / 128 - 1
     pictures.flags.writeable = False
     return pictures
@@ -444,7 +506,13 @@ def natural_scenes(
     images: int,  # how many
     seed: int = 0,
 ) -> np.ndarray:  # (images, 120, 152) uint8
-    "Still pictures, one frame of a take each."
+    """Still pictures, one frame of a take each.
+
+    Examples
+    --------
+    >>> natural_scenes(2).shape
+    (2, 120, 152)
+    """
     random = rng(seed, "scenes")
     return np.concatenate([scene(random, 1, (120, WORLD[1])) for _ in range(images)])
 
@@ -455,7 +523,16 @@ def grating(
     phase: np.ndarray,  # (n,) cycles
     contrast: float = 0.8,
 ) -> np.ndarray:  # (n, 38, 76) float32, grey = 0, full range -1..1
-    "Sine gratings on the neurons' field, one per phase."
+    """Sine gratings on the neurons' field, one per phase.
+
+    Examples
+    --------
+    Half a cycle later, what was bright is dark:
+
+    >>> one, other = grating(orientation=0, frequency=0.04, phase=np.array([0, 0.5]))
+    >>> bool(np.allclose(one, -other, atol=1e-6))
+    True
+    """
     y, x = _degrees()
     along = x * np.cos(np.deg2rad(orientation)) + y * np.sin(np.deg2rad(orientation))
     cycles = frequency * along[None] - np.asarray(phase)[:, None, None]
@@ -484,6 +561,12 @@ class Behaviour:
         (T, 2) azimuth and altitude of the pupil, degrees; (0, 0) is the centre of the screen.
     blink : np.ndarray
         (T,) bool, True where the eye camera lost the pupil.
+
+    Examples
+    --------
+    >>> mouse = behave(frames=300, seed=0, session_type="three_session_A")
+    >>> mouse.running.shape, mouse.gaze.shape
+    ((300,), (300, 2))
     """
 
     running: np.ndarray
@@ -514,7 +597,14 @@ def behave(
     seed: int,  # the mouse
     session_type: str,  # each session is another day
 ) -> Behaviour:
-    "Running in bouts, a pupil that widens with it, and eyes that jump."
+    """Running in bouts, a pupil that widens with it, and eyes that jump.
+
+    Examples
+    --------
+    >>> one, same = (behave(300, seed=0, session_type="three_session_A") for _ in range(2))
+    >>> bool((one.pupil_area == same.pupil_area).all())  # the same seed, the same mouse
+    True
+    """
     random, dt = rng(seed, "behaviour", session_type), 1 / FRAME_RATE
     target = _bouts(random, frames)
     moving = _smooth((target > 0).astype(float), 0.3)
@@ -543,7 +633,13 @@ def make_neurons(
     cells: int,  # neurons in each of the two sessions
     seed: int = 0,  # the mouse
 ) -> pd.DataFrame:  # one row per neuron of the mouse, 1.2 x cells rows
-    "Draw the neurons of one mouse: where they lie, what they look for, how reliably they answer."
+    """Draw the neurons of one mouse: where they lie, what they look for, how reliably they answer.
+
+    Examples
+    --------
+    >>> make_neurons(cells=50)["kind"].value_counts().to_dict()  # 60 of the mouse, for two sessions of 50
+    {'reliable': 40, 'unreliable': 14, 'silent': 6}
+    """
     n, random = int(np.ceil(1.2 * cells)), rng(seed, "neurons")
     x, y = _scatter(n, random).T
     frequency = np.clip(random.lognormal(np.log(0.035), 0.35, n), 0.015, 0.08)
@@ -618,7 +714,13 @@ def receptive_fields(
     neurons: pd.DataFrame,  # from `make_neurons`
     gaze: tuple[float, float] = (0.0, 0.0),  # azimuth and altitude of the eye, degrees; fields move along
 ) -> np.ndarray:  # (cells, 2, 38, 76) float32: the two phases of each Gabor, mean 0, norm 1
-    "Gabor receptive fields on the screen, in quadrature."
+    """Gabor receptive fields on the screen, in quadrature.
+
+    Examples
+    --------
+    >>> receptive_fields(make_neurons(cells=5)).shape
+    (6, 2, 38, 76)
+    """
     y, x = _degrees()
     column = {
         k: neurons[k].to_numpy()[:, None, None] for k in neurons.columns if k not in ("kind", "cell_id")
@@ -644,7 +746,13 @@ def filter_pictures(
     gazes: Sequence[tuple[float, float]] = GAZES,  # azimuth and altitude of the eye, degrees
     block: int = 2048,  # pictures per matrix product
 ) -> np.ndarray:  # (cells, n, gazes) complex64: real and imaginary part are the two phases
-    "Every neuron's spatial filter on every picture: one matrix product per block."
+    """Every neuron's spatial filter on every picture: one matrix product per block.
+
+    Examples
+    --------
+    >>> filter_pictures(np.zeros((4, 38, 76), np.float32), make_neurons(cells=5), gazes=[(0.0, 0.0)]).shape
+    (6, 4, 1)
+    """
     fields = np.stack([receptive_fields(neurons, g) for g in gazes], 2)  # cells, 2, gazes, h, w
     fields = fields.reshape(-1, FIELD[0] * FIELD[1]).T.copy()
     out = np.empty((len(neurons), len(pictures), len(gazes)), dtype=np.complex64)
@@ -658,7 +766,15 @@ def filter_pictures(
 def gaze_weights(
     gaze: np.ndarray,  # (T, 2) degrees
 ) -> np.ndarray:  # (T, 9) float32, rows sum to 1
-    "Bilinear weights of the 3 x 3 computed gaze positions; beyond them the edge holds."
+    """Bilinear weights of the 3 x 3 computed gaze positions; beyond them the edge holds.
+
+    Examples
+    --------
+    Straight ahead, the middle one of nine:
+
+    >>> gaze_weights(np.zeros((1, 2)))[0].tolist()
+    [0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    """
     at = np.clip(gaze / GAZE_STEP, -1, 1)[:, :, None]
     hat = np.maximum(0, 1 - np.abs(at - np.array([-1.0, 0.0, 1.0])))
     return (hat[:, 1, :, None] * hat[:, 0, None, :]).reshape(-1, 9).astype(np.float32)
@@ -673,7 +789,14 @@ def linear_drive(
     neuron: pd.Series,  # one row of `make_neurons`
     rate: float = FRAME_RATE,  # frames per second
 ) -> tuple[np.ndarray, np.ndarray]:  # two (T,) complex128: preferred motion, and opposite motion (weaker)
-    "Space-time filter: a resonator that turns with the preferred motion, and one that turns against it."
+    """Space-time filter: a resonator that turns with the preferred motion, and one that turns against it.
+
+    Examples
+    --------
+    >>> preferred, opposite = linear_drive(np.ones(30, np.complex64), make_neurons(cells=5).iloc[0])
+    >>> preferred.shape, bool(abs(opposite).max() <= abs(preferred).max())
+    ((30,), True)
+    """
 
     def resonate(turn: float) -> np.ndarray:
         pole = np.exp((-1 / MEMORY + 2j * np.pi * turn * neuron.temporal_frequency) / rate)
@@ -688,7 +811,13 @@ def motion_energy(
     neuron: pd.Series,
     rate: float = FRAME_RATE,
 ) -> np.ndarray:  # (T,) float64, 0 or larger
-    "Energy of both phases (complex cell), or four times the half-squared first one (simple): equal means."
+    """Energy of both phases (complex cell), or four times the half-squared first one (simple): equal means.
+
+    Examples
+    --------
+    >>> bool(motion_energy(np.zeros(30, np.complex64), make_neurons(cells=5).iloc[0]).any())  # a grey screen
+    False
+    """
     preferred, opposite = linear_drive(signal, neuron, rate)
     if neuron.complex_cell:
         return np.abs(preferred) ** 2 + np.abs(opposite) ** 2
@@ -699,7 +828,14 @@ def rate_of(
     energy: np.ndarray,  # relative to its mean over the two movies
     neuron: pd.Series,
 ) -> np.ndarray:  # events per second at rest
-    "Expected event rate: a saturating power law with a threshold."
+    """Expected event rate: a saturating power law with a threshold.
+
+    Examples
+    --------
+    >>> neuron = make_neurons(cells=5).iloc[0]
+    >>> bool(rate_of(0.0, neuron) == neuron.rest_rate)
+    True
+    """
     power = np.asarray(energy) ** 1.5
     return neuron.rest_rate + neuron.peak_rate * power / (power + neuron.threshold**1.5)
 
@@ -708,7 +844,16 @@ def gain_of(
     behaviour: Behaviour,
     neuron: pd.Series,
 ) -> np.ndarray:  # (T,) factor, 1 for a resting mouse with a medium pupil
-    "How running and pupil multiply the rate."
+    """How running and pupil multiply the rate.
+
+    Examples
+    --------
+    A mouse that stands still, with a medium pupil:
+
+    >>> still = Behaviour(np.zeros(3), np.full(3, 1700.0), np.zeros((3, 2)), np.zeros(3, bool))
+    >>> gain_of(still, make_neurons(cells=5).iloc[0]).tolist()
+    [1.0, 1.0, 1.0]
+    """
     run = _smooth(np.tanh(np.maximum(behaviour.running, 0) / 12), 0.2)
     pupil = np.clip(np.log(behaviour.pupil_area / 1700) / 0.4, -2, 2)
     return np.exp(neuron.gain_running * run + neuron.gain_pupil * pupil)
@@ -721,7 +866,16 @@ def calcium(
     events: np.ndarray,  # (..., T)
     rate: float = FRAME_RATE,  # frames per second
 ) -> np.ndarray:  # (..., T); an event of 1 peaks below 1, because the rise takes time
-    "Indicator response: a short rise and a decay of 0.5 s."
+    """Indicator response: a short rise and a decay of 0.5 s.
+
+    Examples
+    --------
+    One event at 30 frames per second; once the rise is over, half a second takes it to 1/e:
+
+    >>> trace = calcium(np.eye(1, 60)[0], rate=30.0)
+    >>> round(float(trace[45] / trace[30]), 3)
+    0.368
+    """
     a, b = np.exp(-1 / (DECAY * rate)), np.exp(-1 / (RISE * rate))
     return lfilter([1 - b], np.convolve([1, -a], [1, -b]), events, axis=-1)
 
@@ -732,7 +886,14 @@ def fire(
     shared: np.ndarray,  # (T,) fluctuation common to all neurons, sd 1
     random: np.random.Generator,
 ) -> np.ndarray:  # (T,) float32, event sizes, 0 where there is none
-    "Draw events: Poisson, with a slowly varying private and shared excitability and uneven sizes."
+    """Draw events: Poisson, with a slowly varying private and shared excitability and uneven sizes.
+
+    Examples
+    --------
+    >>> neuron = make_neurons(cells=5).iloc[0]
+    >>> bool(fire(np.zeros(30), neuron, np.zeros(30), rng(0, "example")).any())  # a rate of 0: no event
+    False
+    """
     n, dt = len(rate), 1 / FRAME_RATE
     slow = 0.6 * _wander(random, n, 2.0, dt) + 0.5 * _wander(random, n, 300.0, dt) + 0.4 * shared
     spread = neuron.variability * slow / np.sqrt(0.77)
@@ -782,6 +943,11 @@ class Population:
         Goes up when the same seed gives other bytes.
     offset : int
         Added to the ids of sessions and container, so that two kinds never share one.
+
+    Examples
+    --------
+    >>> Population().neurons(cells=5, seed=0).shape[0]
+    6
     """
 
     name: str = "gabor"
@@ -828,7 +994,15 @@ def shown_pictures(
     timeline: Timeline,
     counts: Mapping[str, int],  # stimulus -> number of its pictures, in the order in which they are stacked
 ) -> np.ndarray:  # (T,) int64: which picture of the stack is on the screen, 0 = grey
-    "Which picture the mouse faces at each two-photon frame; picture 0 of the stack is grey."
+    """Which picture the mouse faces at each two-photon frame; picture 0 of the stack is grey.
+
+    Examples
+    --------
+    >>> timeline = session_timeline("three_session_A", "tiny")
+    >>> shown = shown_pictures(timeline, {"natural_movie_one": 150})
+    >>> int(shown.min()), int(shown.max())  # grey, and the last frame of the movie
+    (0, 150)
+    """
     shown, before = np.zeros(len(timeline.timestamps), dtype=np.int64), 1
     for name, count in counts.items():
         table = timeline.tables[name]
@@ -878,6 +1052,12 @@ class Stage:
         The mouse.
     population : Population
         The kind of its neurons.
+
+    Examples
+    --------
+    >>> stage = set_stage("three_session_B", "tiny")
+    >>> len(stage.neurons), stage.shown.shape == stage.timeline.timestamps.shape
+    (8, True)
     """
 
     session_id: int
@@ -900,7 +1080,13 @@ def energy_scale(
     neurons: pd.DataFrame,
     size: str = "demo",  # "tiny", "demo" or "full"
 ) -> np.ndarray:  # (cells,) mean energy over both movies, straight gaze: the unit of drive in every session
-    "How strongly natural movies excite each neuron's filter on average."
+    """How strongly natural movies excite each neuron's filter on average.
+
+    Examples
+    --------
+    >>> energy_scale(make_neurons(cells=2), "tiny").shape
+    (3,)
+    """
     total, frames = np.zeros(len(neurons)), 0
     for name, count in size_named(size).movie_frames.items():
         signals = filter_pictures(movie_on_field(name, count), neurons, gazes=[(0.0, 0.0)])[:, :, 0]
@@ -917,7 +1103,13 @@ def set_stage(
     seed: int = 0,  # the mouse
     population: Population = GABORS,  # the kind of its neurons
 ) -> Stage:
-    "Make the stimuli, the mouse's behaviour and its neurons' filters; nothing fires yet."
+    """Make the stimuli, the mouse's behaviour and its neurons' filters; nothing fires yet.
+
+    Examples
+    --------
+    >>> set_stage("three_session_B", "tiny").session_id
+    900000002
+    """
     s, timeline = size_named(size), session_timeline(session_type, size, seed)
     frames, first = len(timeline.timestamps), session_type == SESSION_A
     neurons = population.neurons(s.cells, seed)
@@ -969,6 +1161,12 @@ class Cell:
         (T,) `demixed - r * neuropil`.
     r : float
         Estimated neuropil factor.
+
+    Examples
+    --------
+    >>> cell = simulate_cell(set_stage("three_session_B", "tiny"), 0)
+    >>> bool(np.allclose(cell.corrected, cell.demixed - cell.r * cell.neuropil))
+    True
     """
 
     expected: np.ndarray
@@ -985,7 +1183,14 @@ def simulate_cell(
     stage: Stage,
     index: int,  # row of `stage.neurons`
 ) -> Cell:
-    "From the screen to the fluorescence of one neuron."
+    """From the screen to the fluorescence of one neuron.
+
+    Examples
+    --------
+    >>> stage = set_stage("three_session_B", "tiny")
+    >>> simulate_cell(stage, 0).dff.shape == stage.timeline.timestamps.shape
+    True
+    """
     neuron, random = stage.neurons.iloc[index], rng(stage.seed, "cell", stage.session_id, index)
     signal = np.einsum("tg...,tg->t...", stage.filtered[index][stage.shown], stage.weights)
     rate = stage.population.rate(signal, neuron, stage.energy_scale[index])
@@ -1030,7 +1235,14 @@ def movie_responses(
     stage: Stage,
     movie: str,  # "natural_movie_one" or "natural_movie_three"
 ) -> tuple[np.ndarray, np.ndarray]:  # (cells, frames) events per second, and dF/F after the calcium kernel
-    "Noiseless response to each frame of a looped movie, for a resting mouse that looks straight ahead."
+    """Noiseless response to each frame of a looped movie, for a resting mouse that looks straight ahead.
+
+    Examples
+    --------
+    >>> rates, expected = movie_responses(set_stage("three_session_B", "tiny"), "natural_movie_one")
+    >>> rates.shape, expected.shape
+    ((8, 150), (8, 150))
+    """
     at = 1
     for name, count in stage.counts.items():
         if name == movie:
@@ -1051,7 +1263,14 @@ def roi_masks(
     seed: int = 0,  # shapes
     shift: tuple[int, int] = (0, 0),  # (x, y) px: the field moves a little from one day to the next
 ) -> np.ndarray:  # (cells, 512, 512) uint8, 0 or 1
-    "Blobs of about 14 px, as segmentation finds them; none is empty, none overlaps another."
+    """Blobs of about 14 px, as segmentation finds them; none is empty, none overlaps another.
+
+    Examples
+    --------
+    >>> masks = roi_masks(make_neurons(cells=2))
+    >>> masks.shape, int(masks.sum(0).max())  # none overlaps another
+    ((3, 512, 512), 1)
+    """
     yy, xx = np.mgrid[-12:13, -12:13]
     angle = np.arctan2(yy, xx)
     masks = np.zeros((len(neurons), FIELD_OF_VIEW, FIELD_OF_VIEW), dtype=np.uint8)
@@ -1068,7 +1287,13 @@ def max_projection(
     masks: np.ndarray,  # (cells, 512, 512)
     seed: int = 0,
 ) -> np.ndarray:  # (512, 512) uint8
-    "A picture of the field: bright cell bodies with dark nuclei on mottled neuropil, and a few vessels."
+    """A picture of the field: bright cell bodies with dark nuclei on mottled neuropil, and a few vessels.
+
+    Examples
+    --------
+    >>> max_projection(roi_masks(make_neurons(cells=2))).shape
+    (512, 512)
+    """
     random = rng(seed, "projection")
     picture = 60 + 9 * gaussian_filter(texture(random, (512, 512), 0.8), 1)
     vessel = texture(random, (512, 512), 1.8)
@@ -1352,7 +1577,14 @@ def write_session(
     seed: int = 0,  # the mouse: same seed, same bytes; other seed, other neurons, behaviour and ids
     population: Population = GABORS,  # the kind of its neurons
 ) -> Path:  # `root`: an allensdk cache with sessions A and B, their truth, and the marker cortexlit.json
-    "Simulate a mouse and write its two sessions as a complete offline allensdk cache; whole or not at all."
+    """Simulate a mouse and write its two sessions as a complete offline allensdk cache; whole or not at all.
+
+    Examples
+    --------
+    >>> root = write_session("session", "tiny", seed=3)
+    >>> sorted(path.name for path in root.iterdir())[:3]
+    ['cell_specimens.json', 'cortexlit.json', 'experiment_containers.json']
+    """
     size_named(size)
     if not 0 <= seed < 10_000:
         raise DataError(f"seed is {seed}", expected="0 to 9999: ids are made from it")
@@ -1423,7 +1655,13 @@ def load_truth(
     root: str | Path,  # a folder made by `write_session`
     session_id: int | str,  # e.g. 900000001
 ) -> dict[str, np.ndarray]:  # see the table below
-    "All that is known about a synthetic session; `MissingError` where there is no such session."
+    """All that is known about a synthetic session; `MissingError` where there is no such session.
+
+    Examples
+    --------
+    >>> load_truth(embedded_session("tiny"), 900000001)["expected"].shape[0]
+    8
+    """
     root = Path(root)
     if not (root / "cortexlit.json").exists():
         raise MissingError("no ground truth here", path=root, expected="a folder made by write_session")

@@ -57,6 +57,11 @@ class ThingsSize:
         Voxels (x, y, z) of each subject's volume.
     dtype : str
         Of the stored responses; the real files hold float64.
+
+    Examples
+    --------
+    >>> SUBJECT_SIZES["tiny"].sessions
+    3
     """
 
     sessions: int
@@ -380,7 +385,14 @@ def write_things(
     seed: int = 0,  # same seed, same responses
     layouts: Sequence[str] = LAYOUTS,  # which of the three to write
 ) -> Path:  # root: a sub-folder for each layout, ratings/, truth/, things.json
-    "Write a synthetic study in the published layouts; `design` needs the real tables (`things_table`)."
+    """Write a synthetic study in the published layouts; `design` needs the real tables (`things_table`).
+
+    Examples
+    --------
+    >>> root = write_things("study", "tiny", layouts=["figshare"])
+    >>> sorted(path.name for path in root.iterdir())
+    ['figshare', 'ratings', 'things.json', 'truth']
+    """
     if size not in SUBJECT_SIZES or not set(layouts) <= set(LAYOUTS) or not layouts:
         raise DataError(
             f"size {size!r}, layouts {tuple(layouts)}",
@@ -456,7 +468,13 @@ def load_subject_truth(
     root: str | Path,  # a folder made by `write_things`
     subject: str = "01",
 ) -> dict[str, np.ndarray]:  # see the table below
-    "All that is known about a synthetic subject; `MissingError` where there is none."
+    """All that is known about a synthetic subject; `MissingError` where there is none.
+
+    Examples
+    --------
+    >>> sorted(load_subject_truth(embedded_things("tiny")))[:3]
+    ['concept_loadings', 'concepts', 'image_loadings']
+    """
     path, mark = Path(root) / "truth" / f"sub-{subject}.npz", Path(root) / "things.json"
     if not path.is_file():
         raise MissingError("no ground truth here", path=path, expected="a folder made by write_things")

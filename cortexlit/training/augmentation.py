@@ -63,7 +63,17 @@ def check_augmentation(
     ratio: float = 1.0,  # made trials for each recorded one
     seed: int = 0,
 ) -> None:
-    "`DataError` for a name, ratio or seed that `augment` would refuse."
+    """`DataError` for a name, ratio or seed that `augment` would refuse.
+
+    Examples
+    --------
+    >>> check_augmentation("vae", ratio=0.5)
+    >>> check_augmentation("vae", ratio=-1)
+    Traceback (most recent call last):
+        ...
+    cortexlit.core.DataError: ratio=-1
+      expected: made trials for each recorded one, 0 to 100
+    """
     _named("augmentation", name, AUGMENTATIONS)
     if not isinstance(ratio, int | float | np.number) or isinstance(ratio, bool) or not 0 <= ratio <= 100:
         raise DataError(f"ratio={ratio!r}", expected="made trials for each recorded one, 0 to 100")
@@ -73,7 +83,18 @@ def check_augmentation(
 def check_worthwhile(
     name: str,  # one of `WORTHWHILE`
 ) -> None:
-    "`DataError` for an unknown name, or one that the study does not advise (`augment` takes those)."
+    """`DataError` for an unknown name, or one that the study does not advise (`augment` takes those).
+
+    Examples
+    --------
+    >>> check_worthwhile("normal")
+    >>> check_worthwhile("flow")
+    Traceback (most recent call last):
+        ...
+    cortexlit.core.DataError: augmentation 'flow', which the study does not find worth having
+      expected: one of none, normal, vae, gan
+      do: ...
+    """
     if name in AUGMENTATIONS and name not in WORTHWHILE:
         raise DataError(f"augmentation {name!r}, which the study does not find worth having",
                         expected=f"one of {', '.join(WORTHWHILE)}",
@@ -187,7 +208,15 @@ def augment(
 ) -> tuple[
     np.ndarray, np.ndarray
 ]:  # float32 (more trials, voxels), (more trials, labels): recorded ones first
-    "Training trials and made ones below them; errors as `augmenter`."
+    """Training trials and made ones below them; errors as `augmenter`.
+
+    Examples
+    --------
+    >>> draw = np.random.default_rng(0)
+    >>> x, y = augment("normal", draw.normal(size=(20, 6)), draw.normal(size=(20, 2)), ratio=0.5)
+    >>> x.shape, y.shape
+    ((30, 6), (30, 2))
+    """
     check_augmentation(name, ratio, seed)
     return augmenter(name, patterns, labels, seed)(ratio)
 

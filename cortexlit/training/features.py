@@ -71,7 +71,17 @@ def core_inputs(
     model: Any,  # with a config; core_state=False there: the core sees only video or image
     dataset: Any,  # map-style
 ) -> list[str]:  # (samples,) 16 hex digits each, equal for samples that are equal to the core
-    "Content hash of what enters the core, sample by sample."
+    """Content hash of what enters the core, sample by sample.
+
+    Examples
+    --------
+    Repeats of a clip are equal to a core that sees only the video:
+
+    >>> import cortexlit as cx
+    >>> train = cx.open_dataset(mouse, "train")
+    >>> len(train), len(set(core_inputs(head.model, train)))
+    (100, 10)
+    """
     if isinstance(dataset, ConcatDataset):
         return [name for part in dataset.datasets for name in core_inputs(model, part)]
     state = getattr(model.config, "core_state", True)
@@ -122,7 +132,14 @@ def _unpack(stored: np.ndarray, dtype: str) -> torch.Tensor:
 def fingerprint(
     dataset: Any,  # map-style: len(dataset), dataset[i] -> dict of tensors
 ) -> dict[str, str]:  # field -> 16 hex digits
-    "Content hash of every field of a dataset, over all samples in their order."
+    """Content hash of every field of a dataset, over all samples in their order.
+
+    Examples
+    --------
+    >>> trials = [{"image": torch.ones(2)}, {"image": torch.zeros(2)}]
+    >>> fingerprint(trials) == fingerprint(trials[::-1])  # another order is another dataset
+    False
+    """
     hashes: dict[str, Any] = {}
     for i in range(len(dataset)):
         for name, value in dataset[i].items():
@@ -136,7 +153,15 @@ def fingerprint(
 def weights_digest(
     module: nn.Module,  # e.g. `model.core`
 ) -> str:  # 16 hex digits
-    "Content hash of all parameters and buffers of a module."
+    """Content hash of all parameters and buffers of a module.
+
+    Examples
+    --------
+    >>> layer = nn.Linear(2, 3)
+    >>> before = weights_digest(layer)
+    >>> before == weights_digest(layer), before == weights_digest(nn.Linear(2, 3))
+    (True, False)
+    """
     return tensors_digest(module.state_dict())
 
 
@@ -155,7 +180,14 @@ _HEAD = (
 def config_options(
     model: Any,  # with a config
 ) -> dict[str, Any]:  # JSON-able
-    "The options of a model that differ from its defaults; versions and the loss are not among them."
+    """The options of a model that differ from its defaults; versions and the loss are not among them.
+
+    Examples
+    --------
+    >>> import cortexlit as cx
+    >>> config_options(cx.V1T(cx.V1TConfig({"mouse": 5}, emb_dim=16, heads=2, mlp_dim=16, depth=1)))["depth"]
+    1
+    """
     return {k: v for k, v in model.config.to_diff_dict().items() if k not in _INCIDENTAL}
 
 
@@ -173,7 +205,14 @@ def _core_options(model: Any) -> dict[str, Any] | None:
 def source(
     dataset: Any,  # of the library, or a part or a change of one; others have no card
 ) -> dict[str, Any] | None:  # name, content (16 hex digits) and hash of the split; None without a card
-    "The dataset folder behind a dataset, by content: all tiers, whatever part of them is used."
+    """The dataset folder behind a dataset, by content: all tiers, whatever part of them is used.
+
+    Examples
+    --------
+    >>> import cortexlit as cx
+    >>> source(cx.open_dataset(mouse, "train")) == source(cx.open_dataset(mouse, "test"))  # one folder
+    True
+    """
     for name in ("dataset", "data"):
         if hasattr(dataset, name) and not isinstance(dataset, torch.Tensor):
             return source(getattr(dataset, name))
@@ -193,7 +232,16 @@ _AGAIN = "delete the folder; it is made again"
 
 
 class CachedFeatures:
-    "A dataset whose items hold `features` (or `tokens`) in place of `video`, read from a finished cache folder."
+    """A dataset whose items hold `features` (or `tokens`) in place of `video`, read from a finished cache folder.
+
+    Examples
+    --------
+    >>> import cortexlit as cx
+    >>> test = cx.open_dataset(mouse, "test")
+    >>> folder = cached_features(head.model, test, "features", last=12, progress=False).folder
+    >>> CachedFeatures(test, folder).features(0).shape  # channels, frames, rows, columns
+    torch.Size([88, 12, 5, 12])
+    """
 
     def __init__(
         self,
@@ -334,7 +382,15 @@ def cached_features(
     progress: bool = True,  # announce the size, show a progress bar
     stage: str = "features",  # the core's output; or "tokens": its tokenizer's, which adapters leave as it is
 ) -> CachedFeatures:
-    "The dataset with the core's output, or its tokens, in place of its videos; computed once, then read."
+    """The dataset with the core's output, or its tokens, in place of its videos; computed once, then read.
+
+    Examples
+    --------
+    >>> import cortexlit as cx
+    >>> cached = cached_features(head.model, cx.open_dataset(mouse, "test"), "features", last=12, progress=False)
+    >>> sorted(cached[0])
+    ['behavior', 'features', 'labels', 'pupil_center']
+    """
     check_inputs(model, dataset)
     if dtype not in _STORED:
         raise DataError(f"dtype {dtype!r}", expected=f"one of {', '.join(_STORED)}")

@@ -36,7 +36,14 @@ def fresh_head(
     random_core: bool = False,  # draw the core's weights anew: the control that has learnt nothing
     **options: Any,  # further `ViV1TConfig` options of the head, e.g. output="elu1"
 ) -> ViV1T:
-    "A model of one new mouse: the given core, and a head nobody trained."
+    """A model of one new mouse: the given core, and a head nobody trained.
+
+    Examples
+    --------
+    >>> model = fresh_head(mouse)
+    >>> list(model.config.neurons.values())
+    [8]
+    """
     given = ViV1T.from_published(core or demo_core(), core_only=True, mice={})
     train = open_for(given, root, "train")
     item, name = train[0], train.card["name"]
@@ -132,7 +139,20 @@ def reverse_correlate(
     validation: Any,  # map-style dataset: their scale
     last: int = 66,  # frames at the end of each clip
 ) -> float:  # the scale: slope of validation responses on the first guess, 0 to 1
-    "Start the readout where, and with what, the responses correlate with the core's map."
+    """Start the readout where, and with what, the responses correlate with the core's map.
+
+    Examples
+    --------
+    >>> import cortexlit as cx
+    >>> small = {"emb_dim": 8, "heads": 1, "head_dim": 4, "mlp_dim": 8, "spatial_depth": 1, "temporal_depth": 1}
+    >>> small |= {"patch": (13, 20, 20), "stride": (1, 8, 8), "core_state": False}
+    >>> ViV1T(ViV1TConfig({}, **small)).save_core("core")
+    >>> model = fresh_head(mouse, "core")
+    >>> parts = [torch.utils.data.Subset(cx.open_dataset(mouse, t), range(2)) for t in ("train", "validation")]
+    >>> parts = [cached_features(model, part, "kept", last=12, progress=False) for part in parts]
+    >>> 0 <= reverse_correlate(model, *parts, last=12) <= 1
+    True
+    """
     (mouse,) = model.config.neurons
     readout = model.readouts[mouse]
     if not isinstance(readout, Gaussian2dReadout):
@@ -169,7 +189,16 @@ def reverse_correlate(
 
 # %% ../../neuro_nbs/08_head_training.ipynb #385fc0ae
 class ShuffledLabels:
-    "A dataset whose labels come from other clips: for every clip those of one other clip, repeat by repeat."
+    """A dataset whose labels come from other clips: for every clip those of one other clip, repeat by repeat.
+
+    Examples
+    --------
+    >>> import cortexlit as cx
+    >>> train = cx.open_dataset(mouse, "train")
+    >>> shuffled = ShuffledLabels(train)
+    >>> torch.equal(shuffled[0]["video"], train[0]["video"]), torch.equal(shuffled[0]["labels"], train[0]["labels"])
+    (True, False)
+    """
 
     def __init__(
         self,
@@ -257,7 +286,17 @@ def head_predictions(
 ) -> dict[
     tuple[str, int], np.ndarray
 ]:  # (name, seed) -> (samples, neurons, last), as `score_dataset` takes them
-    "Responses to the test tier from trained heads, and from both controls."
+    """Responses to the test tier from trained heads, and from both controls.
+
+    Examples
+    --------
+    >>> small = {"emb_dim": 8, "heads": 1, "head_dim": 4, "mlp_dim": 8, "spatial_depth": 1, "temporal_depth": 1}
+    >>> small |= {"patch": (13, 20, 20), "stride": (1, 8, 8), "core_state": False}
+    >>> ViV1T(ViV1TConfig({}, **small)).save_core("core")
+    >>> found = head_predictions(mouse, "core", seeds=[0], last=12, epochs=1, progress=False)
+    >>> [name for name, seed in found]
+    ['ViV1T, head only', 'control: random core', 'control: shuffled labels']
+    """
     seeds = list(seeds)
     names = {None: "ViV1T, head only"} | {control: f"control: {control}" for control in CONTROLS}
     found = {}
@@ -274,6 +313,14 @@ def at_rate(
     rate: float,  # Hz, of what it is to be fed
     folder: str | Path,  # gets the copy
 ) -> Path:  # `folder`, to be given as core
-    "A copy of a core that takes another frame rate: a choice, for its filters get another length in seconds."
+    """A copy of a core that takes another frame rate: a choice, for its filters get another length in seconds.
+
+    Examples
+    --------
+    >>> import cortexlit as cx
+    >>> folder = at_rate(demo_core(), 15.0, "core-at-15-hz")
+    >>> cx.ViV1T.from_published(folder, core_only=True).config.rate
+    15.0
+    """
     ViV1T.from_published(core, core_only=True, rate=float(rate)).save_core(folder)
     return Path(folder)

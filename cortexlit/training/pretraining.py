@@ -81,6 +81,12 @@ class Pretraining:
         Clips in a step.
     lr : float
         Peak learning rate of AdamW (one cycle).
+
+    Examples
+    --------
+    >>> recipe = Pretraining(mice=2, types=8, clips=4)
+    >>> recipe.config.emb_dim, recipe.config.grid  # a channel for each type
+    (8, (128, 5, 12))
     """
 
     mice: int = 4
@@ -97,6 +103,10 @@ class Pretraining:
         if self.types % (2 * self.mice) or self.types % 8:
             raise DataError(
                 f"{self.types} types from {self.mice} mice", expected="a multiple of 8 and of twice the mice"
+            )
+        if self.batch_size > self.clips:
+            raise DataError(
+                f"batch_size={self.batch_size} of {self.clips} clips", expected="no more than clips"
             )
 
     @property
@@ -115,7 +125,13 @@ def neuron_types(
     seed: int = 0,  # of the population
     population: Population = GABORS,  # the kind of neurons
 ) -> pd.DataFrame:  # (types, columns of `population.neurons`)
-    "Reliable neurons of several simulated mice."
+    """Reliable neurons of several simulated mice.
+
+    Examples
+    --------
+    >>> neuron_types(Pretraining(mice=2, types=8))["kind"].unique().tolist()
+    ['reliable']
+    """
     each = recipe.types // recipe.mice
     mice = [population.neurons(3 * each, 7100 + 100 * seed + mouse) for mouse in range(recipe.mice)]
     return pd.concat([m[m["kind"] == "reliable"].iloc[:each] for m in mice], ignore_index=True)
@@ -124,7 +140,14 @@ def neuron_types(
 def token_centres(
     config: ViV1TConfig,
 ) -> tuple[np.ndarray, np.ndarray]:  # altitude (rows,), azimuth (columns,), degrees
-    "Where on the screen (60 x 120 degrees) the tubelets of a core are centred."
+    """Where on the screen (60 x 120 degrees) the tubelets of a core are centred.
+
+    Examples
+    --------
+    >>> altitude, azimuth = token_centres(Pretraining().config)
+    >>> len(altitude), len(azimuth), bool(np.allclose(azimuth, -azimuth[::-1]))  # as far left as right
+    (5, 12, True)
+    """
     (h, w), (_, dy, dx), (_, ph, pw), (_, rows, columns) = (
         config.size,
         config.stride,
@@ -141,7 +164,14 @@ def tiled(
     types: pd.DataFrame,  # from `neuron_types`
     config: ViV1TConfig,
 ) -> pd.DataFrame:  # (types x rows x columns, ...), every type at every token centre
-    "The population: each type once per token."
+    """The population: each type once per token.
+
+    Examples
+    --------
+    >>> recipe = Pretraining(mice=2, types=8)
+    >>> len(tiled(neuron_types(recipe), recipe.config)) == 8 * 5 * 12
+    True
+    """
     altitude, azimuth = (a.ravel() for a in np.meshgrid(*token_centres(config), indexing="ij"))
     population = types.loc[types.index.repeat(len(azimuth))].reset_index(drop=True)
     return population.assign(altitude=np.tile(altitude, len(types)), azimuth=np.tile(azimuth, len(types)))
@@ -158,7 +188,14 @@ def film(
 ) -> tuple[
     np.ndarray, np.ndarray
 ]:  # (frames, 36, 64) uint8 as the core sees it, (frames, 38, 76) as neurons do
-    "A stretch of naturalistic film with cuts."
+    """A stretch of naturalistic film with cuts.
+
+    Examples
+    --------
+    >>> small, seen = film(seed=0, number=0, frames=3)
+    >>> small.shape, seen.shape
+    ((3, 36, 64), (3, 38, 76))
+    """
     random = rng(seed, "pretraining film", number)
     takes = []
     while sum(map(len, takes)) < frames:
@@ -173,7 +210,15 @@ def energies(
     filters: np.ndarray,  # (types x places x 2 phases, 38 x 76), from `receptive_fields`
     pictures: np.ndarray,  # (T, 38, 76)
 ) -> np.ndarray:  # (types, places, T) float32
-    "Motion energy (complex) or half-squared drive (simple) of every type at every place."
+    """Motion energy (complex) or half-squared drive (simple) of every type at every place.
+
+    Examples
+    --------
+    >>> types = neuron_types(Pretraining(mice=2, types=8))
+    >>> filters = receptive_fields(types).reshape(2 * len(types), -1)
+    >>> energies(types, filters, film(0, 0, frames=5)[1]).shape
+    (8, 1, 5)
+    """
     late = np.concatenate([np.zeros_like(pictures[:LATENCY]), pictures[:-LATENCY]]).reshape(len(pictures), -1)
     phases = (filters @ late.T).reshape(len(types), -1, 2, len(pictures))
     signal = phases[:, :, 0] + 1j * phases[:, :, 1]
@@ -201,6 +246,11 @@ class Simulated:
         (clips, 140, 36, 64) uint8.
     responses : np.ndarray
         (clips, types, places, 110) float16, noiseless, in standard deviations of the type; the last frames of a clip.
+
+    Examples
+    --------
+    >>> Simulated(np.zeros((4, 140, 36, 64), np.uint8), np.zeros((4, 8, 60, 110), np.float16)).responses.shape
+    (4, 8, 60, 110)
     """
 
     videos: np.ndarray
@@ -213,7 +263,15 @@ def teachers(
     films: Iterable[np.ndarray],  # (T, 38, 76) each: what drive is measured against
     population: Population = GABORS,
 ) -> Callable[[np.ndarray], np.ndarray]:  # film (T, 38, 76) -> (types, places, T) events per second
-    "The noiseless rates of a tiled population, as a function of the film."
+    """The noiseless rates of a tiled population, as a function of the film.
+
+    Examples
+    --------
+    >>> recipe = Pretraining(mice=2, types=8)
+    >>> shown = film(seed=0, number=0, frames=62)[1]
+    >>> teachers(neuron_types(recipe), recipe.config, [shown])(shown[:2]).shape
+    (8, 60, 2)
+    """
     tiles = tiled(types, config)
     if isinstance(population, V1Like):
         shape = (len(types), config.grid[1] * config.grid[2])
@@ -248,7 +306,15 @@ def simulate(
     progress: bool = True,
     population: Population = GABORS,  # the kind of neurons
 ) -> Simulated:  # memory-mapped
-    "Films and noiseless responses, made once and kept."
+    """Films and noiseless responses, made once and kept.
+
+    Examples
+    --------
+    >>> recipe = Pretraining(mice=2, types=8, clips=1, batch_size=1)
+    >>> data = simulate(recipe, folder="simulated", progress=False)
+    >>> data.videos.shape, data.responses.shape  # one clip to train on, one to validate
+    ((2, 140, 36, 64), (2, 8, 60, 110))
+    """
     config, types = recipe.config, neuron_types(recipe, seed, population)
     clips, count = recipe.clips + -(-recipe.clips // 10), config.grid[1] * config.grid[2]
     made_from = {"mice": recipe.mice, "types": recipe.types, "clips": clips, "seed": seed}
@@ -337,7 +403,16 @@ def held_out_correlation(
     clips: np.ndarray,  # which
     last: int = 66,  # frames
 ) -> np.ndarray:  # (types,)
-    "Correlation with the noiseless response over the last frames of each clip and place; the mean per type."
+    """Correlation with the noiseless response over the last frames of each clip and place; the mean per type.
+
+    Examples
+    --------
+    >>> recipe = Pretraining(mice=2, types=8)
+    >>> draw = np.random.default_rng(0)
+    >>> data = Simulated(draw.integers(0, 255, (1, 140, 36, 64), np.uint8), draw.normal(size=(1, 8, 60, 110)))
+    >>> held_out_correlation(ViV1T(recipe.config).eval(), torch.zeros(8), data, np.array([0]), last=4).shape
+    (8,)
+    """
     out = []
     for clip in clips:
         p = _output(model.core, bias, data.videos[[clip]], last)[0].double().numpy()
@@ -367,14 +442,22 @@ def _load_state(path: Path) -> dict[str, Any]:
 
 
 def pretrain(
-    out: str | Path,  # folder of the finished core: config.json, model.safetensors, README.md, curve.csv
+    out: str | Path,  # folder of the finished core, which is as that of `demo_core`
     recipe: Pretraining | None = None,  # default: the one of the shipped core
     seed: int = 0,  # of population, films, first weights and order
     progress: bool = True,
     save_every: int = 100,  # steps
     population: Population = GABORS,  # the kind of neurons that teach
 ) -> Path:
-    "Train a core on a simulated population that tiles the visual field."
+    """Train a core on a simulated population that tiles the visual field.
+
+    Examples
+    --------
+    >>> recipe = Pretraining(mice=2, types=8, clips=1, steps=1, batch_size=1)
+    >>> out = pretrain("core", recipe, progress=False)
+    >>> sorted(path.name for path in out.iterdir())
+    ['README.md', 'card.json', 'config.json', 'curve.csv', 'model.safetensors', 'provenance.json']
+    """
     recipe, out, started = recipe or Pretraining(), Path(out), time.time()
     if out.exists():
         raise DataError(
@@ -490,6 +573,12 @@ says nothing about brains; it exists so that head training, adapters and score s
 """
 
 # %% ../../neuro_nbs/07_pretraining.ipynb #ad46f2f3
-def demo_core() -> Path:  # folder with config.json, model.safetensors, README.md, curve.csv, provenance.json
-    "The demonstration core that comes with the package."
+def demo_core() -> Path:  # folder of a core, with card, README.md, curve.csv and provenance.json
+    """The demonstration core that comes with the package.
+
+    Examples
+    --------
+    >>> sorted(path.name for path in demo_core().iterdir())
+    ['README.md', 'card.json', 'config.json', 'curve.csv', 'model.safetensors', 'provenance.json']
+    """
     return Path(str(files("cortexlit"))) / "weights" / "viv1t_demo"

@@ -140,7 +140,13 @@ def lora_recipe(
     rank: int,
     targets: str | tuple[str, ...] = "all",  # as of `Adapters`
 ) -> Recipe:
-    "That of study 1 if it had one of this rank and these targets; otherwise a cosine of 30 epochs from 0.001 on."
+    """That of study 1 if it had one of this rank and these targets; otherwise a cosine of 30 epochs from 0.001 on.
+
+    Examples
+    --------
+    >>> lora_recipe(rank=3).name
+    'r3-all'
+    """
     adapters = Adapters(rank, targets)
     own = {(c.fit["adapters"].rank, c.fit["adapters"].targets): c for c in STUDY}
     name = f"r{rank}-{targets if isinstance(targets, str) else '+'.join(targets)}"

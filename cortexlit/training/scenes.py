@@ -70,7 +70,14 @@ def fresh_model(
     | None = None,  # whose core's weights to start from, e.g. of `simulated_core`; None: random ones
     seed: int = 0,  # of the weights
 ) -> V1T:
-    "A model for the neurons of a folder that has seen none of its data but the mean responses."
+    """A model for the neurons of a folder that has seen none of its data but the mean responses.
+
+    Examples
+    --------
+    >>> model = fresh_model(scenes, SCENE_RECIPE)
+    >>> list(model.config.neurons.values())
+    [8]
+    """
     train, asked = ScenesDataset(root, "train"), _asked(recipe)
     size, behavior = train[0]["image"].shape[-2:], train[0].get("behavior")
     if asked["size"] not in (None, tuple(size)):
@@ -169,7 +176,14 @@ def simulated_responses(
     config: V1TConfig,  # whose patches tile the screen
     pictures: np.ndarray,  # (n, 120, 152) grey levels, from `synthetic.scene`
 ) -> np.ndarray:  # (n, types, places) float32, in standard deviations of the type
-    "What cells of `emb_dim` types, one of each at every patch, answer to flashed pictures, without noise."
+    """What cells of `emb_dim` types, one of each at every patch, answer to flashed pictures, without noise.
+
+    Examples
+    --------
+    >>> config = V1TConfig({}, **CORE | {"emb_dim": 8, "heads": 1, "behavior": "none", "behavior_channels": 0})
+    >>> simulated_responses(config, scene(rng(0, "example"), 2, (120, 152))).shape[:2]
+    (2, 8)
+    """
     types = neuron_types(Pretraining(types=config.emb_dim))
     altitude, azimuth = (a.ravel() for a in np.meshgrid(*_places(config), indexing="ij"))
     tiled = types.loc[types.index.repeat(len(azimuth))]
@@ -199,7 +213,14 @@ def simulated_core(
     seed: int = 0,  # of weights and pictures
     **options: Any,  # of `V1TConfig`; default `CORE`
 ) -> tuple[V1T, pd.DataFrame]:  # a model without mice; step, loss, correlation on new pictures
-    "Teach a core, as one channel per type and patch, what simulated cells of other mice answer to other pictures."
+    """Teach a core, as one channel per type and patch, what simulated cells of other mice answer to other pictures.
+
+    Examples
+    --------
+    >>> core, curve = simulated_core(pictures=10, steps=2, emb_dim=8, heads=1, mlp_dim=8, depth=1)
+    >>> core.config.neurons, list(curve)
+    ({}, ['step', 'loss', 'correlation'])
+    """
     config = V1TConfig({}, **CORE | {"behavior": "none", "behavior_channels": 0, "pupil_channels": 0, "shift": "none",
                        "patch_dropout": 0.0, "dropout": 0.0} | options)  # fmt: skip
     draw, new = rng(seed, "scenes of the simulated core"), -(-pictures // 10)
@@ -237,7 +258,16 @@ def locate(
     train: SceneArrays,  # the train tier
     coordinates: np.ndarray,  # (neurons, 2) um; where one is unknown, each neuron starts at a place of its own
 ) -> None:
-    "Start to read where mean responses to the pictures correlate with the core's map."
+    """Start to read where mean responses to the pictures correlate with the core's map.
+
+    Examples
+    --------
+    >>> model = fresh_model(scenes, SCENE_RECIPE)
+    >>> train = load_scenes(scenes, "train")
+    >>> locate(model, train, np.full((8, 2), np.nan))
+    >>> model.readouts[next(iter(model.config.neurons))].positions().abs().max().item() <= 1
+    True
+    """
     (mouse,) = model.config.neurons
     shown = np.unique(train.image)
     y = torch.tensor(np.stack([train.labels[train.image == i].mean(0) for i in shown]))

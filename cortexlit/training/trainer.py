@@ -182,7 +182,16 @@ def _factor(step: int, ends: np.ndarray, schedule: str) -> float:
 
 # %% ../../neuro_nbs/06b_trainer.ipynb #c7cf5252
 class Diverged(DataError):
-    "Training came to nothing: responses that are not finite, or a validation correlation that was never defined."
+    """Training came to nothing: responses that are not finite, or a validation correlation that was never defined.
+
+    Examples
+    --------
+    >>> raise Diverged("the loss of step 3 is nan", fix="a lower learning rate")
+    Traceback (most recent call last):
+        ...
+    cortexlit.training.trainer.Diverged: the loss of step 3 is nan
+      do: a lower learning rate
+    """
 
 
 class _Trainer(Trainer):
@@ -416,7 +425,13 @@ def _check_finished(folder: Path) -> None:
 def best_folder(
     folder: str | Path,  # of a run
 ) -> Path:  # for `from_pretrained`
-    "The best model of a finished run, checked; `MissingError` if there is none, `DataError` if it is damaged or not finished."
+    """The best model of a finished run, checked; `MissingError` if there is none, `DataError` if it is damaged or not finished.
+
+    Examples
+    --------
+    >>> best_folder(head.folder) == head.best
+    True
+    """
     folder = Path(folder)
     if not (folder / "best" / "model.safetensors").is_file():
         raise MissingError(
@@ -440,6 +455,12 @@ class Fit(Shown):
         One row per epoch: epoch, step, lr, loss, validation_loss, validation_correlation, seconds of training.
     folder : Path
         The run folder.
+
+    Examples
+    --------
+    >>> run = head  # what `fit` and the functions that call it return
+    >>> run.best_epoch, run.correlation == float(run.history["validation_correlation"].max())
+    (1, True)
     """
 
     model: PreTrainedModel
@@ -543,7 +564,17 @@ def _phases(epochs: Any) -> tuple[int, ...]:
 def check_options(
     **options: Any,  # of `fit`; those not given have its defaults
 ) -> None:
-    "Raise `DataError` for what `fit` would refuse, before anything is trained."
+    """Raise `DataError` for what `fit` would refuse, before anything is trained.
+
+    Examples
+    --------
+    >>> check_options(epochs=3, lr=1e-3)
+    >>> check_options(epoch=3)
+    Traceback (most recent call last):
+        ...
+    cortexlit.core.DataError: epoch is no option of fit
+      expected: one of ...
+    """
     known = {
         name: p.default
         for name, p in inspect.signature(fit).parameters.items()
@@ -641,7 +672,14 @@ def audited(
     dataset: Any,  # as for `fit`
     allow_shared_stimuli: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Any]]:  # {mouse: training data}, {mouse: validation data}
-    "The data of a fit, checked against the model's heads and for what they share; raises `SplitLeak`."
+    """The data of a fit, checked against the model's heads and for what they share; raises `SplitLeak`.
+
+    Examples
+    --------
+    >>> train, validation = audited(head.model, mouse)
+    >>> len(next(iter(train.values()))) > len(next(iter(validation.values())))
+    True
+    """
     train, validation = _mice(model, dataset)
     audit({"train": train, "validation": validation}, allow_shared_stimuli)
     return train, validation
@@ -651,14 +689,27 @@ def origin(
     model: PreTrainedModel,  # with the weights at the start
     dataset: Any,  # as for `fit`
 ) -> dict[str, Any]:  # JSON-able; equal for two runs that start from the same
-    "What a run starts from, by content: hash of the weights, configuration, hash of every field of the data."
+    """What a run starts from, by content: hash of the weights, configuration, hash of every field of the data.
+
+    Examples
+    --------
+    >>> start = origin(head.model, mouse)
+    >>> start == origin(head.model, mouse)
+    True
+    """
     return _origin(model, *_mice(model, dataset))
 
 
 def model_content(
     model: PreTrainedModel,
 ) -> dict[str, Any]:  # JSON-able
-    "A model by content: hash of its weights, and its configuration."
+    """A model by content: hash of its weights, and its configuration.
+
+    Examples
+    --------
+    >>> model_content(head.model)["starting weights"] == weights_digest(head.model)
+    True
+    """
     config = {f"model.{k}": v for k, v in config_options(model).items()}
     return {"starting weights": weights_digest(model), **config, **own_code(model.config)}
 
@@ -714,7 +765,13 @@ def check_trained_on(
     folder: str | Path,  # of a run
     dataset: Any,  # of the library, of any tier
 ) -> None:
-    "Raise `DataError` unless a run was trained on this dataset folder, with this split."
+    """Raise `DataError` unless a run was trained on this dataset folder, with this split.
+
+    Examples
+    --------
+    >>> import cortexlit as cx
+    >>> check_trained_on(head.folder, cx.open_dataset(mouse, "test"))  # the folder of its training: nothing happens
+    """
     folder, own = Path(folder), source(dataset)
     path = folder / "provenance.json"
     known = read_json(path).get("data") if path.is_file() else None
