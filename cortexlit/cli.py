@@ -1091,7 +1091,7 @@ def insilico_fields(
     from cortexlit.insilico.reports import fields_report
 
     twin = _twin(run, dataset, degrees, trust)
-    table = fields_report(twin, out, neurons, pictures, seed, overwrite)
+    table = fields_report(twin, out, neurons, pictures, seed, overwrite, progress=not as_json)
     _tell_report("receptive fields", table, twin, out, as_json)
 
 

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from tqdm.std import tqdm
 
-from ..core import DataError, rng
+from ..core import DataError, digest, generated, load_array, locked, rng, save_array
 from .stimuli import Screen, Twin
 from cortexlit.simulate.session import (
     FIELD,
@@ -85,7 +85,9 @@ class TrueCells:
 
     Examples
     --------
-    >>> cells = true_cells("tiny", Screen())  # doctest: +SKIP
+    >>> cells = true_cells("tiny", Screen())
+    >>> tuple(cells.responses(torch.zeros(2, 20, 36, 64)).shape)  # two grey films
+    (2, 8, 8)
     """
 
     neurons: pd.DataFrame = field(repr=False)
@@ -96,9 +98,19 @@ class TrueCells:
 
     def energy(self, films: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
         "(k, frames) drive of neuron `rows[i]` by film i of (k, frames, H, W); 1 is its mean over the session's films."
-        rows, known = list(rows), self.neurons.iloc[list(rows)]
-        pair = torch.einsum("bthw,bkhw->bkt", films, self.fields[rows])
-        signal = torch.complex(pair[:, 0], pair[:, 1])
+        return self._energy(torch.einsum("bthw,bkhw->bkt", films, self.fields[list(rows)]), list(rows))
+
+    def answers(self, films: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        "(k, frames - lost) events per second of neuron `rows[i]` in film i."
+        return self._rate(self.energy(films, rows), list(rows))
+
+    def responses(self, films: torch.Tensor) -> torch.Tensor:
+        "(k, n, frames - lost) events per second of every neuron in every film of (k, frames, H, W)."
+        rows = list(range(len(self.neurons)))
+        return self._rate(self._energy(torch.einsum("bthw,nkhw->bnkt", films, self.fields), rows), rows)
+
+    def _energy(self, pair: torch.Tensor, rows: list[int]) -> torch.Tensor:
+        known, signal = self.neurons.iloc[rows], torch.complex(pair[..., 0, :], pair[..., 1, :])
         with_, against = (_resonate(signal, turn * known.temporal_frequency.to_numpy(), self.screen.rate) for turn in (1, -1))  # fmt: skip
         against = against * _column(np.sqrt(1 - known.direction_selectivity))
         both = with_.abs().square() + against.abs().square()
@@ -106,12 +118,11 @@ class TrueCells:
         kind = torch.from_numpy(known.complex_cell.to_numpy())[:, None]
         return torch.where(kind, both, simple) / self.scale[rows][:, None]
 
-    def answers(self, films: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-        "(k, frames - lost) events per second of neuron `rows[i]` in film i."
-        known = self.neurons.iloc[list(rows)]
+    def _rate(self, energy: torch.Tensor, rows: list[int]) -> torch.Tensor:
+        known = self.neurons.iloc[rows]
         rest, peak, threshold = (_column(known[n]) for n in ("rest_rate", "peak_rate", "threshold"))
-        power = self.energy(films, rows).clamp_min(1e-12) ** 1.5
-        return (rest + peak * power / (power + threshold**1.5))[:, self.lost :]
+        power = energy.clamp_min(1e-12) ** 1.5
+        return (rest + peak * power / (power + threshold**1.5))[..., self.lost :]
 
 # %% ../../neuro_nbs/22_most_exciting_inputs.ipynb #22aa0011
 def _column(values: pd.Series) -> torch.Tensor:
@@ -119,12 +130,12 @@ def _column(values: pd.Series) -> torch.Tensor:
 
 
 def _resonate(signal: torch.Tensor, hertz: np.ndarray, rate: float) -> torch.Tensor:
-    "(k, frames) complex signals through the simulator's resonators, as matrices over time."
-    frames = signal.shape[1]
+    "(..., k, frames) complex signals through the simulator's resonators, as matrices over time."
+    frames = signal.shape[-1]
     lag = np.arange(frames)[:, None] - np.arange(frames) - LATENCY
     pole = np.exp((-1 / MEMORY + 2j * np.pi * hertz) / rate)[:, None, None]
     kernel = np.where(lag >= 0, (lag + 1) * pole ** np.maximum(lag, 0), 0) * (1 - np.abs(pole)) ** 2
-    return torch.einsum("bts,bs->bt", torch.from_numpy(kernel.astype(np.complex64)), signal)
+    return torch.einsum("kts,...ks->...kt", torch.from_numpy(kernel.astype(np.complex64)), signal)
 
 
 def true_cells(
@@ -132,13 +143,23 @@ def true_cells(
     screen: Screen,
     seed: int = 0,  # the mouse
 ) -> TrueCells:  # the neurons of session A, in the order of its `neurons.csv`
-    "The simulated neurons of an embedded session; seconds, because its films are made."
+    "The simulated neurons of an embedded session; seconds the first time, because its films are made."
     count = size_named(size).cells
     neurons = make_neurons(count, seed)[:count].reset_index(drop=True)
     down, over = (resize(np.eye(n, dtype=np.float32)[None], (m, n))[0] for n, m in zip(screen.size, FIELD, strict=True))  # fmt: skip
     fields = down.T @ receptive_fields(neurons) @ over
-    scale = energy_scale(neurons, size).astype(np.float32)
-    return TrueCells(neurons, torch.from_numpy(fields), torch.from_numpy(scale), screen)
+    return TrueCells(neurons, torch.from_numpy(fields), torch.from_numpy(_scale(neurons, size)), screen)
+
+
+def _scale(neurons: pd.DataFrame, size: str) -> np.ndarray:
+    "Mean energy of each neuron over the session's films, which are made once and not again."
+    path = generated(
+        "insilico", f"energy-{size}-{digest(neurons.drop(columns='kind').to_numpy(float).tolist())}.npy"
+    )
+    with locked(path):
+        if not path.exists():
+            save_array(path, energy_scale(neurons, size).astype(np.float32))
+    return load_array(path)
 
 # %% ../../neuro_nbs/22_most_exciting_inputs.ipynb #22aa0014
 @dataclass(frozen=True)

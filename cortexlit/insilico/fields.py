@@ -9,11 +9,14 @@ from __future__ import annotations
 __all__ = ['gradient_fields', 'noise_fields', 'field_correlation', 'fit_gabors']
 
 # %% ../../neuro_nbs/21_receptive_fields.ipynb #21aa0004
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 import torch
 from scipy.ndimage import gaussian_filter
 from scipy.optimize import least_squares
+from tqdm.std import tqdm
 
 from ..core import DataError
 from .stimuli import Screen, Twin, present
@@ -24,6 +27,8 @@ def gradient_fields(
     pictures: np.ndarray,  # (n, H, W) contrast, -1 to 1, around which is looked
     frames: int = 13,  # for which each is shown
     batch_size: int = 8,  # pictures in one pass
+    rows: Sequence[int] | None = None,  # of which neurons; None: all
+    progress: bool = False,  # show a bar
 ) -> tuple[
     np.ndarray, np.ndarray
 ]:  # (neurons, H, W) mean gradient; (neurons, 2, H, W) main axes times spread
@@ -41,7 +46,13 @@ def gradient_fields(
     parts = [pictures[k : k + batch_size] for k in range(0, len(pictures), batch_size)]
     if len(pictures) < 2 or any(len(p) > 1 and (p[1:] == p[:1]).all() for p in parts):
         raise DataError("one picture, or the same again and again", expected="two or more that differ")
-    found = np.concatenate([_gradients(twin, part, frames) for part in parts])  # pictures, neurons, pixels
+    rows = list(range(len(twin.neurons)) if rows is None else rows)
+    if not rows or min(rows) < 0 or max(rows) >= len(twin.neurons):
+        raise DataError(f"neurons {rows}", expected=f"one or more, 0 to {len(twin.neurons) - 1}")
+    with tqdm(
+        desc="looking", total=len(parts) * len(rows), unit="gradient", disable=not progress, leave=False
+    ) as bar:
+        found = np.concatenate([_gradients(twin, part, frames, rows, bar) for part in parts])
     axes = np.empty((found.shape[1], 2, found.shape[2]), np.float32)
     for k in range(len(axes)):
         _, spread, main = np.linalg.svd(found[:, k], full_matrices=False)
@@ -49,8 +60,8 @@ def gradient_fields(
     return found.mean(0).reshape(-1, *twin.screen.size), axes.reshape(-1, 2, *twin.screen.size)
 
 
-def _gradients(twin: Twin, pictures: np.ndarray, frames: int) -> np.ndarray:
-    "(pictures, neurons, pixels): one pass forward, one pass back for each neuron."
+def _gradients(twin: Twin, pictures: np.ndarray, frames: int, rows: list[int], bar: tqdm) -> np.ndarray:
+    "(pictures, rows, pixels): one pass forward, one pass back for each neuron."
     device = next(twin.model.parameters()).device
     x = torch.from_numpy(pictures).to(device).requires_grad_(True)
     video = ((127.5 * (1 + x) - twin.levels[0]) / twin.levels[1])[:, None, None]
@@ -60,7 +71,10 @@ def _gradients(twin: Twin, pictures: np.ndarray, frames: int) -> np.ndarray:
     }
     video = video.expand(-1, -1, frames, -1, -1)
     answers = twin.model(video=video, **held, mouse_id=twin.mouse).logits.mean(2)
-    each = [torch.autograd.grad(a.sum(), x, retain_graph=True)[0].flatten(1) for a in answers.T]
+    each = []
+    for row in rows:
+        each.append(torch.autograd.grad(answers[:, row].sum(), x, retain_graph=True)[0].flatten(1))
+        bar.update()
     return torch.stack(each, 1).cpu().numpy()
 
 # %% ../../neuro_nbs/21_receptive_fields.ipynb #21aa0011

@@ -138,6 +138,7 @@ def fields_report(
     pictures: int = 24,  # of white noise, around which gradients are taken
     seed: int = 0,  # of the pictures
     overwrite: bool = False,
+    progress: bool = False,  # show a bar
 ) -> pd.DataFrame:  # a row for each neuron: neuron, cell_id, validation_correlation, then as `fit_gabors`
     """Differentiate a model and write where its neurons look: the main axis of gradients, with a Gabor for each.
 
@@ -146,8 +147,8 @@ def fields_report(
     >>> fields_report(open_twin("runs/head", "data/mouse"), "reports/fields")  # doctest: +SKIP
     """
     rows = _rows(twin, neurons)
-    _, axes = gradient_fields(twin, white_noise(twin.screen, pictures, seed=seed))
-    axes = axes[rows]
+    noise = white_noise(twin.screen, pictures, seed=seed)
+    _, axes = gradient_fields(twin, noise, rows=rows.tolist(), progress=progress)
     table = _table(twin, rows, fit_gabors(axes[:, 0], twin.screen))
     shown = {"white noise": pictures, "seed": seed}
     _write(out, "fields", twin, table, shown, _pictures(axes[:, 0], table, twin), overwrite, axes=axes)
