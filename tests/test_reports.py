@@ -13,8 +13,9 @@ import cortexlit as cx
 from cortexlit.cli import app
 from cortexlit.core import DataError, MissingError, check_card, read_json, write_json
 from cortexlit.insilico.excite import exciting_films, fix_contrast, true_cells
+from cortexlit.insilico.fields import gradient_fields
 from cortexlit.insilico.reports import excite_report, fields_report, tuning_report
-from cortexlit.insilico.stimuli import Screen, open_twin, present, screen_of
+from cortexlit.insilico.stimuli import Screen, open_twin, present, screen_of, white_noise
 from cortexlit.models.viv1t import ViV1T
 from cortexlit.simulate.session import FIELD, filter_pictures, motion_energy, rate_of, resize
 from cortexlit.training.trainer import best_folder
@@ -125,6 +126,21 @@ def test_films_are_those_of_the_climb_and_can_be_read(twin, tmp_path):
     check_card(tmp_path / "e", "report", "again", ["excite.csv", "neuron_2.gif", "neuron_4.gif", "films.npy"])
     with Image.open(tmp_path / "e" / "neuron_4.gif") as gif:
         assert b"120 x 60 degrees" in gif.info["comment"]
+
+
+def test_fields_of_some_neurons_are_those_among_all_and_a_bar_says_how_far(twin, tmp_path, capsys):
+    pictures = white_noise(twin.screen, 5, seed=2)
+    every, some = gradient_fields(twin, pictures), gradient_fields(twin, pictures, rows=[4, 2])
+    for one, other in zip(every, some, strict=True):
+        np.testing.assert_allclose(other, one[[4, 2]], atol=1e-6)
+    for rows in ([], [99], [-1]):
+        with pytest.raises(DataError, match="one or more, 0 to"):
+            gradient_fields(twin, pictures, rows=rows)
+    capsys.readouterr()
+    fields_report(twin, tmp_path / "quiet", [1], pictures=2)
+    assert "looking" not in capsys.readouterr().err
+    fields_report(twin, tmp_path / "told", [1], pictures=2, progress=True)
+    assert "looking" in capsys.readouterr().err
 
 
 def test_a_climb_goes_up_and_a_suppressing_one_down_within_the_rules(twin):

@@ -31,7 +31,8 @@ def simulated_trials(
 ) -> tuple[np.ndarray, np.ndarray]:  # (clips, neurons, frames) noiseless; (repeats, clips, neurons, frames)
     """Relative fluorescence of the simulated neurons of a mouse at rest: expected, and in single trials.
 
-    Clips follow each other, and the whole is shown `repeats` times; excitability drifts over it.
+    Clips follow each other, and the whole is shown `repeats` times; excitability drifts over it. What is
+    expected starts from rest with each clip; trials carry the clip before, which fades with 0.5 s.
 
     >>> from cortexlit.insilico.excite import true_cells
     >>> from cortexlit.insilico.stimuli import Screen
