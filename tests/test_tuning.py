@@ -20,7 +20,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from cortexlit.core import DataError, SplitLeak, rng
-from cortexlit.training import trials, tuning
+from cortexlit.training import trials as loop
+from cortexlit.training import tuning
 from cortexlit.training.trainer import Fit, fit, predict
 from cortexlit.training.trials import holding
 from cortexlit.training.tuning import SPACES, Choice, Range, Space, load_best, tune
@@ -211,7 +212,7 @@ def work(out: Path, trials: int = 7, deadly: int = 0) -> None:
     "One worker on a search, which tells its runs; a deadly one is killed after the first epoch of that run."
     gc.collect, Fit.curves = (lambda *_: 0), (lambda run: Figure())
     if deadly:  # the others keep the usual heartbeat: a busy machine must not take them for dead
-        trials._HEARTBEAT = 1
+        loop._HEARTBEAT = 1
     real, runs = tuning.fit, []
 
     def counted(*args, **options):
@@ -244,7 +245,7 @@ def test_two_workers_share_a_search_and_nothing_is_run_twice(tmp_path):
 def test_killed_in_the_middle_of_a_trial(whole, tmp_path, monkeypatch):
     code, out = Process(tmp_path, work, tmp_path / "search", 7, 3).ended()
     assert code == -signal.SIGKILL and out.count("run") == 3, out
-    monkeypatch.setattr(trials, "_HEARTBEAT", 1)
+    monkeypatch.setattr(loop, "_HEARTBEAT", 1)
     time.sleep(5)  # until it is known to be dead
     runs, real = [], tuning.fit
     monkeypatch.setattr(
