@@ -548,6 +548,13 @@ def test_kept_arrays_belong_to_what_made_them(tmp_path):
         path.write_bytes(damage)
         with pytest.raises(DataError, match="differs"):
             core.made_once(path, {"data": "x"}, None)
+    path.write_bytes(good)
+    row = {}
+    assert core.made_once(path, {"data": "x"}, None, row).sum() == 2 and row == {}  # nothing was told of it
+    other = tmp_path / "b.npy"
+    core.made_once(other, {"data": "x"}, lambda: row.update(score=0.5) or np.ones(3), row)
+    core.made_once(other, {"data": "x"}, None, again := {"kept": 1})
+    assert again == {"score": 0.5, "kept": 1}
     path.with_suffix(".json").unlink()  # killed before the record was written: made again
     assert core.made_once(path, {"data": "x"}, lambda: np.zeros(2)).sum() == 0
 

@@ -24,7 +24,7 @@ from cortexlit.models.adapters import Adapters, load_adapters
 from cortexlit.training import lora, trials
 from cortexlit.training.lora import Grid, clip_folds, cross_validate
 from cortexlit.training.recipes import FULL, STUDY, Recipe
-from cortexlit.training.trainer import Fit, predict
+from cortexlit.training.trainer import Diverged, Fit, predict
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 
@@ -218,6 +218,27 @@ def test_an_interrupted_trial_is_run_again(inputs, tmp_path, monkeypatch):
     assert len(one.run(progress=False).table()) == 2
 
 
+def test_a_configuration_that_diverges_is_done_and_not_chosen(inputs, tmp_path, monkeypatch, capsys):
+    real, calls = lora.fit, []
+
+    def diverges(*args, **options):
+        calls.append(options["out"].name)
+        if calls[-1] == "large-seed0":
+            raise Diverged("loss nan in epoch 1")
+        return real(*args, **options)
+
+    monkeypatch.setattr(lora, "fit", diverges)
+    done = grid(inputs, tmp_path / "grid", seeds=(0,)).run()
+    assert "large, seed 0: given up loss nan in epoch 1" in capsys.readouterr().out
+    grid(inputs, tmp_path / "grid", seeds=(0,)).run()
+    assert calls == ["small-seed0", "large-seed0"]
+    assert done.table()["validation"].isna().tolist() == [False, True] and done.best() == "small"
+    assert set(done.predictions()) == {("small", 0)}
+    only = grid(inputs, tmp_path / "other", CONFIGURATIONS[1:], seeds=(0,)).run(progress=False)
+    with pytest.raises(DataError, match="no configuration came to an end"):
+        only.best()
+
+
 def test_other_options_are_another_study(inputs, tmp_path):
     names = {
         grid(inputs, tmp_path / "grid", **options).name
@@ -255,3 +276,40 @@ def test_a_recipe_that_says_more_than_how_to_fit_is_refused(inputs):
             Grid(inputs[0], [wrong], [0], core=inputs[1], last=LAST)
         with pytest.raises(DataError, match="also has options of the"):
             cross_validate(inputs[0], wrong, core=inputs[1], last=LAST)
+
+
+def test_folds_that_are_done_are_not_trained_again(inputs, tmp_path, monkeypatch, capsys):
+    real, calls = lora.fit, []
+
+    def dies(*args, **options):
+        calls.append(options["adapt"])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    def validated(**changes):
+        options = {
+            "folds": 2,
+            "core": inputs[1],
+            "last": LAST,
+            "head": {"epochs": 1},
+            "batch_size": 4,
+            "out": tmp_path / "cross",
+        }
+        return cross_validate(inputs[0], CONFIGURATIONS[0], **options | changes)
+
+    monkeypatch.setattr(lora, "fit", dies)
+    with pytest.raises(KeyboardInterrupt):
+        validated()
+    table = validated()
+    assert calls == ["head", "lora", "head"] + ["head", "lora"] and list(table)[-2:] == ["head only", "small"]
+    assert table.equals(validated()) and len(calls) == 5
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[0] for line in lines] == ["small, fold 0"] * 2 + [
+        "small, fold 1",
+        "small, fold 0",
+        "small, fold 1",
+    ]
+    for change in ({"seed": 1}, {"head": {"epochs": 2}}, {"lr": 0.5}):
+        with pytest.raises(DataError, match="the run in this folder has"):
+            validated(**change)

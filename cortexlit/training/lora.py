@@ -31,6 +31,7 @@ from ..data.clips import MouseDataset
 from ..data.inputs import comparable, open_for
 from ..models.adapters import check_targets
 from .features import cached_features, fingerprint, source
+from .folds import run_folds
 from .heads import fresh_head, reverse_correlate, train_head
 from .recipes import HEAD_RECIPE, Recipe
 from .trainer import Fit, best_folder, check_options, fit, model_content, predict
@@ -243,11 +244,24 @@ def cross_validate(
     last: int = 66,  # frames at the end of each clip that are fitted and scored
     head: Mapping[str, Any]
     | None = None,  # options of `fit` for the head, in place of those of `HEAD_RECIPE`
+    out: str | Path | None = None,  # folder of what is kept; default one in `_runs` named after all this
+    progress: bool = True,  # a line for each fold
     **options: Any,  # of `fit`, for the adaptation
 ) -> (
     pd.DataFrame
 ):  # one row per fold: samples, correlation on the held-out clips of the head and of the adapted model
-    "Train a head and adapt the core on all clips but those of one fold, fold by fold."
+    """Train a head and adapt the core on all clips but those of one fold, fold by fold; what is done is kept.
+
+    Examples
+    --------
+    `mouse`, a folder from `build`:
+
+    >>> import cortexlit as cx
+    >>> recipe = cx.Recipe("all", {"adapt": "full", "lr": 1e-3, "epochs": 1})
+    >>> scores = cross_validate(mouse, recipe, folds=2, last=12, head={"epochs": 1}, progress=False)
+    >>> list(scores)
+    ['fold', 'trained on', 'held out', 'head only', 'all']
+    """
     head_options = {**HEAD_RECIPE.fit, "last": last, "seed": seed, "progress": False, **(head or {})}
     check_options(**head_options)
     options = {**_alone(configuration), "last": last, "seed": seed, "progress": False, **options}
@@ -255,11 +269,21 @@ def cross_validate(
     first = fresh_head(root, core)
     if configuration.fit.get("adapters") is not None:
         check_targets(first, configuration.fit["adapters"])
-    rows = []
-    for k, fold in enumerate(clip_folds(root, folds, seed, first)):
+    parts = clip_folds(root, folds, seed, first)
+    plan = {"data": source(open_for(first, root, "train"))["content"], "model": model_content(first), "folds": folds,
+            "head": head_options, "options": asdict(configuration.but(fit=options))["fit"]}  # fmt: skip
+    out = runs(f"cross-{digest(plan)}") if out is None else Path(out)
+    claim(out, plan, "plan.json")
+
+    def make(k: int, row: dict[str, Any]) -> np.ndarray:
         model = fresh_head(root, core, seed=seed)
-        reverse_correlate(model, *fold, last)
-        start = fit(model, fold, **head_options)
-        done = fit(start.model, fold, **options)
-        rows.append((k, len(fold[0]), len(fold[1]), start.correlation, done.correlation))
+        reverse_correlate(model, *parts[k], last)
+        start = fit(model, parts[k], **head_options)
+        done = fit(start.model, parts[k], **options)
+        row |= {"best epoch": done.best_epoch, "validation correlation": done.correlation}
+        return np.array([start.correlation, done.correlation])
+
+    told = configuration.name if progress else None
+    scores, _ = run_folds(out / "fold", dict.fromkeys(range(folds), plan), make, told)
+    rows = [(k, *map(len, part), *scores[k].tolist()) for k, part in enumerate(parts)]
     return pd.DataFrame(rows, columns=["fold", "trained on", "held out", "head only", configuration.name])
