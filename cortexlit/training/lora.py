@@ -216,7 +216,16 @@ def clip_folds(
     seed: int = 0,  # of the order of clips
     model: Any = None,  # whose input it is to be; None: the default normalisation
 ) -> list[tuple[Subset, Subset]]:  # (train, validation) of each fold, as `fit` takes them
-    "Training and validation tiers dealt anew: every clip is in the validation part of one fold, with all its repeats."
+    """Training and validation tiers dealt anew: every clip is in the validation part of one fold, with all its repeats.
+
+    Examples
+    --------
+    `mouse`, a folder from `build`:
+
+    >>> parts = clip_folds(mouse, folds=3)
+    >>> len({len(train) + len(validation) for train, validation in parts})
+    1
+    """
     tiers = [
         MouseDataset(root, tier) if model is None else open_for(model, root, tier)
         for tier in ("train", "validation")
@@ -250,18 +259,7 @@ def cross_validate(
 ) -> (
     pd.DataFrame
 ):  # one row per fold: samples, correlation on the held-out clips of the head and of the adapted model
-    """Train a head and adapt the core on all clips but those of one fold, fold by fold; what is done is kept.
-
-    Examples
-    --------
-    `mouse`, a folder from `build`:
-
-    >>> import cortexlit as cx
-    >>> recipe = cx.Recipe("all", {"adapt": "full", "lr": 1e-3, "epochs": 1})
-    >>> scores = cross_validate(mouse, recipe, folds=2, last=12, head={"epochs": 1}, progress=False)
-    >>> list(scores)
-    ['fold', 'trained on', 'held out', 'head only', 'all']
-    """
+    "Train a head and adapt the core on all clips but those of one fold, fold by fold; what is done is kept."
     head_options = {**HEAD_RECIPE.fit, "last": last, "seed": seed, "progress": False, **(head or {})}
     check_options(**head_options)
     options = {**_alone(configuration), "last": last, "seed": seed, "progress": False, **options}
