@@ -1242,6 +1242,8 @@ def made_once(
     path: str | Path,  # an .npy file; what it was made from lies beside it as .json
     made_from: Mapping[str, Any],  # hashes and options
     make: Callable[[], np.ndarray],
+    row: dict[str, Any]
+    | None = None,  # what is told of it: filled by `make`, kept in the record, filled from there
 ) -> np.ndarray:
     """An array that is made once and read afterwards, if it was made from the same; else `DataError`.
 
@@ -1257,16 +1259,19 @@ def made_once(
     with locked(path):
         if path.is_file() and record.is_file():
             known = read_json(record)
-            before = known.get("made_from") if isinstance(known, dict) else None
+            before = known.get("made_from", known.get("plan")) if isinstance(known, dict) else None
             if before != made_from:
                 before = before if isinstance(before, dict) else {}
                 changed = sorted(k for k in {*made_from, *before} if before.get(k) != made_from.get(k))
                 raise DataError(f"this was made from other {', '.join(changed)}", path=path,
                                 fix="delete it, and it is made again; or choose another folder")  # fmt: skip
+            if row is not None:
+                row |= known.get("row", {})
             return load_array(path, known=known.get("sha256"))
         record.unlink(missing_ok=True)
         array = make()
-        write_json(record, {"made_from": made_from, "sha256": save_array(path, array)})
+        told = {} if row is None else {"row": row}
+        write_json(record, {"made_from": made_from, "sha256": save_array(path, array)} | told)
         return load_array(path)
 
 # %% ../nbs/00_core.ipynb #7203b739

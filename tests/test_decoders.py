@@ -1,6 +1,7 @@
 """Decoders trained fold by fold: what they may see, what is kept, and what must raise."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,8 +12,8 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from cortexlit.core import DataError
-from cortexlit.data.splits import split_by_concept, split_by_session
+from cortexlit.core import DataError, SplitLeak
+from cortexlit.data.splits import Split, split_by_concept, split_by_session
 from cortexlit.training.decoders import FoldFits, fit_folds
 
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -197,6 +198,56 @@ def test_what_cannot_be_trained_is_refused(fits, tmp_path):
     flat.labels[:, 1] = 3
     with pytest.raises(DataError, match="constant"):
         fit_folds(build, flat, split, tmp_path / "flat", folds=[0], **OPTIONS)
+
+
+def with_validation(split, k: int) -> Split:
+    "One fold of a split, its validation tier a third of what trained."
+    tier = split.tier[k].copy()
+    names = sorted(set(split.samples["concept"][tier == "train"]))[::3]
+    tier[split.samples["concept"].isin(names) & (tier == "train")] = "validation"
+    return Split(split.kind, tier[None], split.samples)
+
+
+def test_the_validation_tier_of_a_split_chooses(fits, tmp_path):
+    data, split, _ = fits
+    own = with_validation(split, 1)
+    found = fit_folds(build, data, own, tmp_path / "a", **OPTIONS)
+    tier = own.tier[0]
+    assert found.table[["train", "validation", "test"]].values.tolist() == [
+        [(tier == name).sum() for name in ("train", "validation", "test")]
+    ]
+    assert (np.isfinite(found.predictions).all(1) == (tier == "test")).all()
+    spoiled = Trials()  # what chooses does not teach: twice as far from the training mean, the same order
+    held, mean = tier == "validation", data.labels[tier == "train"].mean(0)
+    spoiled.labels[held] = mean + 2 * (data.labels[held] - mean)
+    other = fit_folds(build, spoiled, own, tmp_path / "b", **OPTIONS)
+    test = tier == "test"
+    np.testing.assert_allclose(
+        other.predictions[test] - mean, 2 * (found.predictions[test] - mean), rtol=1e-3, atol=1e-4
+    )
+    leak = own.tier.copy()
+    leak[0, np.flatnonzero(held)[0]] = "train"
+    with pytest.raises(SplitLeak):
+        fit_folds(build, data, Split(own.kind, leak, own.samples), tmp_path / "c", **OPTIONS)
+    none = np.where(own.tier == "train", "", own.tier)
+    with pytest.raises(DataError, match="fold 0 has no train trials"):
+        fit_folds(build, data, Split(own.kind, none, own.samples), tmp_path / "d", **OPTIONS)
+
+
+def test_folds_of_an_earlier_version_are_met(fits, tmp_path, monkeypatch):
+    "Their records called the plan `plan`."
+    data, split, found = fits
+    shutil.copytree(found.folder, tmp_path / "old")
+    for k in range(3):
+        record = json.loads((tmp_path / "old" / f"fold{k}.json").read_text())
+        record["plan"] = record.pop("made_from")
+        (tmp_path / "old" / f"fold{k}.json").write_text(json.dumps(record))
+    monkeypatch.setattr("cortexlit.training.decoders.fit", None)
+    again = fit_folds(build, data, split, tmp_path / "old", **OPTIONS)
+    assert np.array_equal(again.predictions, found.predictions)
+    pd.testing.assert_frame_equal(again.table, found.table)
+    with pytest.raises(DataError, match="other lr"):
+        fit_folds(build, data, split, tmp_path / "old", **OPTIONS | {"lr": 0.01})
 
 
 # ---- made trials

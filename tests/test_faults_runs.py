@@ -20,7 +20,6 @@ import torch
 import toys
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from optuna.trial import TrialState
 from safetensors.torch import load_file, save_file
 from toy_training import LAST, tiers, tiny_model, weights
 
@@ -394,20 +393,6 @@ def test_a_damaged_checkpoint_is_named_and_what_to_delete(tmp_path, undisturbed)
         best_folder(control.folder)
 
 
-def test_a_trial_without_a_sign_of_life_is_given_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(lora, "_HEARTBEAT", 1)
-    study = optuna.create_study(storage=lora.open_storage(lora.database(tmp_path / "a.db")))
-    lost, alive = study.ask(), study.ask()
-    study._storage.record_heartbeat(alive._trial_id)
-    seen: dict[int, float] = {}
-    lora.fail_lost(study, seen)
-    assert [t.state for t in study.trials] == [TrialState.RUNNING] * 2
-    seen[lost._trial_id] -= 5
-    seen[alive._trial_id] -= 5
-    lora.fail_lost(study, seen)
-    assert [t.state for t in study.trials] == [TrialState.FAIL, TrialState.RUNNING]
-
-
 # Options are looked at before anything is trained -----------------------------------------------------------
 
 WRONG = [{"lr": -1}, {"lr": float("nan")}, {"lr": "fast"}, {"weight_decay": -1}, {"betas": (0.9,)}, {"betas": (0.9, 1.0)},
@@ -563,6 +548,13 @@ def test_kept_arrays_belong_to_what_made_them(tmp_path):
         path.write_bytes(damage)
         with pytest.raises(DataError, match="differs"):
             core.made_once(path, {"data": "x"}, None)
+    path.write_bytes(good)
+    row = {}
+    assert core.made_once(path, {"data": "x"}, None, row).sum() == 2 and row == {}  # nothing was told of it
+    other = tmp_path / "b.npy"
+    core.made_once(other, {"data": "x"}, lambda: row.update(score=0.5) or np.ones(3), row)
+    core.made_once(other, {"data": "x"}, None, again := {"kept": 1})
+    assert again == {"score": 0.5, "kept": 1}
     path.with_suffix(".json").unlink()  # killed before the record was written: made again
     assert core.made_once(path, {"data": "x"}, lambda: np.zeros(2)).sum() == 0
 
@@ -683,16 +675,6 @@ def test_the_options_of_a_published_run_are_named_if_they_are_none(tmp_path, tex
     (run / "args.yaml").write_text(text)
     with pytest.raises(DataError, match="args.yaml|run|emb_dim"):
         ViV1T.from_published(run)
-
-
-@pytest.mark.parametrize("name", ["plain", "rank 8?", "50%20gain", "a#b", "{x}"])
-def test_a_database_lies_in_its_folder_whatever_that_is_called(tmp_path, name):
-    (tmp_path / name).mkdir()
-    lora.open_storage(lora.database(tmp_path / name / "grid.db"))
-    assert (tmp_path / name / "grid.db").is_file()
-    assert [p.name for p in tmp_path.iterdir()] == [name]
-    with pytest.raises(DataError, match="database URL"):
-        lora.open_storage(object())
 
 
 # What was written is what is read ---------------------------------------------------------------------------

@@ -5,28 +5,26 @@ import gc
 import json
 import os
 import signal
-import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import optuna
 import pytest
 from matplotlib.figure import Figure
 from optuna.trial import TrialState
-from processes import Process, barrier
+from processes import Process
 from toy_training import FRAMES, tiny_model
 from toys import toy_recording
 
-from cortexlit.core import CortexlitError, DataError
+from cortexlit.core import DataError
 from cortexlit.data.audit import openings
 from cortexlit.data.clips import MouseDataset, build_dataset
 from cortexlit.metrics import single_trial_correlation
 from cortexlit.models.adapters import Adapters, load_adapters
-from cortexlit.training import lora
+from cortexlit.training import lora, trials
 from cortexlit.training.lora import Grid, clip_folds, cross_validate
 from cortexlit.training.recipes import FULL, STUDY, Recipe
-from cortexlit.training.trainer import Fit, predict
+from cortexlit.training.trainer import Diverged, Fit, predict
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 
@@ -156,7 +154,7 @@ def work(inputs, out: Path, deadly: bool) -> None:
 
     gc.collect, Fit.curves = (lambda *_: 0), (lambda run: Figure())
     if deadly:  # the others keep the usual heartbeat: a busy machine must not take them for dead
-        lora._HEARTBEAT, lora.fit = 1, dies
+        trials._HEARTBEAT, lora.fit = 1, dies
     grid(inputs, out).run()
 
 
@@ -184,68 +182,10 @@ def test_two_workers_share_a_journal_and_nothing_is_run_twice(inputs, tmp_path):
     assert len(grid(inputs, tmp_path / "grid", storage=f"journal:///{log}").table()) == 4
 
 
-def test_a_trial_in_a_journal_without_a_sign_of_life_is_given_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(lora, "_HEARTBEAT", 0.05)
-    study = optuna.create_study(storage=lora.open_storage(f"journal:///{tmp_path / 'a.log'}"))
-    other = optuna.load_study(
-        study_name=study.study_name, storage=lora.open_storage(f"journal:///{tmp_path / 'a.log'}")
-    )
-    lost, silent, alive = study.ask(), study.ask(), study.ask()
-    study._storage.record_heartbeat(lost._trial_id)  # dead after one sign of life, before one, and not at all
-    for _ in range(8):
-        study._storage.record_heartbeat(alive._trial_id)
-        lora.fail_lost(other, {})
-        time.sleep(0.05)
-    assert [t.state for t in other.trials] == [TrialState.FAIL, TrialState.FAIL, TrialState.RUNNING]
-    assert silent._trial_id != lost._trial_id
-
-
-@pytest.mark.parametrize(
-    "storage", ["journal:x.log", "journal:///", "journal:///nowhere/x.log", "journal:///bad.log"]
-)
-def test_a_journal_that_cannot_be_had_is_named(storage, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "bad.log").write_text("a table, not a journal\n" * 3)
-    with pytest.raises(CortexlitError, match="journal"):
-        lora.open_storage(storage)
-    assert (tmp_path / "bad.log").read_text().startswith("a table")
-
-
-@pytest.mark.parametrize("driver", ["psycopg", "psycopg2", None])
-def test_the_driver_of_postgresql_that_is_installed_is_taken(driver, monkeypatch):
-    monkeypatch.setattr(lora, "find_spec", lambda name: True if name == driver else None)
-    monkeypatch.setattr(lora, "RDBStorage", lambda url, *args, **options: url)
-    url = lora.open_storage("postgresql://me@host/grid")
-    assert url == f"postgresql{f'+{driver}' if driver else ''}://me@host/grid"
-    assert lora.open_storage("sqlite:///a.db") == "sqlite:///a.db"
-
-
-def test_without_a_driver_it_is_said_what_to_install(monkeypatch):
-    def fails(*args: object, **options: object) -> None:
-        raise ImportError("No module named 'psycopg'")
-
-    monkeypatch.setattr(lora, "RDBStorage", fails)
-    with pytest.raises(DataError, match=r'pip install "cortexlit\[postgres\]"'):
-        lora.open_storage("postgresql://me@host/grid")
-
-
-def opens(moment) -> None:
-    for k in range(6):
-        moment.wait(200)
-        lora.open_storage(f"sqlite:///{k}.db")
-
-
-def test_workers_may_open_a_new_storage_in_the_same_moment(tmp_path):
-    moment = barrier(2)
-    openers = [Process(tmp_path, opens, moment) for _ in range(2)]
-    codes, told = zip(*(opener.ended() for opener in openers), strict=True)
-    assert codes == (0, 0), told
-
-
 def test_a_killed_workers_trial_is_taken_over(inputs, tmp_path, monkeypatch):
     code, told = Process(tmp_path, work, inputs, tmp_path / "grid", True).ended()
     assert code == -signal.SIGKILL, told
-    monkeypatch.setattr(lora, "_HEARTBEAT", 1)
+    monkeypatch.setattr(trials, "_HEARTBEAT", 1)
     again = grid(inputs, tmp_path / "grid")
     assert [t.state for t in again.study().trials].count(TrialState.RUNNING) == 1
     again.run(progress=False)
@@ -262,7 +202,7 @@ def test_a_cell_queued_twice_is_run_once(inputs, tmp_path, capsys):
             study.enqueue_trial(cell)
     one.run()
     assert capsys.readouterr().out.count("validation correlation") == 2
-    assert Counter(t.state for t in study.trials) == {TrialState.COMPLETE: 2, TrialState.PRUNED: 2}
+    assert Counter(t.state for t in study.trials) == {TrialState.COMPLETE: 2, TrialState.FAIL: 2}
 
 
 def test_an_interrupted_trial_is_run_again(inputs, tmp_path, monkeypatch):
@@ -276,6 +216,27 @@ def test_an_interrupted_trial_is_run_again(inputs, tmp_path, monkeypatch):
         one.run()
     monkeypatch.setattr(lora, "fit", real)
     assert len(one.run(progress=False).table()) == 2
+
+
+def test_a_configuration_that_diverges_is_done_and_not_chosen(inputs, tmp_path, monkeypatch, capsys):
+    real, calls = lora.fit, []
+
+    def diverges(*args, **options):
+        calls.append(options["out"].name)
+        if calls[-1] == "large-seed0":
+            raise Diverged("loss nan in epoch 1")
+        return real(*args, **options)
+
+    monkeypatch.setattr(lora, "fit", diverges)
+    done = grid(inputs, tmp_path / "grid", seeds=(0,)).run()
+    assert "large, seed 0: given up loss nan in epoch 1" in capsys.readouterr().out
+    grid(inputs, tmp_path / "grid", seeds=(0,)).run()
+    assert calls == ["small-seed0", "large-seed0"]
+    assert done.table()["validation"].isna().tolist() == [False, True] and done.best() == "small"
+    assert set(done.predictions()) == {("small", 0)}
+    only = grid(inputs, tmp_path / "other", CONFIGURATIONS[1:], seeds=(0,)).run(progress=False)
+    with pytest.raises(DataError, match="no configuration came to an end"):
+        only.best()
 
 
 def test_other_options_are_another_study(inputs, tmp_path):
@@ -315,3 +276,40 @@ def test_a_recipe_that_says_more_than_how_to_fit_is_refused(inputs):
             Grid(inputs[0], [wrong], [0], core=inputs[1], last=LAST)
         with pytest.raises(DataError, match="also has options of the"):
             cross_validate(inputs[0], wrong, core=inputs[1], last=LAST)
+
+
+def test_folds_that_are_done_are_not_trained_again(inputs, tmp_path, monkeypatch, capsys):
+    real, calls = lora.fit, []
+
+    def dies(*args, **options):
+        calls.append(options["adapt"])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    def validated(**changes):
+        options = {
+            "folds": 2,
+            "core": inputs[1],
+            "last": LAST,
+            "head": {"epochs": 1},
+            "batch_size": 4,
+            "out": tmp_path / "cross",
+        }
+        return cross_validate(inputs[0], CONFIGURATIONS[0], **options | changes)
+
+    monkeypatch.setattr(lora, "fit", dies)
+    with pytest.raises(KeyboardInterrupt):
+        validated()
+    table = validated()
+    assert calls == ["head", "lora", "head"] + ["head", "lora"] and list(table)[-2:] == ["head only", "small"]
+    assert table.equals(validated()) and len(calls) == 5
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[0] for line in lines] == ["small, fold 0"] * 2 + [
+        "small, fold 1",
+        "small, fold 0",
+        "small, fold 1",
+    ]
+    for change in ({"seed": 1}, {"head": {"epochs": 2}}, {"lr": 0.5}):
+        with pytest.raises(DataError, match="the run in this folder has"):
+            validated(**change)

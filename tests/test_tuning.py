@@ -20,8 +20,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from cortexlit.core import DataError, SplitLeak, rng
-from cortexlit.training import lora, tuning
+from cortexlit.training import trials as loop
+from cortexlit.training import tuning
 from cortexlit.training.trainer import Fit, fit, predict
+from cortexlit.training.trials import holding
 from cortexlit.training.tuning import SPACES, Choice, Range, Space, load_best, tune
 
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -77,7 +79,7 @@ def search(out: Path, make=build, data=DATA, **changes) -> tuning.Tuning:
 
 def drawn(found: tuning.Tuning) -> list[dict]:
     "Parameters of the trials that hold a place."
-    return [t.params for t in tuning._taken(found.study)]
+    return [t.params for t in holding(found.study)]
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +196,7 @@ def test_interrupted_by_the_keyboard(whole, tmp_path, monkeypatch, late):
     repeated = [folder for folder, n in Counter(calls).items() if n > 1]
     assert len(calls) == 8 and repeated == [calls[2]], "only the interrupted trial is run again"
     assert found.value == pytest.approx(whole.value, abs=1e-6)
-    assert [len(t.intermediate_values) for t in tuning._taken(found.study)][:4] == [2] * 4
+    assert [len(t.intermediate_values) for t in holding(found.study)][:4] == [2] * 4
 
 
 def test_what_failed_is_run_again_though_others_have_gone_on(whole, tmp_path):
@@ -210,7 +212,7 @@ def work(out: Path, trials: int = 7, deadly: int = 0) -> None:
     "One worker on a search, which tells its runs; a deadly one is killed after the first epoch of that run."
     gc.collect, Fit.curves = (lambda *_: 0), (lambda run: Figure())
     if deadly:  # the others keep the usual heartbeat: a busy machine must not take them for dead
-        lora._HEARTBEAT = 1
+        loop._HEARTBEAT = 1
     real, runs = tuning.fit, []
 
     def counted(*args, **options):
@@ -243,7 +245,7 @@ def test_two_workers_share_a_search_and_nothing_is_run_twice(tmp_path):
 def test_killed_in_the_middle_of_a_trial(whole, tmp_path, monkeypatch):
     code, out = Process(tmp_path, work, tmp_path / "search", 7, 3).ended()
     assert code == -signal.SIGKILL and out.count("run") == 3, out
-    monkeypatch.setattr(lora, "_HEARTBEAT", 1)
+    monkeypatch.setattr(loop, "_HEARTBEAT", 1)
     time.sleep(5)  # until it is known to be dead
     runs, real = [], tuning.fit
     monkeypatch.setattr(
@@ -255,17 +257,6 @@ def test_killed_in_the_middle_of_a_trial(whole, tmp_path, monkeypatch):
     assert len(runs) == 5 and set(runs) & set(before) == {before[2]}, "the one that was killed, and the rest"
     epochs = [t for t in found.study.trials if t.user_attrs.get("again") is not None][0].intermediate_values
     assert sorted(epochs) == [1, 2]  # the first from the checkpoint's history
-
-
-def test_a_place_taken_twice_is_given_back(tmp_path):
-    found = search(tmp_path / "search", trials=3)
-    study = found.study
-    one = tuning._Search(build, [DATA], SPACE, found.folder, study, "tpe", 3, 0, 2, {}, False)
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study.optimize(one, n_trials=1)  # a worker that was too late
-    assert study.trials[-1].state == TrialState.FAIL and study.trials[-1].user_attrs == {"surplus": True}
-    tuning._retry(study)
-    assert len(tuning._taken(study)) == 3
 
 
 def test_a_failure_queued_by_two_workers_is_run_once(tmp_path, monkeypatch):

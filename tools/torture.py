@@ -48,7 +48,7 @@ from cortexlit.data.things import ThingsDataset, build_things, open_things  # no
 from cortexlit.models.adapters import Adapters, add_adapters, load_adapters, save_adapters  # noqa: E402
 from cortexlit.simulate.session import embedded_session, write_session  # noqa: E402
 from cortexlit.simulate.subject import write_things  # noqa: E402
-from cortexlit.training import lora  # noqa: E402
+from cortexlit.training import lora, trials  # noqa: E402
 from cortexlit.training.decoders import FoldFits, fit_folds  # noqa: E402
 from cortexlit.training.features import cached_features  # noqa: E402
 from cortexlit.training.recipes import Recipe  # noqa: E402
@@ -502,7 +502,7 @@ def main() -> None:
     asked = parser.parse_args()
     warnings.filterwarnings("ignore")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    lora._HEARTBEAT = 1  # a dead worker is noticed after four seconds
+    trials._HEARTBEAT = 1  # a dead worker is noticed after four seconds
     started, draw, home = time.monotonic(), random.Random(asked.seed), Path.cwd()
     scratch = Path(tempfile.mkdtemp(prefix="torture-"))
     build_dataset(toy_recording(), scratch / "data", **CLIPS)

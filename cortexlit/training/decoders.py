@@ -12,6 +12,7 @@ __all__ = ['FoldFits', 'fit_folds']
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from cortexlit.core import (
     clear_leftovers,
     digest,
     load_array,
-    locked,
     read_json,
     runs,
     save_array,
@@ -38,6 +38,7 @@ from ..shown import Shown
 from .augmentation import augment as with_made
 from .augmentation import check_augmentation
 from .features import fingerprint, source
+from .folds import run_folds
 from .trainer import check_options, fit, origin, predict
 
 # %% ../../neuro_nbs/13a_decoder_training.ipynb #cede30a4
@@ -158,7 +159,9 @@ def fit_folds(
     progress: bool = True,  # a line for each fold
     **options: Any,  # of `fit`; adapt="full" if not said otherwise
 ) -> FoldFits:
-    """Train a model per fold, choose its epoch on the next fold, predict the held-out trials once.
+    """Train a model per fold, choose its epoch on validation trials, predict the held-out trials once.
+
+    Validation trials are those of the split's tier of that name; where it has none, those of the next fold.
 
     Examples
     --------
@@ -171,9 +174,10 @@ def fit_folds(
     True
     """
     split = _fitting(split, data)
-    count = int(split.fold.max()) + 1
-    if count < 3:
-        raise DataError(f"{count} folds", expected="three or more: to train, to choose, to test")
+    count, chooses = len(split.tier), bool((split.tier == "validation").any())
+    if count < 3 and not chooses:
+        raise DataError(f"{count} folds", expected="three or more: to train, to choose, to test",
+                        fix="more folds, or a split with a validation tier")  # fmt: skip
     wanted = list(range(count) if folds is None else folds)
     if unknown := [k for k in wanted if k not in range(count)]:
         raise DataError(f"fold {unknown[0]}", expected=f"0 to {count - 1}")
@@ -185,25 +189,23 @@ def fit_folds(
     check_augmentation(augment, ratio, seed)
     plan = {"split": split.hash, "seed": seed} | {name: digest(value) for name, value in options.items()}
     plan |= {} if augment == "none" else {"augment": augment, "ratio": float(ratio)}
+    plan |= {"validation": "tier"} if chooses else {}  # an earlier version took the next fold
     plan |= origin(first, (data, []))
     out = runs(f"folds-{digest(plan)}") if out is None else Path(out)
     if not (out / "folds.json").is_file() and not list(out.glob("fold[0-9]*.json")):
         claim(out, {"split": split.hash}, "plan.json")
     clear_leftovers(out)
-    predictions, rows = np.full((len(data.trials), outputs), np.nan, np.float32), []
+    tiers = {k: _tiers(split, k) for k in wanted}
+    for k, (a, b) in product(wanted, combinations(range(3), 2)):
+        audit_units(data.trials, tiers[k][a], tiers[k][b], forbid=UNITS[split.kind])
+
+    def make(k: int, row: dict[str, Any]) -> np.ndarray:
+        return _fold(build, data, tiers[k], out / f"fold{k}", k, plan, options, numbers, row)
+
+    found, rows = run_folds(out / "fold", dict.fromkeys(wanted, plan), make, "" if progress else None)
+    predictions = np.full((len(data.trials), outputs), np.nan, np.float32)
     for k in wanted:
-        tiers = [np.flatnonzero(t) for t in _tiers(split.fold, k)]
-        for other in (0, 1), (0, 2), (1, 2):
-            audit_units(data.trials, *(tiers[i] for i in other), forbid=UNITS[split.kind])
-        with locked(out / f"fold{k}.json"):
-            rows.append(_fold(build, data, tiers, out / f"fold{k}", k, plan, options, numbers))
-        predictions[tiers[2]] = _found(out, k, len(tiers[2]), outputs)
-        if progress:
-            print(
-                "fold {fold}: validation correlation {validation correlation:.4f} after epoch {best epoch}".format(
-                    **rows[-1]
-                )
-            )
+        predictions[tiers[k][2]] = _sound(found[k], (len(tiers[k][2]), outputs), out / f"fold{k}.npy")
     known = save_array(out / "predictions.npy", predictions)
     write_json(out / "folds.json", {"plan": plan, "rows": rows, "data": source(data), "sha256": known})
     return FoldFits.load(out, split)
@@ -233,14 +235,12 @@ def _task(model: PreTrainedModel, data: Any, split: Split) -> tuple[np.ndarray |
     return model.config.indices(data.trials["concept"]), model.config.num_labels
 
 
-def _found(out: Path, k: int, trials: int, outputs: int) -> np.ndarray:
-    "Predictions of a fold, if they are what was written."
-    path = out / f"fold{k}.npy"
-    fix = f"delete {path.name} and fold{k}.json; the fold is predicted again from its run"
-    found = load_array(path, known=read_json(out / f"fold{k}.json").get("sha256"))
-    if found.shape != (trials, outputs) or not np.isfinite(found).all():
-        raise DataError(f"predictions of shape {found.shape}, {int((~np.isfinite(found)).sum())} not finite", path=path,
-                        expected=f"({trials}, {outputs}), all finite", fix=fix)  # fmt: skip
+def _sound(found: np.ndarray, shape: tuple[int, int], path: Path) -> np.ndarray:
+    "Predictions of a fold, if they are of its trials."
+    if found.shape != shape or not np.isfinite(found).all():
+        fix = f"delete {path.name}; the fold is predicted again from its run"
+        what = f"predictions of shape {found.shape}, {int((~np.isfinite(found)).sum())} not finite"
+        raise DataError(what, path=path, expected=f"{shape}, all finite", fix=fix)
     return found
 
 
@@ -265,29 +265,23 @@ def _fresh(build: Callable[[], PreTrainedModel], seed: int) -> PreTrainedModel:
         return build()
 
 
-def _tiers(fold: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "Training, validation and test rows of a fold."
-    test, validation = fold == k, fold == (k + 1) % (fold.max() + 1)
-    return (fold >= 0) & ~test & ~validation, validation, test
+def _tiers(split: Split, k: int) -> list[np.ndarray]:
+    "Training, validation and test rows of a fold; without a validation tier the next fold is one."
+    tier = split.tier[k]
+    if not (split.tier == "validation").any():
+        following = split.tier[(k + 1) % len(split.tier)] == "test"
+        tier = np.where((tier == "train") & following, "validation", tier)
+    rows = [np.flatnonzero(tier == name) for name in _COLUMNS[1:4]]
+    if empty := [name for name, r in zip(_COLUMNS[1:4], rows, strict=True) if not len(r)]:
+        raise DataError(f"fold {k} has no {empty[0]} trials", expected="trials to train, to choose, to test")
+    return rows
 
 
 def _fold(
     build: Callable[[], PreTrainedModel], data: Any, rows: list[np.ndarray], folder: Path, k: int,
-    plan: dict[str, Any], options: dict[str, Any], numbers: np.ndarray | None,
-) -> dict[str, Any]:  # fmt: skip
-    "Train and predict one fold, unless that was done before."
-    record = folder.with_suffix(".json")
-    if record.is_file():
-        done = read_json(record)
-        if not isinstance(done, dict) or not {"plan", "row"} <= done.keys():
-            fix = "delete it; the fold is predicted again"
-            raise DataError("not the record of a fold", path=record, fix=fix)
-        if done["plan"] != plan:
-            changed = next(n for n in [*plan, *done["plan"]] if done["plan"].get(n) != plan.get(n))
-            raise DataError(f"this fold was trained with other {changed}", path=record,
-                            fix="choose another folder, or ask for the same as before")  # fmt: skip
-        if folder.with_suffix(".npy").is_file():
-            return done["row"]
+    plan: dict[str, Any], options: dict[str, Any], numbers: np.ndarray | None, row: dict[str, Any],
+) -> np.ndarray:  # fmt: skip
+    "Train and predict one fold, and say how it went."
     started, seed = time.monotonic(), plan["seed"]
     if numbers is None:
         done, found, slope = _decode(build, data, rows, folder, k, plan, options)
@@ -295,13 +289,11 @@ def _fold(
         parts = [_Named(data, r, numbers) for r in rows]
         done = fit(_fresh(build, seed), tuple(parts[:2]), out=folder, seed=seed, **options)
         found, slope = predict(done.model, parts[2], batch_size=64), 1.0
-    known = save_array(folder.with_suffix(".npy"), found.astype(np.float32))
-    row = {
+    row |= {
         "fold": k, **{tier: len(r) for tier, r in zip(_COLUMNS[1:4], rows, strict=True)}, "best epoch": done.best_epoch,
         "validation correlation": done.correlation, "slope": float(slope), "seconds": round(time.monotonic() - started, 1),
     }  # fmt: skip
-    write_json(record, {"plan": plan, "row": row, "sha256": known})
-    return row
+    return found.astype(np.float32)
 
 
 def _decode(

@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['HEAD', 'SharedCore', 'predict_fold', 'fold_predictions']
+__all__ = ['HEAD', 'SharedCore', 'run_folds', 'predict_fold', 'fold_predictions']
 
 # %% ../../neuro_nbs/08a_all_folds.ipynb #08a00005
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,48 @@ class SharedCore:
         return _Reads(dataset, self.cache, [self.place[name] for name in names])
 
 # %% ../../neuro_nbs/08a_all_folds.ipynb #08a00015
+def run_folds(
+    path: str
+    | Path,  # how the files begin: fold 2 is kept in path2.npy, and what it was made from in path2.json
+    folds: Mapping[int, Mapping[str, Any]],  # number -> what this fold's result is made from
+    make: Callable[[int, dict[str, Any]], np.ndarray],  # (number, row to fill) -> the result
+    told: str | None = None,  # how the line of each fold begins; None: no lines
+) -> tuple[dict[int, np.ndarray], list[dict[str, Any]]]:  # number -> result; the rows
+    """Each fold made once: what is kept is read back, if it was made from the same; what is missing is made.
+
+    Raises
+    ------
+    DataError
+        For a fold that was made from something else, or was changed since.
+
+    Examples
+    --------
+    >>> def make(k, row):
+    ...     row["twice"] = 2 * k
+    ...     return np.full(2, k)
+    >>> found, rows = run_folds(tmp_path / "fold", {0: {"seed": 3}, 1: {"seed": 3}}, make, told="double")
+    double, fold 0
+    double, fold 1
+    >>> found[1], rows
+    (array([1, 1]), [{'twice': 0}, {'twice': 2}])
+    """
+    path, found, rows = Path(path), {}, []
+    for k, made_from in folds.items():
+        row: dict[str, Any] = {}
+        kept = path.with_name(f"{path.name}{k}.npy")
+        found[k] = made_once(kept, made_from, partial(make, k, row), row)
+        rows.append(row)
+        if told is not None:
+            print(f"{told}{', ' if told else ''}fold {k}{_scored(row)}", flush=True)
+    return found, rows
+
+
+def _scored(row: Mapping[str, Any]) -> str:
+    if "best epoch" not in row:  # of an earlier version
+        return ""
+    return f": validation correlation {row['validation correlation']:.4f} after epoch {row['best epoch']}"
+
+
 def predict_fold(
     folder: str | Path,  # dataset folder of one fold
     adapt: Mapping[str, Any]
@@ -82,6 +125,7 @@ def predict_fold(
     last: int = 66,  # frames at the end of each clip that are fitted and scored
     head: Mapping[str, Any] | None = None,  # options of `train_head`
     shared: SharedCore | None = None,  # of this core, so that it does not run for each fold
+    row: dict[str, Any] | None = None,  # is told the best epoch and its validation correlation
 ) -> np.ndarray:  # (test samples, neurons, last), in units of the fold's labels
     "Train on one fold, choose on its validation tier, predict its test tier."
     done = train_head(
@@ -90,6 +134,8 @@ def predict_fold(
     if adapt is not None:
         tiers = tuple(open_for(done.model, folder, tier) for tier in ("train", "validation"))
         done = fit(done.model, tiers, **{"last": last, "seed": seed, "progress": False} | dict(adapt))
+    if row is not None:
+        row |= {"best epoch": done.best_epoch, "validation correlation": done.correlation}
     test = open_for(done.model, folder, "test")
     if adapt is None and shared is not None:
         return comparable(test, predict(done.model, shared(done.model, test), last, batch_size=8))
@@ -148,7 +194,7 @@ def fold_predictions(
     last: int = 66,  # frames at the end of each clip that are fitted and scored
     head: Mapping[str, Any] | None = None,  # options of `train_head`
     out: str | Path | None = None,  # folder of the predictions; default one in `_runs` named after all this
-    progress: bool = True,  # a line for each model
+    progress: bool = True,  # a line for each fold of each model
 ) -> dict[
     tuple[str, int], np.ndarray
 ]:  # (name, seed) -> (samples, neurons, last), in the unit of the recording, as `score_dataset` takes them
@@ -179,28 +225,20 @@ def fold_predictions(
         random = control == "random core"
         if (random, seed * random) not in cores:
             cores[random, seed * random] = SharedCore(fresh_head(folders[0], core, seed, random), root, last)
-        parts = []
-        for k, folder in enumerate(folders):
-            path = out / f"{digest([name, _plainly(given), control])}-seed{seed}-fold{k}.npy"
-            about = made_from | {
-                "name": name,
-                "adapt": _plainly(given),
-                "control": control,
-                "seed": seed,
-                "fold": k,
-            }
-            settings = {"core": core, "control": control, "seed": seed, "last": last, "head": head}
-            shared = cores[random, seed * random]
+        key = digest([name, _plainly(given), control])
+        about = made_from | {"name": name, "adapt": _plainly(given), "control": control, "seed": seed}
+        settings = {"core": core, "control": control, "seed": seed, "last": last, "head": head,
+                    "shared": cores[random, seed * random]}  # fmt: skip
 
-            def make(
-                folder: Path = folder, given: Any = given, settings: dict = settings, shared: Any = shared,
-                by: str = models_named([(name, seed)]),
-            ) -> np.ndarray:  # fmt: skip
-                note_opening(folder, by, "fold_predictions")
-                return predict_fold(folder, given, shared=shared, **settings)
+        def make(
+            k: int, row: dict[str, Any], given: Any = given, settings: dict[str, Any] = settings,
+            by: str = models_named([(name, seed)]),
+        ) -> np.ndarray:  # fmt: skip
+            note_opening(folders[k], by, "fold_predictions")
+            return predict_fold(folders[k], given, row=row, **settings)
 
-            parts.append(made_once(path, about, make))
-        found[name, seed] = pool(root, parts)
-        if progress:
-            print(f"{name}, seed {seed}: {len(folders)} folds")
+        numbered = {k: about | {"fold": k} for k in range(len(folders))}
+        told = f"{name}, seed {seed}" if progress else None
+        parts, _ = run_folds(out / f"{key}-seed{seed}-fold", numbered, make, told)
+        found[name, seed] = pool(root, list(parts.values()))
     return found

@@ -6,16 +6,14 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['GridCell', 'database', 'open_storage', 'fail_lost', 'run_cells', 'Grid', 'clip_folds', 'cross_validate']
+__all__ = ['Grid', 'clip_folds', 'cross_validate']
 
 # %% ../../neuro_nbs/09_lora_grid.ipynb #54182342
 import copy
+import math
 import shutil
-import time
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,190 +21,21 @@ from typing import Any
 import numpy as np
 import optuna
 import pandas as pd
-from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
-from optuna.storages import JournalStorage, RDBStorage, fail_stale_trials
-from optuna.storages._heartbeat import BaseHeartbeat
-from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import Trial, TrialState
 from safetensors.torch import load_model
-from sqlalchemy import URL, text
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from torch.utils.data import ConcatDataset, Subset
 
-from ..core import DataError, MissingError, claim, digest, made_once, rng, runs, sha256
+from ..core import DataError, claim, digest, made_once, rng, runs, sha256
 from ..data.audit import note_opening
 from ..data.clips import MouseDataset
 from ..data.inputs import comparable, open_for
 from ..models.adapters import check_targets
 from .features import cached_features, fingerprint, source
+from .folds import run_folds
 from .heads import fresh_head, reverse_correlate, train_head
 from .recipes import HEAD_RECIPE, Recipe
 from .trainer import Fit, best_folder, check_options, fit, model_content, predict
-
-# %% ../../neuro_nbs/09_lora_grid.ipynb #d3ebd68f
-_HEARTBEAT = 15  # seconds between signs of life; a worker silent for four times as long is taken for dead
-
-
-def database(
-    path: str | Path,  # of an SQLite file
-) -> str:
-    "Its URL, whatever signs the path holds."
-    return URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
-
-
-class _Journal(JournalStorage, BaseHeartbeat):
-    "A file to which all workers append; each says in it that it lives, and each watches by its own clock."
-
-    def __init__(self, path: Path):
-        self._seen: dict[
-            int, tuple[Any, float]
-        ] = {}  # trial -> its last sign of life, and since when that is known
-        super().__init__(JournalFileBackend(str(path)))
-
-    def record_heartbeat(self, trial_id: int) -> None:
-        self.set_trial_system_attr(trial_id, "alive", time.time())
-
-    def _get_stale_trial_ids(self, study_id: int) -> list[int]:
-        now, stale = time.monotonic(), []
-        for trial in self.get_all_trials(study_id, deepcopy=False, states=(TrialState.RUNNING,)):
-            sign = trial.system_attrs.get("alive")
-            if self._seen.get(trial._trial_id, (None, now))[0] != sign or trial._trial_id not in self._seen:
-                self._seen[trial._trial_id] = (sign, now)
-            stale += [trial._trial_id] if now - self._seen[trial._trial_id][1] > 4 * _HEARTBEAT else []
-        return stale
-
-    def get_heartbeat_interval(self) -> int:
-        return _HEARTBEAT
-
-    def get_heartbeat_stale_trial_callback(self) -> None:
-        return None
-
-    get_failed_trial_callback = get_heartbeat_stale_trial_callback  # its name until Optuna 4.9
-
-
-_STORED = (
-    "a database URL such as sqlite:///grid.db or postgresql://user@host/grid, or a file: journal:///grid.log"
-)
-
-
-def open_storage(
-    storage: str,  # a database URL, such as sqlite:///grid.db or postgresql://user@host/grid, or journal:///grid.log
-) -> RDBStorage | JournalStorage:
-    "An Optuna storage whose workers give signs of life; a journal is for machines that share a disk and no server."
-    if not isinstance(storage, str):
-        raise DataError(f"storage of type {type(storage).__name__}", expected=_STORED)
-    if storage.startswith("journal:"):
-        return _open_journal(storage)
-    waits = {"connect_args": {"timeout": 60}} if storage.startswith("sqlite") else None
-    for attempt in range(5):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ExperimentalWarning)
-                return RDBStorage(
-                    _driven(storage), waits, heartbeat_interval=_HEARTBEAT, grace_period=4 * _HEARTBEAT
-                )
-        except (SQLAlchemyError, ImportError) as error:
-            if isinstance(error, DBAPIError) and attempt < 4:  # another worker may be making the same tables
-                time.sleep(0.5)
-                continue
-            driver = isinstance(error, ImportError) and storage.startswith("postgresql")
-            raise DataError(
-                f"storage {storage!r} cannot be opened: {str(error).splitlines()[0]}",
-                expected=_STORED,
-                fix='pip install "cortexlit[postgres]"' if driver else None,
-            ) from error
-
-
-def _driven(storage: str) -> str:
-    "A URL of PostgreSQL with the driver that is installed: what SQLAlchemy takes by itself depends on its version."
-    driver = next((name for name in ("psycopg", "psycopg2") if find_spec(name)), None)
-    return storage.replace("postgresql:", f"postgresql+{driver}:", 1) if driver else storage
-
-
-def _open_journal(storage: str) -> _Journal:
-    "Its file is made if it is not there, in a folder that is."
-    path = Path(storage.removeprefix("journal:///"))
-    if not storage.startswith("journal:///") or not path.name:
-        raise DataError(
-            f"storage {storage!r}", expected="journal:///grid.log, or journal:////folder/grid.log"
-        )
-    if not path.resolve().parent.is_dir():
-        raise MissingError(
-            f"storage {storage!r}: no such folder", path=path.resolve().parent, fix="make it first"
-        )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)
-            return _Journal(path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        problem = f"storage {storage!r} is no journal that can be read: {type(error).__name__}: {error}"
-        raise DataError(problem, "a file that Optuna wrote, or none", "choose another file", path) from error
-
-
-def fail_lost(
-    study: optuna.Study,  # in a storage from `open_storage`
-    seen: dict[int, float],  # kept between calls: since when a trial is known to run without a sign of life
-) -> None:
-    "Fail the trials of workers that died, also of those that died before their first sign of life."
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        fail_stale_trials(study)
-    if isinstance(study._storage, _Journal):
-        return
-    storage = getattr(study._storage, "_backend", study._storage)
-    with storage.engine.connect() as connection:
-        alive = {row[0] for row in connection.execute(text("SELECT trial_id FROM trial_heartbeats"))}
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        since = seen.setdefault(trial._trial_id, time.monotonic())
-        if trial._trial_id not in alive and time.monotonic() - since > 4 * _HEARTBEAT:
-            try:
-                study._storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
-            except UpdateFinishedTrialError:  # another worker has done it
-                continue
-
-# %% ../../neuro_nbs/09_lora_grid.ipynb #4f2358f6
-GridCell = dict[str, Any]  # values of a trial's parameters
-_TAKEN = (TrialState.COMPLETE, TrialState.RUNNING, TrialState.WAITING)
-
-
-def _trials_of(study: optuna.Study, cells: Sequence[GridCell]) -> list[list[FrozenTrial]]:
-    "For each cell its trials that are done, running or waiting, in the order of their numbers."
-    trials = study.get_trials(deepcopy=False, states=_TAKEN)
-    of_trial = [t.system_attrs.get("fixed_params") or t.params for t in trials]  # also of one that waits
-    return [[t for t, its in zip(trials, of_trial, strict=True) if its == cell] for cell in cells]
-
-
-def run_cells(
-    study: optuna.Study,  # in a storage from `open_storage`
-    cells: Sequence[GridCell],  # what is to be run, each once
-    suggest: Callable[[Trial], GridCell],  # asks a trial for its parameters
-    work: Callable[[GridCell, Trial], float],  # returns the value
-    wait: float = 2.0,  # seconds between looks at what other workers do
-) -> None:
-    "Run every cell once, together with all other workers on this study; return when all are done."
-
-    def objective(trial: Trial) -> float:
-        cell = suggest(trial)
-        if (
-            _trials_of(study, [cell])[0][0].number != trial.number
-        ):  # two workers have queued it at the same time
-            raise optuna.TrialPruned("this cell is run by another trial")
-        return work(cell, trial)
-
-    seen: dict[int, float] = {}
-    while True:
-        fail_lost(study, seen)
-        found = _trials_of(study, cells)
-        for cell, trials in zip(cells, found, strict=True):
-            if not trials:
-                study.enqueue_trial(cell)
-        states = [t.state for trials in found for t in trials]
-        if TrialState.WAITING in states or not all(found):
-            study.optimize(objective, n_trials=1)
-        elif TrialState.RUNNING in states:
-            time.sleep(wait)  # another worker is at it
-        else:
-            return
+from .trials import database, holding, open_study, run_trials
 
 # %% ../../neuro_nbs/09_lora_grid.ipynb #8ed72605
 def _alone(recipe: Recipe) -> Mapping[str, Any]:
@@ -279,19 +108,15 @@ class Grid:
                 check_targets(model, adapters)
 
     @property
-    def cells(self) -> list[GridCell]:
+    def cells(self) -> list[dict[str, Any]]:
         "Seeds first, so that an interrupted grid has compared all configurations at least once."
         return [{"configuration": name, "seed": seed} for seed in self.seeds for name in self.configurations]
 
     def study(self) -> optuna.Study:
         "The study in its storage, made if it is not there."
-        optuna.logging.set_verbosity(optuna.logging.WARNING)  # `run` has lines of its own
         if self._study is None:
             claim(self.folder, self._plan, "plan.json")
-            self._study = optuna.create_study(
-                storage=open_storage(self.storage), study_name=self.name, direction="maximize",
-                sampler=optuna.samplers.RandomSampler(0), load_if_exists=True,
-            )  # fmt: skip
+            self._study = open_study(self.storage, self.name)
         return self._study
 
     def start(self, seed: int) -> Fit:
@@ -309,48 +134,40 @@ class Grid:
         "Run what is missing; other processes and machines may do the same at the same time."
         train, validation = (open_for(self._config, self.root, tier) for tier in ("train", "validation"))
 
-        def suggest(trial: Trial) -> GridCell:
+        def suggest(trial: Trial) -> dict[str, Any]:
             name = trial.suggest_categorical("configuration", list(self.configurations))
             return {"configuration": name, "seed": trial.suggest_int("seed", 0, 2**31 - 1)}
 
-        def work(cell: GridCell, trial: Trial) -> float:
+        def work(cell: dict[str, Any], trial: Trial) -> float:
             name, seed = cell["configuration"], cell["seed"]
-            started, configuration = time.monotonic(), self.configurations[name]
-            options = {
-                **configuration.fit,
-                "last": self.last,
-                "seed": seed,
-                "progress": False,
-            } | self.options
             out = self.folder / f"{name}-seed{seed}"
-            done = fit(self.start(seed).model, (train, validation), out=out, **options)
-            for epoch, value in zip(
-                done.history["epoch"], done.history["validation_correlation"], strict=True
-            ):
-                trial.report(float(value), int(epoch))
+            options = self.configurations[name].fit | {"last": self.last, "seed": seed, "progress": False}
             trial.set_user_attr("folder", str(out))
+            done = fit(self.start(seed).model, (train, validation), out=out, **options | self.options)
+            for epoch, value in done.history[["epoch", "validation_correlation"]].itertuples(index=False):
+                trial.report(float(value), int(epoch))
             trial.set_user_attr("best_epoch", done.best_epoch)
-            trial.set_user_attr("seconds", round(time.monotonic() - started, 1))
-            if progress:
-                print(
-                    f"{name}, seed {seed}: validation correlation {done.correlation:.4f} after epoch {done.best_epoch}"
-                )
             return done.correlation
 
-        run_cells(self.study(), self.cells, suggest, work)
+        def told(cell: dict[str, Any], trial: Trial) -> str:
+            return f"{cell['configuration']}, seed {cell['seed']}"
+
+        run_trials(self.study(), self.cells, suggest, work, told if progress else None)
         return self
 
-    def table(self) -> pd.DataFrame:  # one row per finished run
-        "What was run, and the correlation on the validation tier."
+    def table(self) -> pd.DataFrame:  # one row per run that is over
+        "What was run, and the correlation on the validation tier; NaN where training diverged."
         rows = []
-        for trial in self.study().get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-            name, seed = trial.params["configuration"], trial.params["seed"]
+        for trial in holding(self.study()):
+            name, seed = trial.params.get("configuration"), trial.params.get("seed")
+            if trial.state not in (TrialState.COMPLETE, TrialState.PRUNED):
+                continue
             if name in self.configurations and seed in self.seeds:
                 c = self.configurations[name]
                 rows.append({
                     "configuration": name, "seed": seed, "lr": c.fit["lr"], "schedule": c.fit["schedule"],
-                    "epochs": "+".join(map(str, np.atleast_1d(c.fit["epochs"]))), "best epoch": trial.user_attrs["best_epoch"],
-                    "validation": trial.value, "seconds": trial.user_attrs["seconds"],
+                    "epochs": "+".join(map(str, np.atleast_1d(c.fit["epochs"]))), "best epoch": trial.user_attrs.get("best_epoch"),
+                    "validation": trial.value if trial.state == TrialState.COMPLETE else math.nan, "seconds": trial.user_attrs["seconds"],
                 })  # fmt: skip
         table = pd.DataFrame(rows, columns=["configuration", "seed", "lr", "schedule", "epochs", "best epoch",
                                             "validation", "seconds"])  # fmt: skip
@@ -359,8 +176,14 @@ class Grid:
                                  ignore_index=True)  # fmt: skip
 
     def best(self) -> str:
-        "The configuration with the highest mean validation correlation over seeds."
-        return self.table().groupby("configuration", sort=False)["validation"].mean().idxmax()
+        "The configuration with the highest mean validation correlation over seeds; none of its runs diverged."
+        by = self.table().groupby("configuration", sort=False)["validation"]
+        means = by.agg(lambda values: values.mean(skipna=False)).dropna()
+        if means.empty:
+            raise DataError(
+                "no configuration came to an end with every seed", path=self.folder, fix="a lower lr"
+            )
+        return means.idxmax()
 
     def predictions(
         self,
@@ -368,7 +191,8 @@ class Grid:
         "Responses to the test tier, once for each run: kept in its folder, and read from there afterwards."
         test, found = open_for(self._config, self.root, "test"), {}
         content = fingerprint(test)
-        for name, seed in self.table()[["configuration", "seed"]].itertuples(index=False):
+        done = self.table().dropna(subset="validation")
+        for name, seed in done[["configuration", "seed"]].itertuples(index=False):
             path = self.folder / f"{name}-seed{seed}" / "test.npy"
             best = best_folder(path.parent) / "model.safetensors"
 
@@ -392,7 +216,16 @@ def clip_folds(
     seed: int = 0,  # of the order of clips
     model: Any = None,  # whose input it is to be; None: the default normalisation
 ) -> list[tuple[Subset, Subset]]:  # (train, validation) of each fold, as `fit` takes them
-    "Training and validation tiers dealt anew: every clip is in the validation part of one fold, with all its repeats."
+    """Training and validation tiers dealt anew: every clip is in the validation part of one fold, with all its repeats.
+
+    Examples
+    --------
+    `mouse`, a folder from `build`:
+
+    >>> parts = clip_folds(mouse, folds=3)
+    >>> len({len(train) + len(validation) for train, validation in parts})
+    1
+    """
     tiers = [
         MouseDataset(root, tier) if model is None else open_for(model, root, tier)
         for tier in ("train", "validation")
@@ -420,11 +253,13 @@ def cross_validate(
     last: int = 66,  # frames at the end of each clip that are fitted and scored
     head: Mapping[str, Any]
     | None = None,  # options of `fit` for the head, in place of those of `HEAD_RECIPE`
+    out: str | Path | None = None,  # folder of what is kept; default one in `_runs` named after all this
+    progress: bool = True,  # a line for each fold
     **options: Any,  # of `fit`, for the adaptation
 ) -> (
     pd.DataFrame
 ):  # one row per fold: samples, correlation on the held-out clips of the head and of the adapted model
-    "Train a head and adapt the core on all clips but those of one fold, fold by fold."
+    "Train a head and adapt the core on all clips but those of one fold, fold by fold; what is done is kept."
     head_options = {**HEAD_RECIPE.fit, "last": last, "seed": seed, "progress": False, **(head or {})}
     check_options(**head_options)
     options = {**_alone(configuration), "last": last, "seed": seed, "progress": False, **options}
@@ -432,11 +267,21 @@ def cross_validate(
     first = fresh_head(root, core)
     if configuration.fit.get("adapters") is not None:
         check_targets(first, configuration.fit["adapters"])
-    rows = []
-    for k, fold in enumerate(clip_folds(root, folds, seed, first)):
+    parts = clip_folds(root, folds, seed, first)
+    plan = {"data": source(open_for(first, root, "train"))["content"], "model": model_content(first), "folds": folds,
+            "head": head_options, "options": asdict(configuration.but(fit=options))["fit"]}  # fmt: skip
+    out = runs(f"cross-{digest(plan)}") if out is None else Path(out)
+    claim(out, plan, "plan.json")
+
+    def make(k: int, row: dict[str, Any]) -> np.ndarray:
         model = fresh_head(root, core, seed=seed)
-        reverse_correlate(model, *fold, last)
-        start = fit(model, fold, **head_options)
-        done = fit(start.model, fold, **options)
-        rows.append((k, len(fold[0]), len(fold[1]), start.correlation, done.correlation))
+        reverse_correlate(model, *parts[k], last)
+        start = fit(model, parts[k], **head_options)
+        done = fit(start.model, parts[k], **options)
+        row |= {"best epoch": done.best_epoch, "validation correlation": done.correlation}
+        return np.array([start.correlation, done.correlation])
+
+    told = configuration.name if progress else None
+    scores, _ = run_folds(out / "fold", dict.fromkeys(range(folds), plan), make, told)
+    rows = [(k, *map(len, part), *scores[k].tolist()) for k, part in enumerate(parts)]
     return pd.DataFrame(rows, columns=["fold", "trained on", "held out", "head only", configuration.name])

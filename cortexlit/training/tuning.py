@@ -12,7 +12,6 @@ __all__ = ['SPACES', 'SAMPLERS', 'PRUNERS', 'Choice', 'Range', 'Space', 'Tuning'
 import dataclasses
 import inspect
 import math
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -54,8 +53,8 @@ from cortexlit.core import (
 from ..data.audit import folders_of, note_opening, sample_marks
 from ..models.adapters import Adapters
 from .features import fingerprint
-from .lora import database, fail_lost, open_storage
-from .trainer import Diverged, audited, best_folder, check_options, fit, origin, predict
+from .trainer import audited, best_folder, check_options, fit, origin, predict
+from .trials import database, holding, open_study, run_trials
 
 # %% ../../neuro_nbs/15a_cnn_vit_optuna.ipynb #21f74743
 @dataclass(frozen=True)
@@ -192,7 +191,6 @@ SPACES = {
 SAMPLERS = {"tpe": TPESampler, "random": RandomSampler}
 PRUNERS = ("median", "hyperband")
 _START = 5  # trials before sampler and pruner look at earlier ones
-_TAKEN = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING, TrialState.WAITING)
 
 
 def _sampler(kind: str, seed: int) -> optuna.samplers.BaseSampler:
@@ -225,73 +223,22 @@ def _built(
     with seeded(seed):
         return build(params)
 
-
-def _taken(study: optuna.Study) -> list[FrozenTrial]:
-    "Trials that hold a place, in the order of their numbers."
-    return study.get_trials(deepcopy=False, states=_TAKEN)
-
-
-def _asked(trial: FrozenTrial) -> dict[str, Any]:
-    "Parameters of a trial, also of one that died before it asked for them."
-    return trial.params or trial.system_attrs.get("fixed_params") or {}
-
-
-def _retry(study: optuna.Study) -> None:
-    "Queue again what failed on the way."
-    trials = study.get_trials(deepcopy=False)
-    again = {t.user_attrs["again"] for t in trials if "again" in t.user_attrs}
-    for t in trials:
-        if (
-            t.state == TrialState.FAIL
-            and _asked(t)
-            and t.number not in again
-            and not t.user_attrs.get("surplus")
-        ):
-            study.enqueue_trial(_asked(t), user_attrs={"again": t.number})
-
 # %% ../../neuro_nbs/15a_cnn_vit_optuna.ipynb #8cda0e33
 @dataclass(frozen=True)
 class _Search:
-    "One study's objective."
+    "What each trial of a search does."
 
     build: Callable[[dict[str, Any]], PreTrainedModel]
     folds: Sequence[Any]
-    space: Space
     folder: Path
-    study: optuna.Study
-    sampler: str
-    trials: int
     seed: int
     epochs: int
     options: Mapping[str, Any]
-    progress: bool
 
-    def __call__(self, trial: Trial) -> float:
-        before = [t for t in _taken(self.study) if t.number < trial.number]
-        again = trial.user_attrs.get("again")
-        if len(before) >= self.trials or (
-            again is not None and any(t.user_attrs.get("again") == again for t in before)
-        ):
-            trial.set_user_attr("surplus", True)
-            return math.nan  # fails, and leaves its place to another one
-        self.study.sampler = _sampler(self.sampler, int(rng(self.seed, "tune", len(before)).integers(2**31)))
-        params, started = self.space.suggest(trial), time.monotonic()
-        trial.set_user_attr("folder", str(self.folder / f"trial-{digest(params)}"))
-        given_up = None
-        try:
-            value = self._value(trial, params)
-        except (optuna.TrialPruned, Diverged) as error:
-            given_up = str(error).splitlines()[0]
-        trial.set_user_attr("seconds", round(time.monotonic() - started, 1))
-        if self.progress:
-            end = f"given up {given_up}" if given_up else f"validation r {value:.4f}"
-            print(f"trial {trial.number}: {_told(params)}: {end}", flush=True)
-        if given_up:
-            raise optuna.TrialPruned(given_up)
-        return value
-
-    def _value(self, trial: Trial, params: dict[str, Any]) -> float:
+    def __call__(self, params: dict[str, Any], trial: Trial) -> float:
         "Mean over folds of the best validation correlation."
+        folder = self.folder / f"trial-{digest(params)}"
+        trial.set_user_attr("folder", str(folder))
         model_params, options = _split(params)
         options = {"seed": self.seed, **self.options, **options}
         model, done, reported = _built(self.build, model_params, options["seed"]), [], set()
@@ -307,15 +254,16 @@ class _Search:
                         if trial.should_prune():
                             raise optuna.TrialPruned(f"after epoch {epoch} of fold {k}, at {value:.4f}")
 
-            out = Path(trial.user_attrs["folder"]) / f"fold-{k}"
+            out = folder / f"fold-{k}"
             run = fit(model, fold, out=out, epochs=self.epochs, on_epoch=watch, progress=False, **options)
             watch(run.history)  # of a run that was there already
             done.append(run.correlation)
         return float(np.mean(done))
 
-
-def _told(params: Mapping[str, Any]) -> str:
-    return ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in params.items())
+    def told(self, params: dict[str, Any], trial: Trial) -> str:
+        "The trial's name in its line."
+        values = (f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in params.items())
+        return f"trial {trial.number}: {', '.join(values)}"
 
 # %% ../../neuro_nbs/15a_cnn_vit_optuna.ipynb #39682692
 @dataclass(frozen=True)
@@ -362,7 +310,7 @@ class Tuning:
     def table(self) -> pd.DataFrame:  # one row per trial that holds a place
         "What was tried, how it ended, and the validation correlation (of one given up: the last one reported)."
         rows = []
-        for t in _taken(self.study):
+        for t in holding(self.study):
             last = t.intermediate_values[max(t.intermediate_values)] if t.intermediate_values else math.nan
             value = t.value if t.state == TrialState.COMPLETE else last
             rows.append({"trial": t.number, **{k: t.params.get(k) for k in self.space.parameters}, "validation": value,
@@ -381,7 +329,7 @@ class Tuning:
 
     def plot(self) -> Figure:
         "History, course of each trial, one slice per parameter, importance."
-        trials, table = _taken(self.study), self.table()
+        trials, table = holding(self.study), self.table()
         done = (table["state"] == "complete").to_numpy()
         names = list(self.space.parameters)
         columns = max(3, len(names))
@@ -554,17 +502,19 @@ def tune(
             claim(folder, plan, "plan.json")
             write_json(folder / "marks.json", sorted(marks))
         clear_leftovers(folder)
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        study = optuna.create_study(
-            storage=open_storage(storage or database(folder / "tuning.db")), study_name=name, direction="maximize",
-            load_if_exists=True, sampler=_sampler(sampler, seed), pruner=_pruner(pruner, epochs, len(folds)),
-        )  # fmt: skip
-        search = _Search(build, folds, space, folder, study, sampler, trials, seed, epochs, options, progress)
-        _work(study, search)
-    finally:
-        optuna.logging.set_verbosity(verbosity)
+    study = open_study(storage or database(folder / "tuning.db"), name, _sampler(sampler, seed),
+                       _pruner(pruner, epochs, len(folds)))  # fmt: skip
+
+    def drawn(place: int) -> optuna.samplers.BaseSampler:
+        return _sampler(sampler, int(rng(seed, "tune", place).integers(2**31)))
+
+    def shut() -> None:
+        if (folder / "test.npy").is_file():
+            raise DataError("the test of this search has been opened", path=folder,
+                            fix="no further trials: make another search in another folder")  # fmt: skip
+
+    search = _Search(build, folds, folder, seed, epochs, options)
+    run_trials(study, trials, space.suggest, search, search.told if progress else None, drawn, shut)
     done = Tuning(study, folder, space, build)
     model_params, fit_params = _split(done.best)
     write_json(folder / "best.json", {
@@ -572,24 +522,6 @@ def tune(
         "validation_correlation": done.value, "study": name, "trials": len(done.table()),
     })  # fmt: skip
     return done
-
-
-def _work(study: optuna.Study, search: _Search, wait: float = 1.0) -> None:
-    "Run trials until all places are taken and all trials over."
-    seen: dict[int, float] = {}
-    while True:
-        fail_lost(study, seen)
-        _retry(study)
-        states = [t.state for t in _taken(study)]
-        if len(states) < search.trials or TrialState.WAITING in states:
-            if (search.folder / "test.npy").is_file():
-                raise DataError("the test of this search has been opened", path=search.folder,
-                                fix="no further trials: make another search in another folder")  # fmt: skip
-            study.optimize(search, n_trials=1)
-        elif TrialState.RUNNING in states:
-            time.sleep(wait)  # another worker is at it
-        else:
-            return
 
 
 def load_best(
