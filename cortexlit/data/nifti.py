@@ -228,5 +228,7 @@ def _events_of(path: Path, root: Path, column: str) -> pd.DataFrame:
         raise MissingError(problem, "one", "name events=, the folder of the events", root)
     table = _read_table(found[0])
     _needs(table, ["onset", column], found[0])
-    table = table[~table[column].astype(str).isin(["n/a", "nan", ""])].sort_values("onset", kind="stable")
+    table = table[~table[column].fillna("").astype(str).isin(["n/a", "nan", ""])].sort_values(
+        "onset", kind="stable"
+    )
     return pd.DataFrame({"image": table[column].astype(str).str.rsplit("/", n=1).str[-1].to_numpy()})

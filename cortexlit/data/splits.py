@@ -139,7 +139,7 @@ class Split:
         if self.tier.ndim != 2 or self.tier.shape[1] != len(self.samples):
             wish = f"(folds, {len(self.samples)} samples)"
             raise DataError(f"tier has shape {self.tier.shape}", expected=wish)
-        if strange := sorted({*np.unique(self.tier)} - {"", "train", "validation", "test"}):
+        if strange := sorted({*np.unique(self.tier).tolist()} - {"", "train", "validation", "test"}):
             raise DataError(f"no tier {strange[0]!r}", expected="train, validation, test, or nothing")
 
     @classmethod

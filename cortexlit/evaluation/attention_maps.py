@@ -302,7 +302,7 @@ def random_maps(
         squares = [(2 * np.pi * np.fft.fftfreq(n)) ** 2 for n in shape[:2]]
         squares.append((2 * np.pi * np.fft.rfftfreq(shape[2])) ** 2)
         gain = np.exp(-(width**2) / 2 * sum(np.meshgrid(*squares, indexing="ij")))
-        noise = np.stack([np.fft.irfftn(np.fft.rfftn(one) * gain, shape) for one in noise])
+        noise = np.stack([np.fft.irfftn(np.fft.rfftn(one) * gain, shape, axes=(0, 1, 2)) for one in noise])
     return noise[:, : mask.shape[0], : mask.shape[1], : mask.shape[2]][:, mask].astype(np.float32)
 
 
