@@ -30,6 +30,7 @@ MADE = {
 }  # by `names`, not for nothing
 COMMANDS = {"cli"}  # `cortexlit COMMAND --help` says how a command is used
 COSTLY = {  # CPU seconds of an example that is run only by `COSTLY=1 pytest tests/test_examples.py`
+    "insilico.stimuli.demo_twin": 5,
     "simulate.populations.v1like_session": 4,
     "simulate.session.write_session": 1,
     "training.heads.head_predictions": 5,
@@ -40,13 +41,6 @@ ALLEN = (
     {"data.allen.open_cache"} if importlib.util.find_spec("allensdk") is None else set()
 )  # what nobody can call here
 NONE_YET = {  # should have one
-    "insilico.excite": {"true_cells", "Excited"},
-    "insilico.fields": {"fit_gabors"},
-    "insilico.stimuli": {
-        "screen_of", "render_gratings", "sparse_noise", "white_noise", "natural_crops", "as_films", "Twin", "present",
-        "demo_twin",
-    },
-    "insilico.tuning": {"measured_gratings", "grating_tuning"},
     "training.decoders": {"FoldFits"},
     "training.folds": {"SharedCore", "predict_fold"},
     "training.lora": {"database", "open_storage", "fail_lost", "run_cells", "clip_folds", "cross_validate"},

@@ -143,7 +143,12 @@ def true_cells(
     screen: Screen,
     seed: int = 0,  # the mouse
 ) -> TrueCells:  # the neurons of session A, in the order of its `neurons.csv`
-    "The simulated neurons of an embedded session; seconds the first time, because its films are made."
+    """The simulated neurons of an embedded session; seconds the first time, because its films are made.
+
+    >>> cells = true_cells("tiny", Screen())
+    >>> len(cells.neurons), tuple(cells.fields.shape)
+    (8, (8, 2, 36, 64))
+    """
     count = size_named(size).cells
     neurons = make_neurons(count, seed)[:count].reset_index(drop=True)
     down, over = (resize(np.eye(n, dtype=np.float32)[None], (m, n))[0] for n, m in zip(screen.size, FIELD, strict=True))  # fmt: skip
@@ -178,6 +183,12 @@ class Excited:
         (seeds, n) the step from which each film is.
     climb : np.ndarray
         (steps + 1, seeds, n) answers on the way; NaN after the end.
+
+    Examples
+    --------
+    >>> found = exciting_films(true_cells("tiny", Screen()), [3, 5], still=True, steps=4)
+    >>> found.films.shape, bool((found.answers > found.climb[0]).all())  # one seed, two neurons, a still picture
+    ((1, 2, 1, 36, 64), True)
     """
 
     rows: tuple[int, ...]

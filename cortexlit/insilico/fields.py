@@ -181,6 +181,12 @@ def fit_gabors(
     `azimuth` and `altitude` of its centre, `orientation` across its stripes (0 to 180), `width` across and
     `length` along them (standard deviations), in degrees; `spatial_frequency`, cycles per degree; `phase`,
     degrees; `r2`, the share of the field's power that it explains. NaN for a field without power.
+
+    >>> screen = Screen((18, 32))
+    >>> x, y = screen.angles()
+    >>> field = np.exp(-((x - 10) ** 2 + y**2) / 200) * np.cos(2 * np.pi * 0.04 * (x - 10))
+    >>> fit_gabors(field[None], screen)[["azimuth", "spatial_frequency"]].round(3).to_numpy().tolist()
+    [[10.0, 0.04]]
     """
     x, y = (v.ravel() for v in screen.angles())
     columns = ["azimuth", "altitude", "orientation", "spatial_frequency", "width", "length", "phase", "r2"]

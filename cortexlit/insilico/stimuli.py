@@ -91,7 +91,13 @@ def screen_of(
     root: str | Path,  # a dataset folder
     degrees: tuple[float, float] | None = None,  # height and width; None: as its source says
 ) -> Screen:  # warped, of the size and rate of its clips
-    "The screen on which a recording's films were shown; `MissingError` if its source does not say."
+    """The screen on which a recording's films were shown; `MissingError` if its source does not say.
+
+    `mouse`, a folder from `build`:
+
+    >>> screen_of(mouse).size, screen_of(mouse).degrees
+    ((36, 64), (60.0, 120.0))
+    """
     card = check_folder(root, "clips")
     degrees = degrees or _SCREENS.get(card["source"])
     if degrees is None:
@@ -154,7 +160,12 @@ def render_gratings(
     screen: Screen,
     frames: int = 60,  # of each film
 ) -> np.ndarray:  # (rows, frames, H, W) float32 contrast, -1 to 1, grey 0
-    "Draw each row of a table as a film; `DataError` if pixels or frames are too coarse to show it."
+    """Draw each row of a table as a film; `DataError` if pixels or frames are too coarse to show it.
+
+    >>> films = render_gratings(grating_table(direction=(0, 90), contrast=0.5), Screen(), frames=10)
+    >>> films.shape, float(films.max().round(2))
+    ((2, 10, 36, 64), 0.5)
+    """
     _check_gratings(table, screen)
     x, y = screen.angles()
     times = np.arange(frames) / screen.rate
@@ -187,7 +198,12 @@ def sparse_noise(
     density: float = 0.05,  # share of squares that are not grey, 0 to 1
     seed: int = 0,
 ) -> np.ndarray:  # (pictures, H, W) float32: -1, 0 or 1
-    "Black and white squares on grey, each drawn by itself."
+    """Black and white squares on grey, each drawn by itself; `DataError` for squares smaller than a pixel.
+
+    >>> pictures = sparse_noise(Screen(), 3, degrees=10.0, density=0.2)
+    >>> pictures.shape, np.unique(pictures).tolist()
+    ((3, 36, 64), [-1.0, 0.0, 1.0])
+    """
     if not 0 < density <= 1:
         raise DataError(f"density={density}", expected="above 0, up to 1")
     number, count = _squares(screen, degrees)
@@ -203,7 +219,12 @@ def white_noise(
     contrast: float = 0.35,  # standard deviation; values beyond -1 and 1 are clipped
     seed: int = 0,
 ) -> np.ndarray:  # (pictures, H, W) float32, -1 to 1
-    "Gaussian noise, independent from square to square and from picture to picture."
+    """Gaussian noise, independent from square to square and from picture to picture.
+
+    >>> pictures = white_noise(Screen(), 100, contrast=0.2)
+    >>> pictures.shape, round(float(pictures.std()), 2)
+    ((100, 36, 64), 0.2)
+    """
     number, count = _squares(screen, degrees)
     values = contrast * rng(seed, "white noise").standard_normal((pictures, count))
     return np.clip(values, -1, 1).astype(np.float32)[:, number]
@@ -216,7 +237,12 @@ def natural_crops(
     share: float = 0.5,  # of the image's height and width that a crop shows, above 0, up to 1
     seed: int = 0,
 ) -> np.ndarray:  # (pictures, H, W) float32, -1 to 1
-    "Pieces of natural pictures at random places, enlarged to the whole screen."
+    """Pieces of natural pictures at random places, enlarged to the whole screen.
+
+    >>> photograph = np.arange(256, dtype=np.uint8).repeat(100).reshape(1, 256, 100)  # from black to white
+    >>> natural_crops(photograph, Screen(), pictures=2).shape
+    (2, 36, 64)
+    """
     images = np.asarray(images)
     if images.ndim != 3 or images.dtype != np.uint8 or not len(images) or not 0 < share <= 1:
         raise DataError(
@@ -240,7 +266,12 @@ def as_films(
     before: int = 20,  # grey frames before it
     after: int = 0,  # grey frames after it
 ) -> np.ndarray:  # (n, before + shown + after, H, W) float32
-    "Every picture as a film of its own, with grey around it."
+    """Every picture as a film of its own, with grey around it.
+
+    >>> films = as_films(np.ones((2, 36, 64)), shown=3, before=1, after=2)
+    >>> films[0, :, 0, 0].tolist()
+    [0.0, 1.0, 1.0, 1.0, 0.0, 0.0]
+    """
     if min(before, after) < 0 or shown < 1:
         raise DataError(
             f"shown={shown}, before={before}, after={after}",
@@ -273,6 +304,14 @@ class Twin:
         Single-trial correlation on the validation tier, of the model and of its baselines.
     trial_correlation : np.ndarray
         (neurons,) that of the model, neuron by neuron; NaN where it is undefined.
+
+    Examples
+    --------
+    `mouse`, a folder from `build`, and `head` from `train_head`:
+
+    >>> twin = open_twin(head.model, mouse, trust=True)
+    >>> twin.screen.size, len(twin.neurons)
+    ((36, 64), 8)
     """
 
     model: Any
@@ -366,7 +405,14 @@ def present(
 ) -> (
     np.ndarray
 ):  # (n, neurons, last) float32, in the unit of the labels: the spread of each neuron's training responses
-    "Show films to all neurons at once, behaviour held at its mean; `DataError` for films that do not fit."
+    """Show films to all neurons at once, behaviour held at its mean; `DataError` for films that do not fit.
+
+    `mouse`, a folder from `build`, and `head` from `train_head`; a model of 13-frame tubelets loses 12 frames:
+
+    >>> twin = open_twin(head.model, mouse, trust=True)
+    >>> present(twin, np.zeros((2, 20, 36, 64), np.float32)).shape
+    (2, 8, 8)
+    """
     device, out, waiting = next(twin.model.parameters()).device, [], []
     bar = tqdm(
         desc="showing",
@@ -424,7 +470,12 @@ def demo_twin(
     control: str | None = None,  # one of `CONTROLS`: a random core, or shuffled labels
     seed: int = 0,  # of the head
 ) -> Twin:  # a control is trusted, so that it can be shown what it should fail
-    "The twin of the embedded session A: made on first use, found ever after."
+    """The twin of the embedded session A: made on first use, a minute or two, and found ever after.
+
+    >>> twin = demo_twin()
+    >>> twin.scores["model"] > twin.scores["behaviour ridge"], len(twin.neurons)
+    (True, 64)
+    """
     root = generated("insilico", "demo-stimuli")
     with locked(root):
         if not (root / "card.json").exists():

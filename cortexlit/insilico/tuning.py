@@ -53,6 +53,12 @@ def measured_gratings(
 
     The table has `direction`, `temporal_frequency`, `spatial_frequency` and `phase`, the number of the
     repeat. `MissingError` if the recording has no drifting gratings, or no blank sweep among them.
+
+    `session`, an opened recording:
+
+    >>> shown, responses = measured_gratings(session)
+    >>> len(shown) == len(responses), set(shown["direction"]) <= set(range(0, 360, 45))
+    (True, True)
     """
     table = recording.stimulus_tables.get("drifting_gratings")
     if table is None:
@@ -160,6 +166,12 @@ def grating_tuning(
     `osi` and `dsi`, 0 to 1, NaN for a neuron that answers below grey on average; `spatial_frequency` and
     `temporal_frequency` where three or more were shown. Every combination counts alike, however often it
     was shown. Eight directions are four orientations: a sharply tuned neuron's can be ten degrees off.
+
+    >>> from cortexlit.insilico.stimuli import grating_table
+    >>> shown = grating_table(direction=range(0, 360, 45), phase=(0, 0.5))
+    >>> responses = 1 + np.cos(np.deg2rad(shown["direction"].to_numpy() - 90))[:, None]
+    >>> grating_tuning(shown, responses)[["direction", "dsi"]].round(2).to_numpy().tolist()
+    [[90.0, 0.5]]
     """
     names = ["direction", "spatial_frequency", "temporal_frequency"]
     responses = np.asarray(responses, float)
