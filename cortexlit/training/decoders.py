@@ -105,6 +105,15 @@ class FoldFits(Shown):
         the share of right choices among pairs), slope by which predictions were stretched, seconds.
     folder : Path
         predictions.npy, folds.json, and one run folder per fold.
+
+    Examples
+    --------
+    >>> table = pd.DataFrame({"fold": [0, 1], "validation correlation": [0.2, 0.3]})
+    >>> FoldFits(np.zeros((8, 5)), table, Path("folds"))
+    FoldFits of 2 folds
+      predictions: 8 of 8 trials, 5 outputs
+      validation: 0.200 to 0.300, correlation at the best epoch
+      folder: folds
     """
 
     predictions: np.ndarray

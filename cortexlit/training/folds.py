@@ -47,7 +47,18 @@ class _Reads:
 
 
 class SharedCore:
-    "The output of one frozen core for all clips of a session, computed once; gives any dataset of its folds its part."
+    """The output of one frozen core for all clips of a session, computed once; gives any dataset of its folds its part.
+
+    Examples
+    --------
+    `folds`, a folder from `build_folds`:
+
+    >>> first = fold_folders(folds)[0]
+    >>> model = fresh_head(first)
+    >>> shared = SharedCore(model, folds, last=12)
+    >>> sorted(shared(model, open_for(model, first, "test"))[0])
+    ['behavior', 'features', 'labels', 'pupil_center']
+    """
 
     def __init__(
         self,
@@ -127,7 +138,16 @@ def predict_fold(
     shared: SharedCore | None = None,  # of this core, so that it does not run for each fold
     row: dict[str, Any] | None = None,  # is told the best epoch and its validation correlation
 ) -> np.ndarray:  # (test samples, neurons, last), in units of the fold's labels
-    "Train on one fold, choose on its validation tier, predict its test tier."
+    """Train on one fold, choose on its validation tier, predict its test tier.
+
+    Examples
+    --------
+    `folds`, a folder from `build_folds`; one epoch of a head:
+
+    >>> found = predict_fold(fold_folders(folds)[0], last=12, head={"epochs": 1})
+    >>> found.shape[-1], bool(np.isfinite(found).all())
+    (12, True)
+    """
     done = train_head(
         folder, core, control, seed, last, keep=shared, **{"progress": False} | dict(head or {})
     )

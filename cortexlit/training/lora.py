@@ -259,7 +259,18 @@ def cross_validate(
 ) -> (
     pd.DataFrame
 ):  # one row per fold: samples, correlation on the held-out clips of the head and of the adapted model
-    "Train a head and adapt the core on all clips but those of one fold, fold by fold; what is done is kept."
+    """Train a head and adapt the core on all clips but those of one fold, fold by fold; what is done is kept.
+
+    Examples
+    --------
+    `mouse`, a folder from `build`; two folds, one epoch each:
+
+    >>> from cortexlit.training.recipes import STUDY
+    >>> few = {"folds": 2, "last": 12, "head": {"epochs": 1}, "epochs": 1, "progress": False}
+    >>> table = cross_validate(mouse, STUDY[0], **few)
+    >>> list(table.columns)
+    ['fold', 'trained on', 'held out', 'head only', 'r8-all']
+    """
     head_options = {**HEAD_RECIPE.fit, "last": last, "seed": seed, "progress": False, **(head or {})}
     check_options(**head_options)
     options = {**_alone(configuration), "last": last, "seed": seed, "progress": False, **options}

@@ -65,6 +65,11 @@ class Choice:
     ----------
     values : tuple
         Strings, numbers, True, False or None.
+
+    Examples
+    --------
+    >>> Choice((16, 32)).values
+    (16, 32)
     """
 
     values: tuple[Any, ...]
@@ -85,6 +90,11 @@ class Range:
         The ends.
     log : bool
         Even on a logarithmic scale.
+
+    Examples
+    --------
+    >>> Range(1, 8).whole, Range(1e-4, 1e-2, log=True).whole
+    (True, False)
     """
 
     low: float
@@ -281,6 +291,13 @@ class Tuning:
         What was tried.
     build : callable
         Parameters -> model.
+
+    Examples
+    --------
+    `found` is what `tune` returns; see there.
+
+    >>> found = cx.tune(build, data, space, trials=2)  # doctest: +SKIP
+    >>> found.table(), found.best, found.value  # doctest: +SKIP
     """
 
     study: optuna.Study
@@ -527,7 +544,15 @@ def tune(
 def load_best(
     path: str | Path,  # best.json in a search's folder
 ) -> tuple[dict[str, Any], dict[str, Any]]:  # for the search's own `build` (not in the file); for `fit`
-    "The best configuration: `model, options = load_best(path); fit(build(model), data, **options)`."
+    """The best configuration: `model, options = load_best(path); fit(build(model), data, **options)`.
+
+    Examples
+    --------
+    >>> kept = tmp_path / "best.json"
+    >>> _ = kept.write_text('{"model": {"depth": 2}, "fit": {"lr": 0.001}}')
+    >>> load_best(kept)
+    ({'depth': 2}, {'lr': 0.001})
+    """
     config = read_json(path)
     if not isinstance(config, dict) or not {"model", "fit"} <= config.keys():
         raise DataError(
