@@ -21,7 +21,7 @@ LOCK_OPTIONS ?=
 ONLY ?=
 
 BIN := .venv/bin
-PYTEST = $(BIN)/pytest -q -n 3 --dist worksteal
+PYTEST = $(BIN)/pytest -q -n 2 --dist worksteal
 READY := .venv/.ready
 export VIRTUAL_ENV := $(CURDIR)/.venv
 
