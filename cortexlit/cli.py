@@ -281,7 +281,7 @@ def _show_scores(table: pd.DataFrame) -> None:
 
 def _with_seeds(table: pd.DataFrame) -> pd.DataFrame:
     "The seed, if there is one, as part of the model's name."
-    seeds = table["seed"].map(lambda seed: f" (seed {seed})", na_action="ignore").fillna("")
+    seeds = table["seed"].astype(object).map(lambda seed: f" (seed {seed})", na_action="ignore").fillna("")
     return table.assign(model=table["model"] + seeds)
 
 
