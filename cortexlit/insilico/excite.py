@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from tqdm.std import tqdm
 
-from ..core import DataError, digest, generated, load_array, locked, rng, save_array
+from ..core import DataError, digest, generated, made_once, rng
 from .stimuli import Screen, Twin
 from cortexlit.simulate.session import (
     FIELD,
@@ -158,13 +158,9 @@ def true_cells(
 
 def _scale(neurons: pd.DataFrame, size: str) -> np.ndarray:
     "Mean energy of each neuron over the session's films, which are made once and not again."
-    path = generated(
-        "insilico", f"energy-{size}-{digest(neurons.drop(columns='kind').to_numpy(float).tolist())}.npy"
-    )
-    with locked(path):
-        if not path.exists():
-            save_array(path, energy_scale(neurons, size).astype(np.float32))
-    return load_array(path)
+    made_from = {"size": size, "neurons": digest(neurons.drop(columns="kind").to_numpy(float).tolist())}
+    path = generated("insilico", f"scale-{digest(made_from)}.npy")
+    return made_once(path, made_from, lambda: energy_scale(neurons, size).astype(np.float32))
 
 # %% ../../neuro_nbs/22_most_exciting_inputs.ipynb #22aa0014
 @dataclass(frozen=True)
