@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,8 @@ class Job:
         Names of jobs that must have ended before, well or not.
     loud : bool
         What the process prints reaches the terminal; otherwise it is shown only if the process dies.
+    light : bool
+        It imports little: a process of its own starts at once, while the others wait for the libraries.
     """
 
     name: str
@@ -76,6 +79,7 @@ class Job:
     seconds: float = 10.0
     after: frozenset[str] = frozenset()
     loud: bool = False
+    light: bool = False
 
 
 @dataclass
@@ -199,6 +203,7 @@ def run(
     context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
     if sys.platform == "linux":
         context.set_forkserver_preload(list(preload))
+        forkserver.ensure_running()  # imports, while light jobs begin
     progress, running, done = Progress(waiting, workers, say), [], []
     progress.start(waiting)
     if preload and sys.platform == "linux":
@@ -210,7 +215,7 @@ def run(
                 ended = {d.name for d in done}
                 ready = [job for job in waiting if job.after & names <= ended]
                 assert ready or running, "jobs wait for each other"
-                for job in ready[: workers - len(running)]:
+                for job in sorted(ready, key=lambda job: not (job.light or done))[: workers - len(running)]:
                     waiting.remove(job)
                     running.append(_start(context, job, Path(logs)))
                 wait([r.results for r in running], timeout=1.0)
@@ -228,6 +233,7 @@ def run(
 
 
 def _start(context: Any, job: Job, logs: Path) -> _Running:
+    context = multiprocessing.get_context("spawn") if job.light else context
     results, sender = context.Pipe(duplex=False)
     log = logs / f"{job.name.replace('/', '_')}.log"
     target = (sender, None if job.loud else str(log), job.function, job.args)

@@ -305,7 +305,7 @@ def shared(paths: list[Path], typical: Mapping[str, float]) -> dict[jobs.Job, se
     for name, (words, make) in SHARED.items():
         readers = {path for path, text in texts.items() if words in text}
         if len(readers) > 1:
-            found[jobs.Job(name, make, (), typical.get(name, 25.0))] = readers
+            found[jobs.Job(name, make, (), typical.get(name, 25.0), light=True)] = readers
     return found
 
 

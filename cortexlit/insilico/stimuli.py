@@ -30,6 +30,7 @@ from ..evaluation.baselines import behaviour_ridge, blind_mean, scored_frames
 from ..metrics import mean_score, single_trial_correlation
 from ..models.viv1t import ViV1T
 from ..simulate.session import embedded_session
+from ..training.features import cached_features
 from ..training.heads import train_head
 from ..training.trainer import best_folder, predict
 
@@ -340,6 +341,8 @@ def _validated(model: Any, root: Path, last: int) -> tuple[dict[str, float], np.
         load_tier(root, tier, model.config.normalisation) for tier in ("train", "validation")
     )
     labels, data = validation.labels[..., -last:], open_for(model, root, "validation")
+    if hasattr(model, "encode") and not model.config.core_state:  # to the core, repeats of a clip are one
+        data = cached_features(model, data, last=last, dtype="float32", batch_size=4, progress=False)
     found = {
         "model": predict(model, data, last=last, batch_size=4),
         "stimulus-blind mean": blind_mean(train, validation),

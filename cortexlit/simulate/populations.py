@@ -306,8 +306,11 @@ class V1Like(Population):
         self, pictures: np.ndarray, neurons: pd.DataFrame, gazes: Sequence[tuple[float, float]] = GAZES
     ) -> np.ndarray:
         "(cells, pictures, gazes, 5)."
-        windows = (np.stack([of(neurons, g) for g in gazes], 1) for of in (two_lobes, pools))
-        return np.moveaxis(filtered(pictures, *windows), 0, 1)
+        return np.moveaxis(filtered(pictures, *self.windows(neurons, gazes)), 0, 1)
+
+    def windows(self, neurons: pd.DataFrame, gazes: Sequence[tuple[float, float]]) -> list[np.ndarray]:
+        "(cells, gazes, 3, 38, 76) subunits and (cells, gazes, 2, 38, 76) pools."
+        return [np.stack([of(neurons, g) for g in gazes], 1) for of in (two_lobes, pools)]
 
     def scale(self, neurons: pd.DataFrame, size: str) -> np.ndarray:
         "(cells, 4): means of the three drives over the two movies, and the weight of the surround."
@@ -371,6 +374,7 @@ def swept(
     temporal: float | Iterable[float],  # Hz, one or several
     contrast: float = 0.8,
     frames: int = 60,  # at 30 frames per second
+    windows: Sequence[np.ndarray] | None = None,  # of the neurons with the eye at rest, if made already
 ) -> np.ndarray:  # (cells, [rates,] frames, 5), as `V1Like.filter` of the whole film would give
     """Signals of a drifting grating from three still ones.
 
@@ -381,10 +385,9 @@ def swept(
     >>> swept(population, neurons, direction=0, frequency=0.04, temporal=[1, 2], frames=30).shape
     (3, 2, 30, 5)
     """
-    still = population.filter(
-        grating(direction, frequency, np.array([0, 0.25, 0.125]), contrast), neurons, [(0.0, 0.0)]
-    )
-    first, second, between = (still[:, k, 0, None, :].astype(np.float64) for k in range(3))
+    windows = windows or population.windows(neurons, [(0.0, 0.0)])
+    still = filtered(grating(direction, frequency, np.array([0, 0.25, 0.125]), contrast), *windows)
+    first, second, between = (picture[:, 0, None, :].astype(np.float64) for picture in still)
     angle = 2 * np.pi * np.multiply.outer(np.asarray(temporal, float), np.arange(frames) / 30)
     c, s = np.cos(angle)[..., None], np.sin(angle)[..., None]
     if np.ndim(temporal):
@@ -408,14 +411,14 @@ def tuning(
     ['best_direction', 'best_orientation']
     """
     directions, frequencies, rates = 22.5 * np.arange(16), [0.02, 0.03, 0.045, 0.07], [0.75, 1.5, 3.0, 6.0]
+    windows = population.windows(neurons, [(0.0, 0.0)])
+    shown = np.array(
+        [[swept(population, neurons, d, f, rates, windows=windows) for f in frequencies] for d in directions]
+    )
     found = np.empty((len(neurons), 16, len(frequencies), len(rates)))
-    for d, direction in enumerate(directions):
-        for f, frequency in enumerate(frequencies):
-            for i, signal in enumerate(swept(population, neurons, direction, frequency, rates)):
-                neuron = neurons.iloc[i]
-                found[i, d, f] = (
-                    population.rate(signal, neuron, scale[i], 30.0)[:, -30:].mean(-1) - neuron.rest_rate
-                )
+    for i, (_, neuron) in enumerate(neurons.iterrows()):
+        made = population.rate(shown[:, :, i], neuron, scale[i], 30.0)
+        found[i] = made[..., -30:].mean(-1) - neuron.rest_rate
     cells = np.arange(len(neurons))
     _, f, r = np.unravel_index(found.reshape(len(neurons), -1).argmax(1), found.shape[1:])
     curve = found[cells, :, f, r]
