@@ -181,7 +181,6 @@ LATE = {
     "09_lora_grid": "the grid stands before its table",
     "10a_scene_baselines": "to be folded",
     "14_attention_maps": "the maps are made on the page",
-    "22_most_exciting_inputs": "the films are made on the page",
 }
 
 
