@@ -14,12 +14,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from nibabel.affines import apply_affine
 from PIL import Image
 
 from .core import DataError, MissingError
 
 # %% auto #0
-__all__ = ['STIMULUS_COLOURS', 'plot_rois', 'plot_traces', 'plot_timeline', 'save_film']
+__all__ = ['STIMULUS_COLOURS', 'plot_rois', 'plot_traces', 'plot_timeline', 'draw_flat', 'save_film']
 
 # %% ../nbs/00a_plots.ipynb #ebbc186e
 def plot_rois(
@@ -155,6 +156,91 @@ def plot_timeline(
     )
     ax.spines[["top", "left", "right"]].set_visible(False)
     return ax
+
+# %% ../nbs/00a_plots.ipynb #5af0c00b
+def draw_flat(
+    values: np.ndarray,  # (voxels,) numbers, NaN where there is none; or integers: parcels from 0, -1 for none
+    mask: np.ndarray,  # (x, y, z) bool: where these voxels are, in C order; x to the right, y to the front, z up
+    affine: np.ndarray | None = None,  # (4, 4) voxel indices to mm of MNI space; None: `brain` is stretched
+    brain: np.ndarray
+    | None = None,  # (x, y, z) bool, whose box is stretched over the surface; default: `mask`
+    axes: Sequence[Axes] | None = None,  # two, drawn into; by default a new figure
+    cmap: str = "magma",  # of numbers
+    limits: tuple[float, float] | None = None,  # of the colours; default: all values
+) -> np.ndarray:  # (2,) axes of the left and the right hemisphere; the back of the brain is in the middle
+    """Voxels on the flattened cortex of an average brain (fsaverage5); `MissingError` without nilearn.
+
+    Examples
+    --------
+    >>> brain = np.ones((8, 9, 8), bool)
+    >>> axes = draw_flat(np.arange(brain.sum()) % 3, brain)  # made-up parcels, stretched over the surface
+    >>> [ax.get_title() for ax in axes]
+    ['left', 'right']
+    """
+    try:
+        from nilearn import datasets, surface
+    except ImportError as error:
+        raise MissingError("the surface of a brain comes with nilearn", fix="pip install nilearn") from error
+    values, mask = np.asarray(values), np.asarray(mask, bool)
+    if values.shape != (mask.sum(),) or (affine is not None and np.shape(affine) != (4, 4)):
+        raise DataError(
+            f"values {values.shape}, affine {np.shape(affine)}",
+            expected=f"({mask.sum()},), one for each voxel of the mask, and (4, 4)",
+        )
+    files, sides = datasets.fetch_surf_fsaverage("fsaverage5"), ("left", "right")
+    places = [surface.load_surf_mesh(files[f"pial_{side}"]).coordinates for side in sides]
+    if affine is None:
+        affine = _stretched(mask if brain is None else np.asarray(brain, bool), np.concatenate(places))
+    volume = np.full(mask.shape, np.nan)
+    volume[mask] = np.where(values < 0, np.nan, values) if values.dtype.kind in "iu" else values
+    if axes is None:
+        _, axes = plt.subplots(1, 2, figsize=(6.4, 2.9), dpi=120, layout="constrained")
+    for ax, side, place in zip(axes, sides, places, strict=True):
+        _flat(ax, surface.load_surf_mesh(files[f"flat_{side}"]), surface.load_surf_data(files[f"sulc_{side}"]),
+              _at(volume, affine, place), _colours(values, cmap, limits))  # fmt: skip
+        ax.set_title(side)
+    return np.asarray(axes)
+
+# %% ../nbs/00a_plots.ipynb #3e69889d
+def _stretched(brain: np.ndarray, places: np.ndarray) -> np.ndarray:
+    "The affine that lays the box of these voxels over the box of these places."
+    index = np.argwhere(brain)
+    low, high = index.min(0) - 0.5, index.max(0) + 0.5
+    affine = np.diag(np.append(np.ptp(places, axis=0) / (high - low), 1.0))
+    affine[:3, 3] = places.min(0) - np.diag(affine)[:3] * low
+    return affine
+
+
+def _at(volume: np.ndarray, affine: np.ndarray, places: np.ndarray) -> np.ndarray:
+    "The value of the voxel in which each place lies; NaN outside."
+    index = np.rint(apply_affine(np.linalg.inv(affine), places)).astype(int)
+    inside = ((index >= 0) & (index < volume.shape)).all(1)
+    found = np.full(len(places), np.nan)
+    found[inside] = volume[tuple(index[inside].T)]
+    return found
+
+
+def _colours(values: np.ndarray, cmap: str, limits: tuple[float, float] | None) -> dict[str, Any]:
+    "Ten or twenty colours for parcels, a scale for numbers."
+    if values.dtype.kind in "iu":
+        count = 10 if values.max(initial=0) < 10 else 20
+        return {"cmap": f"tab{count}", "vmin": -0.5, "vmax": count - 0.5}
+    known = values[np.isfinite(values)]
+    low, high = limits or ((known.min(), known.max()) if len(known) else (0, 1))
+    return {"cmap": cmap, "vmin": low, "vmax": high}
+
+
+def _flat(ax: Axes, mesh: Any, depth: np.ndarray, found: np.ndarray, colours: Mapping[str, Any]) -> None:
+    "One hemisphere: folds in two greys, and on them what was found at the first corner of each triangle."
+    (x, y, _), faces = mesh.coordinates.T, mesh.faces
+    folds = (depth[faces].mean(1) > 0).astype(float)
+    ax.tripcolor(x, y, faces, facecolors=folds, cmap="Greys", vmin=-0.5, vmax=3)
+    value = found[faces[:, 0]]
+    seen = np.isfinite(value)
+    if seen.any():
+        ax.tripcolor(x, y, faces[seen], facecolors=value[seen], **colours)
+    ax.set_aspect("equal")
+    ax.axis("off")
 
 # %% ../nbs/00a_plots.ipynb #a7f753f0
 def save_film(

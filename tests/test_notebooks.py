@@ -162,6 +162,77 @@ def test_a_figure_without_words_is_noticed(tmp_path):
     assert [text[0] for text in wordless(tmp_path / "page.ipynb")] == ["0", "1", "2"]
 
 
+FIRST = 20  # lines of code that a reader sees, at most, before the first picture of a page
+FOLDED = r"export|exports|exporti|hide|echo:\s*false|include:\s*false|code-fold:\s*true"
+# Pages that show none, because what they answer with is text, and pages whose first picture still comes too late.
+WITHOUT_PICTURE = {
+    "00a_checks": "messages of errors",
+    "00b_concepts": "a table of links",
+    "00d_reference": "a list of names",
+    "02c_folder": "a table of faults and messages",
+    "19_cli": "what commands print",
+    "19a_refusals": "messages of errors",
+    "19c_many_processes": "what commands print",
+}
+LATE = {
+    "02b_second_population": "to be folded",
+    "05_baseline": "to be folded",
+    "06b_trainer": "the trainer stands before what it does",
+    "09_lora_grid": "the grid stands before its table",
+    "10a_scene_baselines": "to be folded",
+    "14_attention_maps": "the maps are made on the page",
+}
+
+
+def seen_before_picture(path: Path) -> int | None:
+    "Lines of code above the first picture that are not folded, exported, imports or comments; None: no picture."
+    count = 0
+    for cell in cells(path, "code"):
+        if not re.search(rf"^\s*#\|\s*({FOLDED})\b", cell["source"], flags=re.M):
+            body = statements(cell)
+            if not all(isinstance(s, ast.Import | ast.ImportFrom) for s in body):
+                lines = [line.strip() for line in cell["source"].splitlines()]
+                count += sum(bool(line) and not line.startswith("#") for line in lines)
+        data = [o.get("data", {}) for o in cell["outputs"]]
+        if any(
+            k.startswith(("image/", "video/")) or re.search("<(img|svg|video)", "".join(v))
+            for d in data
+            for k, v in d.items()
+        ):
+            return count
+    return None
+
+
+@each
+def test_first_picture_comes_early(path):
+    """A reader sees what a page is about before its machinery."""
+    count = seen_before_picture(path)
+    assert (count is None) == (path.stem in WITHOUT_PICTURE), "a picture, or off the list"
+    late = count is not None and count > FIRST
+    assert late == (path.stem in LATE), (
+        f"{count} lines of code before the first picture, {FIRST} allowed: fold what is not the idea "
+        "(`#| code-fold: true`), or show the answer first; a page on the list that is early leaves it"
+    )
+
+
+def test_lines_before_a_picture_are_counted(tmp_path):
+    picture = [{"output_type": "display_data", "data": {"image/png": ""}}]
+    sources = (
+        "import re",
+        "x = 1\n\n# a comment\ny = 2",
+        "#| code-fold: true\nz = 3",
+        "#| exports\nw = 4",
+        "plot()",
+    )
+    code = [{"cell_type": "code", "id": str(k), "source": s, "outputs": []} for k, s in enumerate(sources)]
+    page = tmp_path / "page.ipynb"
+    page.write_text(json.dumps({"cells": code}))
+    assert seen_before_picture(page) is None
+    code[-1]["outputs"] = picture
+    page.write_text(json.dumps({"cells": code}))
+    assert seen_before_picture(page) == 3
+
+
 @each
 def test_is_small(path):
     assert path.stat().st_size < LIMIT, f"{path.stat().st_size / 1e6:.1f} MB: lower the dpi of the figures"

@@ -38,6 +38,7 @@ PRELOAD = (
     "transformers.modeling_utils",
     "transformers.trainer",
     "peft",
+    "nilearn.surface",
     "optuna",
     "allensdk.core.brain_observatory_cache",
     "nibabel",
