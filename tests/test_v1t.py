@@ -298,7 +298,8 @@ def test_published_numbers_get_their_names(published):
     assert published_v1t_config(whole).grid == (29, 57) and published_v1t_config(whole).resize == [36, 64]
     assert published_v1t_config(whole | {"ds_name": "franke2022"}).resize is None
     assert published_v1t_config(whole | {"resize_image": 0}).grid == (137, 249)
-    assert published_v1t_config({}).to_dict() == V1TConfig().to_dict()
+    fed = ["pupil_area", "pupil_area_change", "running"]
+    assert published_v1t_config({}).to_dict() == V1TConfig(channels=fed).to_dict()
 
 
 def test_core_only_starts_fresh_heads_for_new_neurons(published, tmp_path):

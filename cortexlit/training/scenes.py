@@ -75,7 +75,13 @@ def fresh_model(
     if asked["behavior"] and behavior is None:
         raise DataError(f"{recipe.name} takes behaviour, and none was recorded", path=root,
                         fix="behavior=False")  # fmt: skip
-    own = {"behavior": "block-mlp", "behavior_channels": len(behavior)} if asked["behavior"] else {}
+    own = {}
+    if asked["behavior"]:
+        own = {
+            "behavior": "block-mlp",
+            "behavior_channels": len(behavior),
+            "channels": train.channels["behavior"],
+        }
     own = {"behavior": "none", "behavior_channels": 0, "pupil_channels": 0, "shift": "none"} | own
     own |= {"size": tuple(size), "resize": _shrunk(tuple(size))}
     placed = train.neurons[["x_um", "y_um"]].to_numpy(float)
