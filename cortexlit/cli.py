@@ -24,9 +24,9 @@ from rich.table import Table
 from . import __version__, core
 
 # %% auto #0
-__all__ = ['app', 'Json', 'Cache', 'Embedded', 'METRICS', 'ARRAYS', 'Scale', 'Core', 'Epochs', 'Rate', 'Batch', 'Resume', 'Last',
-           'scenes', 'things', 'Rois', 'Ratings', 'Properties', 'Folds', 'Cached', 'insilico', 'Run', 'Dataset',
-           'Report', 'Neurons', 'Trust', 'Replace', 'Degrees', 'DEMO_RECORDING', 'DEMO', 'sessions', 'build_command',
+__all__ = ['app', 'Json', 'Cache', 'Embedded', 'METRICS', 'Scale', 'Core', 'Epochs', 'Rate', 'Batch', 'Resume', 'Last', 'scenes',
+           'things', 'Rois', 'Ratings', 'Properties', 'Folds', 'Cached', 'insilico', 'Run', 'Dataset', 'Report',
+           'Neurons', 'Trust', 'Replace', 'Degrees', 'DEMO_RECORDING', 'DEMO', 'sessions', 'build_command',
            'score_command', 'import_command', 'export_command', 'fit_command', 'grid', 'design_command', 'folds',
            'scenes_build', 'scenes_fit', 'scenes_score', 'things_build', 'things_fit', 'things_score', 'insilico_tune',
            'insilico_fields', 'insilico_excite', 'real_files', 'data', 'clear_demo', 'run_demo', 'show_demo', 'demo',
@@ -301,16 +301,6 @@ def _with_interval(row: Any) -> str:
     return f"{row.value:.4f} ({row.low:.3f} to {row.high:.3f})"
 
 # %% ../neuro_nbs/19_cli.ipynb #9fff2885
-ARRAYS = (
-    "behavior",
-    "pupil_center",
-    "coordinates",
-    "image_id",
-    "repeats",
-    "cell_ids",
-)  # beside images, responses
-
-
 @app.command("import")
 def import_command(
     folder: Annotated[
@@ -336,24 +326,9 @@ def import_command(
       cortexlit import ~/sensorium2022/static21067-10-18 --out _data/pictures
       cortexlit import ~/mine --out _data/mine
     """
-    from cortexlit.data.exchange import import_arrays, import_sensorium2022, import_tree
+    from cortexlit.data.exchange import import_folder
 
-    common = {"allow_shared_stimuli": allow_shared_stimuli, "overwrite": overwrite}
-    if not folder.is_dir():
-        raise core.MissingError("no such folder", "a tree, or a folder of arrays", path=folder)
-    still = {"constant_neurons": constant_neurons} | common
-    arrays = (folder / "images.npy").is_file() and (folder / "responses.npy").is_file()
-    if frames is not None and (arrays or (folder / "data/images").is_dir()):
-        raise core.DataError("--frames of pictures", expected="movies, or no --frames", path=folder)
-    if arrays:
-        more = {name: path for name in ARRAYS if (path := folder / f"{name}.npy").is_file()}
-        import_arrays(
-            folder / "images.npy", folder / "responses.npy", out, **more, **still, name=folder.resolve().name
-        )
-    elif (folder / "data/images").is_dir():
-        import_sensorium2022(folder, out, **still)
-    else:
-        import_tree(folder, out, frames, **common)
+    import_folder(folder, out, frames, constant_neurons, allow_shared_stimuli, overwrite)
     _tell_card(out, as_json, "name", "counts", "split_hash", "warnings")
 
 

@@ -271,6 +271,10 @@ def _predicted(run: Any, root: Path, kind: str) -> Any:
         test = ScenesDataset(root, "test")
         check_trained_on(run.folder, test)
         return predict(run.model, test, batch_size=32)
+    step = run.model.config.stride[0] if run.model.config.core == "vivit" else 1
+    if step > 1:
+        raise DataError(f"a core that answers at one frame in {step}", "an answer for every frame",
+                        "take a core with stride (1, ...)", run.folder)  # fmt: skip
     test = open_for(run.model, root, "test")
     check_trained_on(run.folder, test)
     last = scored_frames(test[0]["labels"].shape[-1])

@@ -4,11 +4,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sklearn.base import clone
+from sklearn.metrics import balanced_accuracy_score
+from sklearn.utils.estimator_checks import estimator_checks_generator
 from torch import nn
 
 from cortexlit.core import DataError
 from cortexlit.data.things import read_nifti, write_nifti
 from cortexlit.evaluation.attention_maps import (
+    MapChoice,
     as_smooth_as,
     atlas_regions,
     auc,
@@ -287,3 +291,26 @@ def test_nulls_refuse_what_does_not_fit():
         as_smooth_as(np.full(mask.sum(), np.nan), mask)
     with pytest.raises(DataError, match="draws"):
         auc_against(np.arange(4.0), np.array([True, False, True, False]), np.ones((5, 3)))
+
+
+CHECKS = list(estimator_checks_generator(MapChoice()))
+
+
+@pytest.mark.parametrize(("estimator", "check"), CHECKS, ids=[check.func.__name__ for _, check in CHECKS])
+def test_scikit_learn(estimator, check):
+    check(estimator)
+
+
+def test_the_best_map_is_chosen_where_it_was_fitted_and_judged_elsewhere():
+    draw = np.random.default_rng(0)
+    informative = draw.random(400) < 0.3
+    maps = draw.normal(size=(400, 5))
+    maps[:, 3] += 1.5 * informative
+    maps[:200, 1] += 6 * informative[:200]  # in the first half only
+    for half, best in ((slice(0, 200), 1), (slice(200, 400), 3)):
+        chosen = clone(MapChoice()).fit(maps[half], informative[half])
+        assert chosen.map_ == best and chosen.auc_[best] == auc(maps[half, best], informative[half])
+        assert balanced_accuracy_score(informative[half], chosen.predict(maps[half])) > 0.65
+        assert chosen.score(maps, informative) == auc(maps[:, best], informative)
+    misled = MapChoice().fit(maps[:200], informative[:200])
+    assert abs(misled.score(maps[200:], informative[200:]) - 0.5) < 0.12

@@ -1,6 +1,7 @@
 """`cortexlit import` and `cortexlit export`, and the options that all `fit` commands share."""
 
 import json
+import shutil
 import sys
 from functools import wraps
 
@@ -63,9 +64,15 @@ def test_pictures_in_from_arrays_out_and_in_again(tmp_path, capsys, monkeypatch)
     assert code == 0 and found["layout"] == "sensorium2022", found
     assert run(capsys, monkeypatch, "import", tmp_path / "tree", "--out", tmp_path / "second")[0] == 0
     np.testing.assert_allclose(labels(tmp_path / "second"), wanted, rtol=1e-6)
+    shutil.copytree(tmp_path / "tree", tmp_path / "both")
+    for name in ("images", "responses"):
+        shutil.copy(tmp_path / "mine" / f"{name}.npy", tmp_path / "both")
     for words, told in (
         (["import", tmp_path / "mine", "--frames", "5", "--out", "x"], "frames"),
         (["import", tmp_path / "nowhere", "--out", "x"], "no such folder"),
+        (["import", tmp_path / "first", "--out", "x"], "a dataset folder already"),
+        (["import", tmp_path, "--out", "x"], "none of the known layouts"),
+        (["import", tmp_path / "both", "--out", "x"], "two layouts: arrays and sensorium2022"),
         (["export", tmp_path / "first", "--layout", "study1", "--out", "x"], "sensorium2022"),
         (["export", tmp_path / "first", "--out", tmp_path / "tree"], "tree"),
     ):

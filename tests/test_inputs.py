@@ -10,7 +10,9 @@ from toys import toy_recording
 
 from cortexlit.core import DataError
 from cortexlit.data.clips import MouseDataset, build_dataset, load_tier
+from cortexlit.data.exchange import import_arrays
 from cortexlit.data.inputs import InputScheme, check_inputs, comparable, open_for, scheme_of
+from cortexlit.models.v1t import V1T, V1TConfig, published_v1t_config
 from cortexlit.models.viv1t import ViV1T, ViV1TConfig, published_viv1t_config
 from cortexlit.training.features import cached_features
 from cortexlit.training.heads import at_rate, fresh_head, train_head
@@ -205,3 +207,59 @@ def test_nothing_that_trains_opens_a_folder_past_the_model():
     files = [*(root / "training").glob("*.py"), root / "cli.py"]
     found = {path.name: path.read_text(encoding="utf-8").count("MouseDataset(") for path in files}
     assert {name: n for name, n in found.items() if n} == known
+
+
+# --- pictures
+
+SEES = {"size": (10, 14), "patch": 4, "stride": 2, "emb_dim": 8, "heads": 1, "mlp_dim": 8, "depth": 1}
+SEES |= {"behavior": "block-mlp", "behavior_channels": 2, "pupil_channels": 0, "shift": "none"}
+SEES |= {"channels": ["pupil_area", "running"]}
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    "Pictures with pupil and running, in the order of the file: running first."
+    draw = np.random.default_rng(0)
+    return import_arrays(
+        draw.uniform(0, 255, (30, 10, 14)), draw.gamma(2, 1, (30, 3)), tmp_path_factory.mktemp("scenes") / "data",
+        behavior=draw.gamma(2, 1, (30, 2)), behavior_names=["running", "pupil_area"], image_id=np.arange(30),
+    )  # fmt: skip
+
+
+def test_pictures_are_opened_for_a_v1t_and_its_config_says_what_it_is_fed(scenes, tmp_path):
+    model = V1T(V1TConfig({"data": 3}, **SEES))
+    opened = open_for(model, scenes, "train")
+    assert scheme_of(model.config) == InputScheme("standardised", ("pupil_area", "running"), (10, 14), None)
+    check_inputs(model, Subset(opened, [0]))
+    model.save_pretrained(tmp_path / "saved")
+    assert scheme_of(V1T.from_pretrained(tmp_path / "saved").config) == scheme_of(model.config)
+    fed = published_v1t_config({"patch_size": 8})
+    assert (fed.normalisation, fed.channels) == (
+        "standardised",
+        ["pupil_area", "pupil_area_change", "running"],
+    )
+    run = fit(model, scenes, adapt="full", epochs=1, batch_size=8, out=tmp_path / "run", progress=False)
+    assert run.model.config.channels == ["pupil_area", "running"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"normalisation": None}, "do not say what they were fed"),
+        ({"normalisation": "range"}, "'range', with which the model was taught"),
+        ({"channels": ["running", "pupil_area"]}, "behaviour channels are"),
+        ({"size": (12, 14)}, "pictures of 10 x 14 pixels"),
+    ],
+)
+def test_pictures_that_do_not_match_are_refused(scenes, options, words):
+    with pytest.raises(DataError, match=words):
+        open_for(V1TConfig({"data": 3}, **SEES | options), scenes, "train")
+
+
+def test_movies_are_no_pictures(scenes, inputs):
+    with pytest.raises(DataError, match="a folder of pictures"):
+        check_inputs(tiny_model(core_state=False), open_for(V1TConfig({}, **SEES), scenes, "train"))
+    with pytest.raises(DataError, match="wrong kind of folder"):
+        open_for(V1TConfig({}, **SEES), inputs[0], "train")
+    with pytest.raises(DataError, match="names of 2 behaviour channels"):
+        V1TConfig({}, **SEES | {"channels": ["running"]})

@@ -9,11 +9,13 @@ from scipy.spatial.distance import pdist
 from sklearn.base import clone
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
+from sklearn.model_selection import GridSearchCV
 from sklearn.utils.estimator_checks import estimator_checks_generator
 
 from cortexlit.core import DataError, rng
 from cortexlit.evaluation.parcellation import (
     ConvexSemiNMF,
+    Parcels,
     boundary_weights,
     category_means,
     draw_parcels,
@@ -31,9 +33,14 @@ def planted(parcels=4, conditions=40, voxels=120, noise=0.5, seed=0):
 
 
 CHECKS = list(estimator_checks_generator(ConvexSemiNMF(n_components=2, n_init=1, max_iter=60)))
+# these two score tables of two or three voxels, where no distance has pairs within and across
+TOO_SMALL = ("check_fit_score_takes_y", "check_pipeline_consistency")
+CHECKS += [c for c in estimator_checks_generator(Parcels(2, n_init=1)) if c[1].func.__name__ not in TOO_SMALL]
 
 
-@pytest.mark.parametrize(("estimator", "check"), CHECKS, ids=[check.func.__name__ for _, check in CHECKS])
+@pytest.mark.parametrize(
+    ("estimator", "check"), CHECKS, ids=[f"{type(e).__name__}-{check.func.__name__}" for e, check in CHECKS]
+)
 def test_scikit_learn(estimator, check):
     check(estimator)
 
@@ -285,3 +292,20 @@ def test_means_of_categories_count_each_concept_once():
 def test_tables_of_categories_that_do_not_fit_are_refused(members, told):
     with pytest.raises(DataError, match=told):
         category_means(np.zeros((3, 5)), members)
+
+
+def test_parcels_are_judged_on_the_conditions_that_are_left_out():
+    responses, truth = planted(3, 30, 45, noise=0.3)
+    order, place = np.argsort(truth, kind="stable"), np.zeros((45, 3))
+    place[order, 0] = np.arange(45)  # each parcel in a row
+    model = Parcels(3, place=place, width=1, reach=20, n_init=1)
+    search = GridSearchCV(model, {"n_parcels": [2, 3, 15]}, cv=3).fit(responses.T)
+    assert search.best_params_ == {"n_parcels": 3} and search.best_score_ > 0.5
+    fitted = clone(model).fit(responses.T[:15])
+    assert adjusted_rand_score(truth, fitted.labels_) == 1
+    told = score_parcels(fitted.labels_, responses.T[15:], place, 1, 20, parcellations=1, resamples=2).value
+    assert fitted.score(responses.T[15:]) == pytest.approx(told)
+    for parcel, mean in enumerate(fitted.transform(responses.T).T):
+        assert np.allclose(mean, responses[fitted.labels_ == parcel].mean(0))
+    with pytest.raises(DataError, match="place"):
+        clone(model).set_params(place=place[:4]).fit(responses.T).score(responses.T)

@@ -307,6 +307,19 @@ def test_what_other_parts_lack_is_refused_plainly(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_reading_starts_from_the_frames_that_the_core_answers():
+    "A core that answers at every second frame is compared with those frames, not with the last ones in a row."
+    given = {"stride": (2, 3, 3), "core_state": False, "state_encoder": False}
+    found = {}
+    for name, chosen in {"all": slice(None), "answered": slice(-8, None, 2), "last": slice(-4, None)}.items():
+        model, parts = tiny_model(**given), tiers()
+        for item in [item for part in parts for item in part.items]:
+            item["labels"] = item["labels"][:, chosen]  # four frames are taken as they are
+        found[name] = reverse_correlate(model, *parts, 4), model.readouts["A"].features.detach()
+    assert found["all"][0] == found["answered"][0] != found["last"][0]
+    assert torch.equal(found["all"][1], found["answered"][1])
+
+
 # trained
 
 

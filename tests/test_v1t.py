@@ -234,7 +234,8 @@ def test_every_variant_survives_the_published_layout(options):
     if options.get("resize") or options.get("image_sampling") or options.get("local_attention"):
         return  # cannot be seen, or not at this size
     seen = v1t._visible_config(state)
-    unseen = ("patch_dropout", "dropout", "loss", "transformers_version")
+    assert seen.normalisation is None  # nobody is told by weights
+    unseen = ("patch_dropout", "dropout", "loss", "transformers_version", "normalisation")
     assert {k: v for k, v in seen.to_dict().items() if k not in unseen} == {
         k: v for k, v in model.config.to_dict().items() if k not in unseen
     }
@@ -244,6 +245,7 @@ def test_local_attention_is_seen_in_the_weights():
     model = tiny_model(local_attention=True)
     state = model.to_published()
     seen = v1t._visible_config(state)
+    assert seen.normalisation is None  # nobody is told by weights
     assert seen.local_attention and seen.depth == 2 and seen.heads == 2
     tokens = 1 + np.prod(model.config.grid)
     assert state["core.transformer.blocks.1.mha.mask"].tolist() == [[i, i] for i in range(tokens)]
@@ -298,7 +300,8 @@ def test_published_numbers_get_their_names(published):
     assert published_v1t_config(whole).grid == (29, 57) and published_v1t_config(whole).resize == [36, 64]
     assert published_v1t_config(whole | {"ds_name": "franke2022"}).resize is None
     assert published_v1t_config(whole | {"resize_image": 0}).grid == (137, 249)
-    assert published_v1t_config({}).to_dict() == V1TConfig().to_dict()
+    fed = ["pupil_area", "pupil_area_change", "running"]
+    assert published_v1t_config({}).to_dict() == V1TConfig(channels=fed).to_dict()
 
 
 def test_core_only_starts_fresh_heads_for_new_neurons(published, tmp_path):

@@ -13,12 +13,12 @@ from cortexlit.data.exchange import import_arrays
 from cortexlit.data.scenes import ScenesDataset, load_scenes
 from cortexlit.models.v1t import V1T, V1TConfig
 from cortexlit.simulate.session import scene
+from cortexlit.simulate.tiles import neuron_types, simulated_responses
 from cortexlit.training.recipes import CORE, SCENE_RECIPE, SESSIONS, Recipe
 from cortexlit.training.scenes import (
     fresh_model,
     locate,
     simulated_core,
-    simulated_responses,
     train_scenes,
 )
 from cortexlit.training.trainer import fit, predict
@@ -272,14 +272,11 @@ def test_a_core_learns_simulated_cells(simulated):
 
 
 def test_simulated_cells_answer_to_their_place_only():
-    config = V1TConfig(
-        {}, **BLIND | {"patch": 16, "stride": 16, "emb_dim": 8, "heads": 1, "mlp_dim": 8, "depth": 1}
-    )
     pictures = scene(rng(0, "a picture"), 1, (120, 152)).repeat(2, 0)
     pictures[1, :, :40] = (
         255 - pictures[1, :, :40]
     )  # the left third inverted: rows of patches are 2, columns 4
-    answers = simulated_responses(config, pictures)
+    answers = simulated_responses(neuron_types(8), [12, -12], [-45, -15, 15, 45], pictures)
     assert answers.shape == (2, 8, 8) and np.isfinite(answers).all() and (answers >= 0).all()
     change = np.abs(answers[1] - answers[0]).reshape(8, 2, 4).mean((0, 1))
     assert change[0] > 0 and change[3] < 1e-3 * change[0]

@@ -40,7 +40,7 @@ from .folder import check_folder, content_hash
 from .scenes import _LAYOUT, ScenesDataset, _unique, _write, split_images
 
 # %% auto #0
-__all__ = ['export_tree', 'import_tree', 'export_sensorium2022', 'import_sensorium2022', 'import_arrays']
+__all__ = ['export_tree', 'import_tree', 'export_sensorium2022', 'import_sensorium2022', 'import_arrays', 'import_folder']
 
 # %% ../../neuro_nbs/10b_exchange.ipynb #788a5659
 _SENSORIUM_TIERS = {"train": "train", "validation": "oracle", "test": "final_test_main"}
@@ -844,3 +844,67 @@ def _described(cells: int, coordinates: Any, cell_ids: Any) -> pd.DataFrame:
         width = 2 if given.ndim == 2 and given.shape[1] == 2 else 3
         xyz[:, :width] = _shaped("coordinates", given, (cells, width), "neurons, x y or x y depth")
     return pd.DataFrame({"cell_id": ids, "x_um": xyz[:, 0], "y_um": xyz[:, 1], "depth_um": xyz[:, 2]})
+
+# %% ../../neuro_nbs/10b_exchange.ipynb #d7118f2d
+_ARRAYS = ("behavior", "pupil_center", "coordinates", "image_id", "repeats", "cell_ids")
+_LOOKS = {  # layout -> what its folder holds
+    "arrays": ("images.npy", "responses.npy"),
+    "sensorium2022": ("data/images",),
+    "sensorium": ("data/videos",),
+    "study1": ("train",),
+}
+
+
+def _layout_of(folder: Path) -> str:
+    "Name of the one layout that a folder is in."
+    if not folder.is_dir():
+        raise MissingError("no such folder", "a tree, or a folder of arrays", path=folder)
+    found = [name for name, parts in _LOOKS.items() if all((folder / p).exists() for p in parts)]
+    told = "; ".join(f"{' and '.join(parts)} ({name})" for name, parts in _LOOKS.items())
+    if not found:
+        raise MissingError("a folder in none of the known layouts", f"one with {told}", path=folder)
+    if len(found) > 1:
+        raise DataError(
+            f"a folder in two layouts: {' and '.join(found)}", path=folder,
+            expected="one", fix="move one of them into a folder of its own",
+        )  # fmt: skip
+    if found == ["arrays"] and (folder / "card.json").is_file():
+        raise DataError("a dataset folder already", "a tree, or arrays without a card", "open it", folder)
+    return found[0]
+
+
+def import_folder(
+    folder: str
+    | Path,  # a tree of Sensorium 2023, Sensorium 2022 or study 1; or images.npy and responses.npy
+    out: str | Path,  # dataset folder to write
+    frames: int | None = None,  # of movies: frames to keep of each trial; default the shortest trial
+    constant_neurons: str = "error",  # of pictures: or "drop", neurons that never change
+    allow_shared_stimuli: bool = False,  # accept tiers that share stimuli
+    overwrite: bool = False,
+) -> Path:  # `out`
+    """Make a dataset folder of whatever a folder holds; `MissingError` if its layout is not known.
+
+    Beside images.npy and responses.npy: behavior, pupil_center, coordinates, image_id, repeats, cell_ids (.npy).
+
+    Examples
+    --------
+    >>> draw = np.random.default_rng(0)
+    >>> (tmp_path / "mine").mkdir()
+    >>> np.save(tmp_path / "mine" / "images.npy", draw.random((30, 8, 8)))
+    >>> np.save(tmp_path / "mine" / "responses.npy", draw.random((30, 5)))
+    >>> len(ScenesDataset(import_folder(tmp_path / "mine", tmp_path / "out"), "train"))
+    21
+    """
+    folder = Path(folder)
+    layout = _layout_of(folder)
+    common = {"allow_shared_stimuli": allow_shared_stimuli, "overwrite": overwrite}
+    if layout in ("sensorium", "study1"):
+        return import_tree(folder, out, frames, **common)
+    if frames is not None:
+        raise DataError(f"frames={frames} of pictures", expected="movies, or frames=None", path=folder)
+    common["constant_neurons"] = constant_neurons
+    if layout == "sensorium2022":
+        return import_sensorium2022(folder, out, **common)
+    more = {name: path for name in _ARRAYS if (path := folder / f"{name}.npy").is_file()}
+    images, responses = folder / "images.npy", folder / "responses.npy"
+    return import_arrays(images, responses, out, **more, **common, name=folder.resolve().name)

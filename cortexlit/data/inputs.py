@@ -18,6 +18,7 @@ import numpy as np
 
 from ..core import DataError
 from .clips import NORMALISATIONS, MouseDataset
+from .scenes import SCENE_NORMALISATION, ScenesDataset
 
 # %% ../../neuro_nbs/03c_inputs.ipynb #03c00012
 RATES_DIFFER = 0.05  # by more than this share: another clock
@@ -30,13 +31,13 @@ class InputScheme:
     Parameters
     ----------
     normalisation : str or None
-        One of `NORMALISATIONS`; None: nobody knows.
+        One of `NORMALISATIONS`, of pictures `SCENE_NORMALISATION`; None: nobody knows.
     channels : tuple of str or None
         Names of the behaviour channels, in order; None: not told, or not used.
     size : (int, int) or None
-        Height and width of a frame, pixels.
+        Height and width of a frame or picture, pixels.
     rate : float or None
-        Frames per second, Hz.
+        Frames per second, Hz; None: not told, or pictures.
 
     Examples
     --------
@@ -50,16 +51,26 @@ class InputScheme:
     rate: float | None = None
 
     def __post_init__(self):
-        if self.normalisation not in (None, *NORMALISATIONS):
-            raise DataError(f"normalisation {self.normalisation!r}", expected=f"one of {NORMALISATIONS}")
+        known = (*NORMALISATIONS, SCENE_NORMALISATION)
+        if self.normalisation not in (None, *known):
+            raise DataError(f"normalisation {self.normalisation!r}", expected=f"one of {known}")
 
 # %% ../../neuro_nbs/03c_inputs.ipynb #03c00013
-_TELL = "say it once, with what is true of these weights, and give the folder as core: "
-_TELL += 'ViV1T.from_published(core, core_only=True, {}).save_core("folder")'
+def _pictures(config: Any) -> bool:
+    "Whether a model sees pictures."
+    return getattr(config, "model_type", None) == "v1t"
+
+
+def _tell(config: Any, option: str) -> str:
+    model = "V1T" if _pictures(config) else "ViV1T"
+    return (
+        "say it once, with what is true of these weights, and give the folder as core: "
+        f'{model}.from_published(core, core_only=True, {option}).save_core("folder")'
+    )
 
 
 def scheme_of(
-    config: Any,  # of a model that sees movies
+    config: Any,  # of a model that sees movies or pictures
 ) -> InputScheme:
     """What a model is fed, from its config.
 
@@ -70,15 +81,19 @@ def scheme_of(
     >>> scheme_of(config).size
     (36, 64)
     """
-    names = config.channels if config.core_state or config.neurons else None
+    if _pictures(config):
+        told, rate = config.behavior != "none" or config.shift == "both+behavior", None
+    else:
+        told, rate = config.core_state or config.neurons, config.rate
+    names = config.channels if told else None
     return InputScheme(
-        config.normalisation, None if names is None else tuple(names), tuple(config.size), config.rate
+        config.normalisation, None if names is None else tuple(names), tuple(config.size), rate
     )
 
 
-def _datasets(dataset: Any) -> Iterator[MouseDataset]:
+def _datasets(dataset: Any) -> Iterator[MouseDataset | ScenesDataset]:
     "The tiers of dataset folders behind a dataset, a part or a change of one, or several put together."
-    if isinstance(dataset, MouseDataset):
+    if isinstance(dataset, MouseDataset | ScenesDataset):
         yield dataset
         return
     for part in getattr(dataset, "datasets", None) or [getattr(dataset, "dataset", None)]:
@@ -88,7 +103,7 @@ def _datasets(dataset: Any) -> Iterator[MouseDataset]:
 
 def check_inputs(
     model: Any,  # or its config
-    dataset: Any,  # a `MouseDataset`, or what is made of some; others are not looked at
+    dataset: Any,  # a `MouseDataset` or `ScenesDataset`, or what is made of some; others are not looked at
 ) -> None:
     """Raise `DataError` if the dataset gives a model what it was not taught with.
 
@@ -99,44 +114,52 @@ def check_inputs(
     config = getattr(model, "config", model)
     if not hasattr(config, "normalisation"):
         return
-    want = scheme_of(config)
     for data in _datasets(dataset):
-        _compare(want, data)
+        _compare(config, data)
 
 # %% ../../neuro_nbs/03c_inputs.ipynb #03c00014
-def _compare(want: InputScheme, data: MouseDataset) -> None:
+def _compare(config: Any, data: MouseDataset | ScenesDataset) -> None:
     "Raise at the first thing in which a tier of a dataset folder differs from what a model is fed."
+    want, pictures = scheme_of(config), isinstance(data, ScenesDataset)
+    if pictures != _pictures(config):
+        raise DataError(
+            f"a folder of {'pictures' if pictures else 'clips'}", path=data.root,
+            expected="pictures, which this model sees" if _pictures(config) else "clips, which this model sees",
+        )  # fmt: skip
     if data.normalisation != want.normalisation:
+        known = "nobody knows" if want.normalisation is None else repr(want.normalisation)
         raise DataError(
             f"the dataset is opened with normalisation {data.normalisation!r}", path=data.root,
-            expected=f"{want.normalisation!r}, with which the model was taught", fix="open_for(model, folder, tier)",
+            expected=f"{known}, with which the model was taught", fix="open_for(model, folder, tier)",
         )  # fmt: skip
     channels = tuple(data.channels.get("behavior", ()))
     if want.channels is not None and channels != want.channels:
         raise DataError(
             f"the behaviour channels are {channels}", path=data.root,
             expected=f"{want.channels}, in this order, as the model was taught",
-            fix="build the dataset with these channels, or take a core with core_state=False",
+            fix="build the dataset with these channels, or take a core "
+                + ('that does without behaviour (behavior="none")' if pictures else "with core_state=False"),
         )  # fmt: skip
-    size, rate = data._arrays["videos"].shape[2:], data.card.get("rate")
+    size, rate = data._arrays["images" if pictures else "videos"].shape[-2:], data.card.get("rate")
     if want.size is not None and size != want.size:
         raise DataError(
-            f"frames of {size[0]} x {size[1]} pixels", path=data.root,
-            expected=f"{want.size[0]} x {want.size[1]}, as the model was taught", fix=f"build_dataset(..., size={want.size})",
+            f"{'pictures' if pictures else 'frames'} of {size[0]} x {size[1]} pixels", path=data.root,
+            expected=f"{want.size[0]} x {want.size[1]}, as the model was taught",
+            fix=f"{'build_scenes' if pictures else 'build_dataset'}(..., size={want.size})",
         )  # fmt: skip
     if want.rate and rate and abs(rate / want.rate - 1) > RATES_DIFFER:
         raise DataError(
             f"the dataset has {rate:.4g} frames per second", path=data.root,
             expected=f"{want.rate:.4g}, as the model was taught: its filters would be {want.rate / rate:.2g} times as long",
-            fix=f"resample the recording; or, if that is meant, {_TELL.format(f'rate={rate:.4g}')}",
+            fix=f"resample the recording; or, if that is meant, {_tell(config, f'rate={rate:.4g}')}",
         )  # fmt: skip
 
 
 def open_for(
-    model: Any,  # a `ViV1T`, or its config
+    model: Any,  # a `ViV1T` or `V1T`, or its config
     root: str | Path,  # a dataset folder
     tier: str,  # "train", "validation", "test", or another tier of the folder
-) -> MouseDataset:
+) -> MouseDataset | ScenesDataset:
     """A tier of a dataset folder as the model was taught to see it; raises `DataError` where it cannot be.
 
     Examples
@@ -145,14 +168,14 @@ def open_for(
     'range'
     """
     config = getattr(model, "config", model)
-    want = scheme_of(config)
-    if want.normalisation is None:
+    if config.normalisation is None:
+        known = (SCENE_NORMALISATION,) if _pictures(config) else NORMALISATIONS
         raise DataError(
-            "these weights do not say what they were fed", expected=f"a normalisation: one of {NORMALISATIONS}",
-            fix=_TELL.format('normalisation="..."'),
+            "these weights do not say what they were fed", expected=f"a normalisation: one of {known}",
+            fix=_tell(config, 'normalisation="..."'),
         )  # fmt: skip
-    data = MouseDataset(root, tier, want.normalisation)
-    _compare(want, data)
+    data = ScenesDataset(root, tier) if _pictures(config) else MouseDataset(root, tier, config.normalisation)
+    _compare(config, data)
     return data
 
 # %% ../../neuro_nbs/03c_inputs.ipynb #03c00025

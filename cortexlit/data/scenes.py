@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['GREY', 'scene_windows', 'window_means', 'split_images', 'audit_presentations', 'build_scenes', 'ScenesDataset',
-           'SceneArrays', 'load_scenes']
+__all__ = ['GREY', 'SCENE_NORMALISATION', 'scene_windows', 'window_means', 'split_images', 'audit_presentations', 'build_scenes',
+           'ScenesDataset', 'SceneArrays', 'load_scenes']
 
 # %% ../../neuro_nbs/10_scenes.ipynb #9d273c08
 import warnings
@@ -473,6 +473,9 @@ def _overlap_note(samples: pd.DataFrame, recording: Recording) -> list[str]:
     ]
 
 # %% ../../neuro_nbs/10_scenes.ipynb #51f14df7
+SCENE_NORMALISATION = "standardised"  # pictures and pupil (x - mean) / std, behaviour and responses x / std
+
+
 class ScenesDataset(_Tier):
     """One tier of a static dataset folder as float32 tensors, for a `torch.utils.data.DataLoader`; memory-mapped.
 
@@ -486,6 +489,7 @@ class ScenesDataset(_Tier):
     """
 
     _seen, _unit, _key = ("image", "images"), "presentation", "image"
+    normalisation = SCENE_NORMALISATION
 
     def __init__(
         self,

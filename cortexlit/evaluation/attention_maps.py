@@ -7,20 +7,24 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['record_attention', 'gradient_times_input', 'occlusion', 'enrichment', 'atlas_regions', 'auc', 'random_maps',
-           'as_smooth_as', 'auc_against']
+           'as_smooth_as', 'auc_against', 'MapChoice']
 
 # %% ../../neuro_nbs/14_attention_maps.ipynb #5bd56160
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
 from scipy.spatial import cKDTree
-from sklearn.metrics import roc_auc_score
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.metrics import roc_auc_score, roc_curve
+from sklearn.utils.multiclass import check_classification_targets, type_of_target
+from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import nn
 
 from ..core import DataError, rng
@@ -368,3 +372,80 @@ def auc_against(
         found[k] = below.mean() / 2 / len(rest)
     p = (1 + (found >= own - 1e-12).sum()) / (1 + len(found))
     return own, *np.quantile(found, [0.025, 0.975]).tolist(), float(p)
+
+# %% ../../neuro_nbs/14_attention_maps.ipynb #4d4b2332
+class MapChoice(ClassifierMixin, BaseEstimator):
+    """The map that tells informative voxels from others best, with the threshold that does; binary.
+
+    Attributes
+    ----------
+    auc_ : np.ndarray
+        (maps,) area under the curve of each map on the voxels it was fitted to.
+    map_ : int
+        Column of the map with the largest.
+    threshold_ : float
+        Between two values of that map, where hits less false alarms are most.
+    classes_ : np.ndarray
+        The two classes; the second is what a high value stands for.
+
+    Examples
+    --------
+    >>> maps = np.array([[0.9, 0.1], [0.8, 0.7], [0.3, 0.4], [0.1, 0.9]])  # voxels, maps
+    >>> chosen = MapChoice().fit(maps, [True, True, False, False])
+    >>> chosen.map_, chosen.predict(maps).tolist(), chosen.score(maps, [True, True, False, False])
+    (0, [True, True, False, False], 1.0)
+    """
+
+    def fit(
+        self,
+        X: np.ndarray,  # (voxels, maps)
+        y: np.ndarray,  # (voxels,) two classes
+    ) -> MapChoice:
+        "Choose a map, and a threshold."
+        X, y = validate_data(self, X, y, dtype=np.float64)
+        check_classification_targets(y)
+        self.classes_ = np.unique(y)
+        if (kind := type_of_target(y)) != "binary":
+            raise ValueError(f"Only binary classification is supported. The type of the target is {kind}.")
+        if len(self.classes_) < 2:
+            raise ValueError("informative and other voxels are needed; there is one class")
+        high = y == self.classes_[1]
+        self.auc_ = np.array([auc(values, high) for values in X.T])
+        self.map_ = int(self.auc_.argmax())
+        values = X[:, self.map_]
+        alarms, hits, steps = roc_curve(high, values)
+        least = steps[1:][(hits - alarms)[1:].argmax()]  # that counts as high
+        below = values[values < least].max(initial=least - 1)
+        self.threshold_ = float((least + below) / 2)
+        return self
+
+    def decision_function(
+        self,
+        X: np.ndarray,  # (voxels, maps)
+    ) -> np.ndarray:  # (voxels,) above 0: the second class
+        "The chosen map, less the threshold."
+        check_is_fitted(self)
+        return validate_data(self, X, dtype=np.float64, reset=False)[:, self.map_] - self.threshold_
+
+    def predict(
+        self,
+        X: np.ndarray,  # (voxels, maps)
+    ) -> np.ndarray:  # (voxels,)
+        "The class of each voxel."
+        high = self.decision_function(X) > 0
+        return self.classes_[high.astype(int)]
+
+    def score(
+        self,
+        X: np.ndarray,  # (voxels, maps)
+        y: np.ndarray,  # (voxels,)
+    ) -> float:  # 0 to 1; chance is 0.5
+        "Area under the curve of the chosen map; not the share of right answers."
+        return auc(self.decision_function(X), np.asarray(y) == self.classes_[1])
+
+    def __sklearn_tags__(self) -> Any:
+        "Two classes only; one column of X is no strong classifier."
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.multi_class = False
+        tags.classifier_tags.poor_score = True
+        return tags

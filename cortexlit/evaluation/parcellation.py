@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['ConvexSemiNMF', 'boundary_weights', 'random_parcels', 'ParcelScore', 'score_parcels', 'draw_parcels',
+__all__ = ['ConvexSemiNMF', 'boundary_weights', 'random_parcels', 'ParcelScore', 'score_parcels', 'Parcels', 'draw_parcels',
            'category_means']
 
 # %% ../../neuro_nbs/17_parcellation.ipynb #0e421946
@@ -342,6 +342,72 @@ def score_parcels(
     low, high = np.quantile(draws, [0.025, 0.975], axis=0)
     value, gain = both @ pairs
     return ParcelScore(*map(float, (value, low[0], high[0], gain, low[1], high[1])), np.array(null))
+
+# %% ../../neuro_nbs/17_parcellation.ipynb #a4b64203
+class Parcels(TransformerMixin, BaseEstimator):
+    """Parcels of voxels from responses to conditions, judged on other conditions.
+
+    Parameters
+    ----------
+    n_parcels : int
+        Parcels, of `ConvexSemiNMF`.
+    place : array of float or None
+        (voxels, 3) mm; None: voxels in a row, `width` apart.
+    width, reach : float
+        Bin of distances, and largest distance, mm, of `boundary_weights`.
+    n_init, random_state : int
+        Starts, of `ConvexSemiNMF`.
+
+    Attributes
+    ----------
+    labels_ : np.ndarray
+        (voxels,) parcel of each voxel, from 0; -1: none.
+
+    Examples
+    --------
+    >>> one, other = np.random.default_rng(0).normal(size=(2, 20, 1))
+    >>> responses = np.hstack([one, one, other, other])  # conditions, voxels
+    >>> model = Parcels(2, width=1, reach=1).fit(responses[:10])
+    >>> model.transform(responses[10:]).shape, bool(model.score(responses[10:]) > 0.5)
+    ((10, 2), True)
+    """
+
+    def __init__(self, n_parcels=2, *, place=None, width=3.0, reach=30.0, n_init=4, random_state=0):
+        self.n_parcels, self.place, self.width, self.reach = n_parcels, place, width, reach
+        self.n_init, self.random_state = n_init, random_state
+
+    def fit(
+        self,
+        X: np.ndarray,  # (conditions, voxels)
+        y: None = None,  # ignored
+    ) -> Parcels:
+        "Group voxels whose responses, less their mean over conditions, go together."
+        X = validate_data(self, X, dtype=np.float64, ensure_min_samples=2, ensure_min_features=2)
+        model = ConvexSemiNMF(self.n_parcels, n_init=self.n_init, random_state=self.random_state)
+        self.labels_ = model.fit((X - X.mean(0)).T).labels_
+        return self
+
+    def transform(
+        self,
+        X: np.ndarray,  # (conditions, voxels)
+    ) -> np.ndarray:  # (conditions, parcels)
+        "Mean response of each parcel's voxels; 0 for a parcel without any."
+        check_is_fitted(self)
+        X = validate_data(self, X, dtype=np.float64, reset=False)
+        inside = self.labels_[:, None] == np.arange(self.n_parcels)
+        return X @ (inside / np.maximum(inside.sum(0), 1))
+
+    def score(
+        self,
+        X: np.ndarray,  # (conditions, voxels), three conditions or more
+        y: None = None,  # ignored
+    ) -> float:  # 0: no better than distance alone
+        "Boundary coefficient on these conditions."
+        check_is_fitted(self)
+        X = validate_data(self, X, dtype=np.float64, reset=False, ensure_min_samples=3)
+        row = self.width * np.arange(len(self.labels_))[:, None] * [1, 0, 0]
+        place = row if self.place is None else self.place
+        return float(boundary_weights(self.labels_, place, self.width, self.reach) @ _correlations(X, X))
 
 # %% ../../neuro_nbs/17_parcellation.ipynb #ccef2dde
 def draw_parcels(

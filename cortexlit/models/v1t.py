@@ -44,7 +44,15 @@ from cortexlit.models.readouts import (
     parts_told,
     sample_map,
 )
-from .viv1t import Heads, Layout, _check_mice, _check_sizes, _named_options, _refuse_unknown
+from cortexlit.models.viv1t import (
+    Heads,
+    Layout,
+    _check_fed,
+    _check_mice,
+    _check_sizes,
+    _named_options,
+    _refuse_unknown,
+)
 
 # %% ../../neuro_nbs/11_v1t.ipynb #e26d79cc
 PATCHES = {"unfold": 0, "convolution": 1, "shifted": 2, "normalised": 3}  # name -> published patch_mode
@@ -100,6 +108,7 @@ def _check_options(c: PretrainedConfig) -> None:
             f'token_positions="rotary" with emb_dim={c.emb_dim}',
             expected="4 or more: a plane for x and for y",
         )
+    _check_fed(c)
     check_parts(c, "image")
     if c.core != "vit" and c.behavior not in ("none", "channels"):
         raise DataError(f"behavior={c.behavior!r} with core={c.core!r}", expected="none, channels")
@@ -163,6 +172,9 @@ class V1TConfig(PretrainedConfig):
         positions: str = "predicted",  # reading points from cortical coordinates, or "free"
         output: str = "elu1",  # "exp", "softplus" (models.readouts)
         loss: str = "poisson",  # a name in models.losses.LOSSES
+        normalisation: str
+        | None = "standardised",  # what it is fed: a scheme of `data.scenes`; None: nobody knows
+        channels: Iterable[str] | None = None,  # names of the behaviour channels, in order; None: not told
         core: str = "vit",  # a name in models.readouts.CORES, e.g. "conv"
         core_options: Mapping[str, Any] | None = None,  # of another core than "vit"
         readout: str = "gaussian",  # a name in models.readouts.READOUTS, e.g. "factorised"
@@ -180,6 +192,8 @@ class V1TConfig(PretrainedConfig):
         self.behavior, self.shift, self.image_sampling = behavior, shift, image_sampling
         self.behavior_channels, self.pupil_channels = behavior_channels, pupil_channels
         self.positions, self.output, self.loss = positions, output, loss
+        self.normalisation = normalisation
+        self.channels = None if channels is None else list(channels)
         self.core, self.readout = core, readout
         self.core_options, self.readout_options = dict(core_options or {}), dict(readout_options or {})
         _check_options(self)
@@ -1013,6 +1027,7 @@ def published_v1t_config(
     {'A': 5}
     """
     options = _named_options(args, _FIXED, _SAME, _CHOICES)
+    options["channels"] = ["pupil_area", "pupil_area_change", "running"]  # of Sensorium 2022, in this order
     options["size"] = list(args.get("input_shape", (1, 36, 64)))[1:]
     small = [36, 64]
     if args.get("resize_image") == 1 and args.get("ds_name") != "franke2022" and options["size"] != small:
@@ -1058,7 +1073,9 @@ def _visible_config(weights: Mapping[str, torch.Tensor]) -> V1TConfig:
     options["shift"] = shifts[image > 0, eye > 0]
     if image > 2:
         options |= {"shift": "both+behavior", "behavior_channels": image - 2}
-    return V1TConfig(**options | _visible_patches(weights))
+    return V1TConfig(
+        **options | _visible_patches(weights), normalisation=None
+    )  # weights do not tell what they were fed
 
 
 def _visible_patches(weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:

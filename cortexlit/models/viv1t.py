@@ -109,9 +109,10 @@ def _check_fed(c: PretrainedConfig) -> None:
         raise DataError(
             f"channels={c.channels!r}", expected=f"names of {c.behavior_channels} behaviour channels, or None"
         )
-    number = isinstance(c.rate, int | float) and not isinstance(c.rate, bool)
-    if c.rate is not None and not (number and 0 < c.rate < math.inf):
-        raise DataError(f"rate={c.rate!r}", expected="frames per second above 0, or None")
+    rate = getattr(c, "rate", None)  # a picture has none
+    number = isinstance(rate, int | float) and not isinstance(rate, bool)
+    if rate is not None and not (number and 0 < rate < math.inf):
+        raise DataError(f"rate={rate!r}", expected="frames per second above 0, or None")
 
 
 def _check_options(c: PretrainedConfig) -> None:

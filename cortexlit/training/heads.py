@@ -103,7 +103,7 @@ def _clip_means(model: ViV1T, dataset: Any, last: int) -> tuple[torch.Tensor, to
             item = kept[i]
             known = hashlib.sha256(item["features"].numpy()).digest()
             maps.setdefault(known, item["features"])
-        responses.setdefault(known, []).append(item["labels"][:, -last:])
+        responses.setdefault(known, []).append(model.align(item["labels"], maps[known].shape[1]))
     return torch.stack([*maps.values()]), torch.stack([torch.stack(r).mean(0) for r in responses.values()])
 
 

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['BEFORE', 'SKIP', 'Pretraining', 'neuron_types', 'token_centres', 'tiled', 'film', 'energies', 'Simulated', 'teachers',
-           'simulate', 'held_out_correlation', 'pretrain', 'demo_core']
+__all__ = ['BEFORE', 'SKIP', 'Pretraining', 'token_centres', 'film', 'Simulated', 'teachers', 'simulate', 'held_out_correlation',
+           'pretrain', 'demo_core']
 
 # %% ../../neuro_nbs/07_pretraining.ipynb #621d49b3
 import hashlib
@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from scipy.signal import lfilter
 from torch.nn import functional as F
 from tqdm.std import tqdm
 
@@ -52,8 +51,6 @@ from cortexlit.simulate.session import (
     FIELD,
     FRAME_RATE,
     GABORS,
-    LATENCY,
-    MEMORY,
     Population,
     calcium,
     rate_of,
@@ -61,6 +58,7 @@ from cortexlit.simulate.session import (
     resize,
     scene,
 )
+from ..simulate.tiles import energies, neuron_types, tiled
 
 # %% ../../neuro_nbs/07_pretraining.ipynb #6c796ec1
 @dataclass(frozen=True)
@@ -120,23 +118,6 @@ class Pretraining:
         )  # fmt: skip
 
 # %% ../../neuro_nbs/07_pretraining.ipynb #994a1fd1
-def neuron_types(
-    recipe: Pretraining,
-    seed: int = 0,  # of the population
-    population: Population = GABORS,  # the kind of neurons
-) -> pd.DataFrame:  # (types, columns of `population.neurons`)
-    """Reliable neurons of several simulated mice.
-
-    Examples
-    --------
-    >>> neuron_types(Pretraining(mice=2, types=8))["kind"].unique().tolist()
-    ['reliable']
-    """
-    each = recipe.types // recipe.mice
-    mice = [population.neurons(3 * each, 7100 + 100 * seed + mouse) for mouse in range(recipe.mice)]
-    return pd.concat([m[m["kind"] == "reliable"].iloc[:each] for m in mice], ignore_index=True)
-
-
 def token_centres(
     config: ViV1TConfig,
 ) -> tuple[np.ndarray, np.ndarray]:  # altitude (rows,), azimuth (columns,), degrees
@@ -158,23 +139,6 @@ def token_centres(
         (h / 2 - dy * np.arange(rows) - ph / 2) * 60 / h,
         (dx * np.arange(columns) + pw / 2 - w / 2) * 120 / w,
     )
-
-
-def tiled(
-    types: pd.DataFrame,  # from `neuron_types`
-    config: ViV1TConfig,
-) -> pd.DataFrame:  # (types x rows x columns, ...), every type at every token centre
-    """The population: each type once per token.
-
-    Examples
-    --------
-    >>> recipe = Pretraining(mice=2, types=8)
-    >>> len(tiled(neuron_types(recipe), recipe.config)) == 8 * 5 * 12
-    True
-    """
-    altitude, azimuth = (a.ravel() for a in np.meshgrid(*token_centres(config), indexing="ij"))
-    population = types.loc[types.index.repeat(len(azimuth))].reset_index(drop=True)
-    return population.assign(altitude=np.tile(altitude, len(types)), azimuth=np.tile(azimuth, len(types)))
 
 # %% ../../neuro_nbs/07_pretraining.ipynb #54eafc2e
 BEFORE = 60  # frames before a clip, for filters and indicator to settle
@@ -203,37 +167,6 @@ def film(
     shown = np.concatenate(takes)[:frames]
     small = np.rint(resize_frames(shown, (36, 64))).astype(np.uint8)
     return small, (resize(shown, FIELD) / 128 - 1).astype(np.float32)
-
-
-def energies(
-    types: pd.DataFrame,
-    filters: np.ndarray,  # (types x places x 2 phases, 38 x 76), from `receptive_fields`
-    pictures: np.ndarray,  # (T, 38, 76)
-) -> np.ndarray:  # (types, places, T) float32
-    """Motion energy (complex) or half-squared drive (simple) of every type at every place.
-
-    Examples
-    --------
-    >>> types = neuron_types(Pretraining(mice=2, types=8))
-    >>> filters = receptive_fields(types).reshape(2 * len(types), -1)
-    >>> energies(types, filters, film(0, 0, frames=5)[1]).shape
-    (8, 1, 5)
-    """
-    late = np.concatenate([np.zeros_like(pictures[:LATENCY]), pictures[:-LATENCY]]).reshape(len(pictures), -1)
-    phases = (filters @ late.T).reshape(len(types), -1, 2, len(pictures))
-    signal = phases[:, :, 0] + 1j * phases[:, :, 1]
-    out = np.empty(signal.shape, np.float32)
-    for k, neuron in enumerate(types.itertuples()):
-        drive = []
-        for turn in (1, -1):
-            pole = np.exp((-1 / MEMORY + 2j * np.pi * turn * neuron.temporal_frequency) / FRAME_RATE)
-            drive.append(lfilter([(1 - abs(pole)) ** 2], [1, -2 * pole, pole**2], signal[k], axis=-1))
-        toward, against = drive[0], np.sqrt(1 - neuron.direction_selectivity) * drive[1]
-        if neuron.complex_cell:
-            out[k] = np.abs(toward) ** 2 + np.abs(against) ** 2
-        else:
-            out[k] = 4 * np.maximum(0, toward.real + against.real) ** 2
-    return out
 
 # %% ../../neuro_nbs/07_pretraining.ipynb #3eb4c5da
 @dataclass(frozen=True)
@@ -269,10 +202,10 @@ def teachers(
     --------
     >>> recipe = Pretraining(mice=2, types=8)
     >>> shown = film(seed=0, number=0, frames=62)[1]
-    >>> teachers(neuron_types(recipe), recipe.config, [shown])(shown[:2]).shape
+    >>> teachers(neuron_types(8, mice=2), recipe.config, [shown])(shown[:2]).shape
     (8, 60, 2)
     """
-    tiles = tiled(types, config)
+    tiles = tiled(types, *token_centres(config))
     if isinstance(population, V1Like):
         shape = (len(types), config.grid[1] * config.grid[2])
         windows = [of(tiles).reshape(*shape, -1, *FIELD) for of in (two_lobes, pools)]
@@ -315,7 +248,7 @@ def simulate(
     >>> data.videos.shape, data.responses.shape  # one clip to train on, one to validate
     ((2, 140, 36, 64), (2, 8, 60, 110))
     """
-    config, types = recipe.config, neuron_types(recipe, seed, population)
+    config, types = recipe.config, neuron_types(recipe.types, recipe.mice, seed, population)
     clips, count = recipe.clips + -(-recipe.clips // 10), config.grid[1] * config.grid[2]
     made_from = {"mice": recipe.mice, "types": recipe.types, "clips": clips, "seed": seed}
     if population != GABORS:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['SCENE_SIZES', 'fresh_model', 'train_scenes', 'simulated_responses', 'simulated_core', 'locate']
+__all__ = ['SCENE_SIZES', 'fresh_model', 'train_scenes', 'simulated_core', 'locate']
 
 # %% ../../neuro_nbs/11a_v1t_training.ipynb #d0e8b8f2
 from pathlib import Path
@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from scipy.signal import lfilter
 from torch.nn import functional as F
 from torch.utils.data import Subset
 
@@ -24,18 +23,8 @@ from ..data.clips import resize_frames
 from ..data.scenes import SceneArrays, ScenesDataset, load_scenes
 from ..models.readouts import standard_coordinates
 from ..models.v1t import V1T, V1TConfig
-from cortexlit.simulate.session import (
-    DEGREES_PER_PX,
-    FIELD,
-    FRAME_RATE,
-    MEMORY,
-    WORLD,
-    rate_of,
-    receptive_fields,
-    resize,
-    scene,
-)
-from .pretraining import Pretraining, neuron_types
+from ..simulate.session import DEGREES_PER_PX, WORLD, scene
+from ..simulate.tiles import neuron_types, simulated_responses
 from .recipes import CORE, SCENE_RECIPE, Recipe
 from .trainer import Fit, check_options, fit
 
@@ -86,7 +75,13 @@ def fresh_model(
     if asked["behavior"] and behavior is None:
         raise DataError(f"{recipe.name} takes behaviour, and none was recorded", path=root,
                         fix="behavior=False")  # fmt: skip
-    own = {"behavior": "block-mlp", "behavior_channels": len(behavior)} if asked["behavior"] else {}
+    own = {}
+    if asked["behavior"]:
+        own = {
+            "behavior": "block-mlp",
+            "behavior_channels": len(behavior),
+            "channels": train.channels["behavior"],
+        }
     own = {"behavior": "none", "behavior_channels": 0, "pupil_channels": 0, "shift": "none"} | own
     own |= {"size": tuple(size), "resize": _shrunk(tuple(size))}
     placed = train.neurons[["x_um", "y_um"]].to_numpy(float)
@@ -162,50 +157,6 @@ def _places(
 _SHOWN = (120, WORLD[1])  # pixels of a simulated scene; cells see its middle rows
 
 
-def _flash(neuron: Any, frames: int = 8) -> tuple[np.ndarray, np.ndarray]:
-    "Answer of a cell's two temporal filters to a picture that stands for a quarter of a second."
-    shown = np.r_[np.ones(frames), np.zeros(frames)]
-    both = []
-    for turn in (1, -1):
-        pole = np.exp((-1 / MEMORY + 2j * np.pi * turn * neuron.temporal_frequency) / FRAME_RATE)
-        both.append(lfilter([(1 - abs(pole)) ** 2], [1, -2 * pole, pole**2], shown))
-    return both[0], np.sqrt(1 - neuron.direction_selectivity) * both[1]
-
-
-def simulated_responses(
-    config: V1TConfig,  # whose patches tile the screen
-    pictures: np.ndarray,  # (n, 120, 152) grey levels, from `synthetic.scene`
-) -> np.ndarray:  # (n, types, places) float32, in standard deviations of the type
-    """What cells of `emb_dim` types, one of each at every patch, answer to flashed pictures, without noise.
-
-    Examples
-    --------
-    >>> config = V1TConfig({}, **CORE | {"emb_dim": 8, "heads": 1, "behavior": "none", "behavior_channels": 0})
-    >>> simulated_responses(config, scene(rng(0, "example"), 2, (120, 152))).shape[:2]
-    (2, 8)
-    """
-    types = neuron_types(Pretraining(types=config.emb_dim))
-    altitude, azimuth = (a.ravel() for a in np.meshgrid(*_places(config), indexing="ij"))
-    tiled = types.loc[types.index.repeat(len(azimuth))]
-    tiled = tiled.assign(altitude=np.tile(altitude, len(types)), azimuth=np.tile(azimuth, len(types)))
-    top = (_SHOWN[0] - WORLD[0]) // 2
-    seen = resize(pictures[:, top : top + WORLD[0]], FIELD) / 128 - 1
-    filters = receptive_fields(tiled).reshape(-1, FIELD[0] * FIELD[1])
-    phases = (filters @ seen.reshape(len(seen), -1).T.astype(np.float32)).reshape(
-        len(types), -1, 2, len(seen)
-    )
-    signal, out = phases[:, :, 0] + 1j * phases[:, :, 1], []
-    for z, cell in zip(signal, types.itertuples(), strict=True):
-        toward, against = _flash(cell)
-        if cell.complex_cell:
-            energy = np.abs(z) ** 2 * (np.abs(toward) ** 2 + np.abs(against) ** 2).mean()
-        else:
-            energy = np.mean([4 * np.maximum(0, (z * s).real) ** 2 for s in toward + against], axis=0)
-        out.append(rate_of(energy / energy.mean(), cell))
-    out = np.stack(out)
-    return (out / out.std((1, 2), keepdims=True)).transpose(2, 0, 1).astype(np.float32)
-
-
 def simulated_core(
     pictures: int = 400,  # to train on; a tenth more tell how well it does
     steps: int = 400,  # of 32 pictures
@@ -227,7 +178,8 @@ def simulated_core(
     shown = np.concatenate([scene(draw, 1, _SHOWN) for _ in range(pictures + new)])
     image = resize_frames(shown, config.seen)
     image = torch.tensor((image - image.mean()) / image.std(), dtype=torch.float32)[:, None]
-    labels, rows = torch.tensor(simulated_responses(config, shown)), []
+    labels = torch.tensor(simulated_responses(neuron_types(config.emb_dim), *_places(config), shown))
+    rows = []
     with seeded(seed):
         model = V1T(config)
         with torch.no_grad():
