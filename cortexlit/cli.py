@@ -24,11 +24,12 @@ from rich.table import Table
 from . import __version__, core
 
 # %% auto #0
-__all__ = ['app', 'Json', 'Cache', 'Embedded', 'METRICS', 'Scale', 'Core', 'Epochs', 'Rate', 'Batch', 'Resume', 'Last', 'scenes',
-           'things', 'Rois', 'Ratings', 'Properties', 'Folds', 'Cached', 'insilico', 'Run', 'Dataset', 'Report',
-           'Neurons', 'Trust', 'Replace', 'Degrees', 'DEMO_RECORDING', 'DEMO', 'sessions', 'build_command',
-           'score_command', 'import_command', 'export_command', 'fit_command', 'grid', 'design_command', 'folds',
-           'scenes_build', 'scenes_fit', 'scenes_score', 'things_build', 'things_fit', 'things_score', 'insilico_tune',
+__all__ = ['app', 'Json', 'Cache', 'Embedded', 'METRICS', 'Scale', 'Core', 'Epochs', 'Rate', 'Batch', 'Tried', 'Trials',
+           'Sampler', 'Pruner', 'Storage', 'Resume', 'Last', 'scenes', 'things', 'Rois', 'Ratings', 'Properties',
+           'Folds', 'Cached', 'insilico', 'Run', 'Dataset', 'Report', 'Neurons', 'Trust', 'Replace', 'Degrees',
+           'DEMO_RECORDING', 'DEMO', 'sessions', 'build_command', 'score_command', 'import_command', 'export_command',
+           'fit_command', 'grid', 'design_command', 'folds', 'scenes_build', 'scenes_fit', 'scenes_tune',
+           'scenes_score', 'things_build', 'things_fit', 'things_tune', 'things_score', 'insilico_tune',
            'insilico_fields', 'insilico_excite', 'real_files', 'data', 'clear_demo', 'run_demo', 'show_demo', 'demo',
            'pretrain_command', 'main']
 
@@ -384,6 +385,19 @@ Core = Annotated[
 Epochs = Annotated[int | None, typer.Option(help="In place of those of the recipe.")]
 Rate = Annotated[float | None, typer.Option(help="Highest learning rate, likewise.")]
 Batch = Annotated[int | None, typer.Option(help="Samples in a step, likewise.")]
+Tried = Annotated[
+    list[str],
+    typer.Option(
+        "--set", help="What to try, such as lr=1e-4..1e-2:log, depth=1..4, emb_dim=16,32 (repeat the option)."
+    ),
+]
+Trials = Annotated[int, typer.Option(help="In all, those of other workers and of earlier calls included.")]
+Sampler = Annotated[str, typer.Option(help="tpe or random.")]
+Pruner = Annotated[str, typer.Option(help="Gives up hopeless trials: median, hyperband, or none.")]
+Storage = Annotated[
+    str | None,
+    typer.Option(help="Database URL of the search; workers may share it. Default SQLite in --out."),
+]
 Resume = Annotated[bool, typer.Option(help="Go on with a run that is in the folder.")]
 Last = Annotated[int, typer.Option(help="Frames at the end of each clip that are fitted and scored.")]
 
@@ -407,6 +421,28 @@ def _options(scale: str | None, core_given: str | None) -> tuple[str, dict]:
 def _given(**options: Any) -> dict[str, Any]:
     "Options that were given."
     return {name: value for name, value in options.items() if value is not None}
+
+
+def _searching(sampler: str, pruner: str, storage: str | None) -> dict[str, Any]:
+    return {"sampler": sampler, "pruner": None if pruner == "none" else pruner, "storage": storage}
+
+
+def _tell_search(title: str, found: Any, as_json: bool) -> None:
+    table = found.table()
+    best = {"folder": found.folder, "best": found.best, "best_runs": found.best_runs}
+    best |= {"validation_correlation": found.value}
+    if as_json:
+        _print_json(best | {"trials": table.to_dict("records")})
+        return
+    _show(f"{title}, {len(table)} trials in {found.folder}", table)
+    told = ", ".join(
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in found.best.items()
+    )
+    _out.print(
+        f"best: {told}; validation correlation {found.value:.4f}, chosen among {len(table)}; run in {found.best_runs[0]}",
+        markup=False,
+    )
 
 
 @app.command("fit")
@@ -709,6 +745,46 @@ def scenes_fit(
     _tell_run(chosen.name, done, as_json)
 
 
+@scenes.command("tune")
+def scenes_tune(
+    dataset: Annotated[Path, typer.Argument(help="Folder made by `cortexlit scenes build`.")],
+    tried: Tried,
+    model: Annotated[
+        str, typer.Option(help="v1t, or conv: a few convolutions with a factorised readout.")
+    ] = "v1t",
+    trials: Trials = 20,
+    epochs: Epochs = None,
+    lr: Rate = None,
+    batch_size: Batch = None,
+    sampler: Sampler = "tpe",
+    pruner: Pruner = "median",
+    storage: Storage = None,
+    seed: Annotated[int, typer.Option(help="Of the search, the weights and the order of presentations.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the search; the same call again goes on with it.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Search for options of the model and of training on the training and validation tiers; the test stays closed.
+
+    Examples:
+      cortexlit scenes tune _data/scenes --set lr=3e-4..3e-3:log --set depth=1..3 --trials 30
+      cortexlit scenes tune _data/scenes --model conv --set lr=1e-3..1e-2:log --storage journal:///mnt/lab/tune.log
+    """
+    from cortexlit.training.recipes import CONV_RECIPE, SCENE_RECIPE
+    from cortexlit.training.tuning import Space, tune_scenes
+
+    if model not in ("v1t", "conv"):
+        raise core.DataError(f"--model {model}", expected="v1t or conv")
+    core.check_out(out)
+    given = _given(epochs=epochs, lr=lr, batch_size=batch_size) | _searching(sampler, pruner, storage)
+    recipe = CONV_RECIPE if model == "conv" else SCENE_RECIPE
+    found = tune_scenes(
+        dataset, Space.read(tried), recipe, seed, out=out, trials=trials, progress=not as_json, **given
+    )
+    _tell_search(recipe.name, found, as_json)
+
+
 @scenes.command("score")
 def scenes_score(
     dataset: Annotated[Path, typer.Argument(help="Folder made by `cortexlit scenes build`.")],
@@ -906,6 +982,51 @@ def things_fit(
         _print_json({"folder": done.folder, "split_hash": split.hash, "folds": done.table.to_dict("records")})
     else:
         _show(f"{model}, runs in {done.folder}", done.table)
+
+
+@things.command("tune")
+def things_tune(
+    cache: Cached,
+    ratings: Ratings,
+    tried: Tried,
+    model: Annotated[
+        str, typer.Option(help="parcels (a token per region), patches of the mask, or the study's.")
+    ] = "parcels",
+    patch: Annotated[tuple[int, int, int], typer.Option(help="Voxels of a patch.")] = (4, 4, 4),
+    trials: Trials = 20,
+    epochs: Epochs = None,
+    lr: Rate = None,
+    batch_size: Batch = None,
+    sampler: Sampler = "tpe",
+    pruner: Pruner = "median",
+    storage: Storage = None,
+    rois: Rois = "visual",
+    properties: Properties = None,
+    folds: Folds = 5,
+    fold: Annotated[int, typer.Option(help="Its training and validation trials are used, from 0 up.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Of the folds, the search, the weights, the order of trials.")
+    ] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the search; the same call again goes on with it.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Search for options of a decoder (layers, noise, mixing) and of training on one fold; its test trials stay closed, those of the other folds do not: score the choice on this fold alone.
+
+    Examples:
+      cortexlit things tune _data/things-02 --ratings ~/THINGSplus --set lr=1e-3..1e-2:log --set noise=0..3.0 --trials 30
+    """
+    from cortexlit.data.splits import split_by_concept
+    from cortexlit.training.tuning import Space, tune_decoder
+
+    core.check_out(out)
+    data = _subject(cache, ratings, rois, properties, "volume" if model == "study" else "voxels")
+    split = split_by_concept(data.trials, folds, seed)
+    given = _given(epochs=epochs, lr=lr, batch_size=batch_size) | _searching(sampler, pruner, storage)
+    found = tune_decoder(data, Space.read(tried), split, fold, model, seed, patch=patch, out=out, trials=trials,
+                         progress=not as_json, **given)  # fmt: skip
+    _tell_search(f"{model}, fold {fold}", found, as_json)
 
 
 @things.command("score")

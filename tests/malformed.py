@@ -592,6 +592,7 @@ def readers(root: Path, study: Path, cache: Path) -> dict[str, Reader]:
 
 WHOLE = ["-1", "x", "1.5", "99999999999999999999", "", "nan"]
 REAL = ["nan", "inf", "-1", "x", "1e400"]
+SPACE = ["nothing", "lr=", "lr=2..1", "lr=a..b", "=1,2", "epochs=1,2", "foo=1,2", "lr=0.1..nan", "depth=-1,x"]
 NAME = ["x", "", "../x", "\u00fc", "a" * 300]
 
 
@@ -669,12 +670,19 @@ def commands(root: Path) -> dict[str, tuple[list[str], dict[str, list[str]]]]:
             "--size": ["0 0", "-3 5", "100000 100000", "x 3"], "--constant-neurons": NAME, "--out": outs}),
         "scenes fit": ([pictures], {"0": not_(pictures), "--model": NAME, "--session": [*WHOLE, "0", "7"], "--seed": WHOLE,
             "--epochs": ["-1", "0", "x"], "--lr": [*REAL, "0"], "--batch-size": [*WHOLE, "0"], "--out": outs, "--scale": NAME}),
+        "scenes tune": ([pictures, "--set", "lr=1e-3,1e-2", "--epochs", "1"], {"0": not_(pictures), "--set": SPACE, "--model": NAME,
+            "--trials": [*WHOLE, "0"], "--sampler": NAME, "--pruner": NAME, "--storage": ["nothing://x", "journal:///nowhere/x.log"],
+            "--seed": WHOLE, "--epochs": ["-1", "0", "x"], "--lr": [*REAL, "0"], "--batch-size": [*WHOLE, "0"], "--out": outs}),
         "scenes score": ([pictures], {"0": not_(pictures), "--run": not_(), "--out": outs[:4]}),
         "things build": ([str(study), "--out", out], {"0": not_(), "--subject": [*NAME, "04"], "--layout": NAME, "--zscore": NAME, "--out": outs}),
         "things fit": ([cache, "--ratings", ratings, "--out", out], things_options | {
             "--model": NAME, "--patch": ["0 0 0", "-1 2 2", "999 999 999"], "--layers": [*WHOLE, "0"], "--noise": REAL, "--mixing": REAL,
             "--augment": NAME, "--ratio": [*REAL, "101"],
             "--epochs": ["-1", "0", "x"], "--patience": ["-1", "0", "x"], "--lr": [*REAL, "0"], "--batch-size": [*WHOLE, "0"], "--out": outs}),
+        "things tune": ([cache, "--ratings", ratings, "--set", "layers=1,2", "--epochs", "1"], things_options | {
+            "--set": SPACE, "--model": NAME, "--patch": ["0 0 0", "-1 2 2"], "--trials": [*WHOLE, "0"], "--fold": [*WHOLE, "99"],
+            "--sampler": NAME, "--pruner": NAME, "--storage": ["nothing://x", "journal:///nowhere/x.log"],
+            "--epochs": ["-1", "0", "x"], "--lr": [*REAL, "0"], "--batch-size": [*WHOLE, "0"], "--out": outs}),
         "things score": ([cache, "--ratings", ratings], things_options | {
             "--bands": NAME, "--permutations": WHOLE, "--run": not_(), "--out": outs[:4]}),
         "data": ([], {"--nothing": NAME}),

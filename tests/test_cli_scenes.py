@@ -54,9 +54,32 @@ def test_from_a_folder_to_scores(tmp_path, capsys, monkeypatch):
     assert code == 0 and "V1T (conv, factorised) other" in {r["model"] for r in rows}
 
 
+def test_a_search_goes_on_and_its_best_run_is_scored(folder, tmp_path, capsys, monkeypatch):
+    words = [
+        "tune",
+        folder,
+        "--model",
+        "conv",
+        "--set",
+        "lr=1e-3,1e-2",
+        "--epochs",
+        "1",
+        "--sampler",
+        "random",
+    ]
+    code, found = run(capsys, monkeypatch, *words, "--trials", "1", "--out", tmp_path / "search")
+    assert code == 0 and found["best"]["lr"] in (1e-3, 1e-2) and len(found["trials"]) == 1, found
+    code, more = run(capsys, monkeypatch, *words, "--trials", "2", "--out", tmp_path / "search")
+    assert code == 0 and more["trials"][0] == found["trials"][0] and len(more["trials"]) == 2
+    assert more["validation_correlation"] == max(t["validation"] for t in more["trials"])
+    assert run(capsys, monkeypatch, "score", folder, "--run", more["best_runs"][0])[0] == 0
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
+        (["tune", "FOLDER", "--set", "lr=1,2", "--model", "cnn"], "v1t or conv"),
+        (["tune", "FOLDER", "--set", "foo=1,2"], "no option 'foo'"),
         (["fit", "FOLDER", "--session", "7"], "1 to 6"),
         (["fit", "FOLDER", "--session", "1"], "(144, 256)"),
         (["fit", "FOLDER", "--session", "4", "--scale", "big"], "demo, paper"),

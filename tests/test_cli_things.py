@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from cortexlit import cli
-from cortexlit.core import DataError, MissingError
-from cortexlit.data.audit import openings
+from cortexlit.core import DataError, MissingError, read_json
+from cortexlit.data.audit import openings, sample_marks
 from cortexlit.data.splits import split_by_concept
 from cortexlit.data.things import ThingsDataset, build_things, load_properties, open_things
 from cortexlit.evaluation.decoding import score_subject
 from cortexlit.evaluation.scores import ScoreSheet
 from cortexlit.simulate.subject import write_things
+from cortexlit.training.decoders import fold_tiers
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 
@@ -81,6 +82,33 @@ def test_a_trained_decoder_joins_the_sheet(study, cache, tmp_path, capsys, monke
         other = build_things(open_things(study / "figshare", "02"), tmp_path / "other")
         code, refused = run(capsys, monkeypatch, "score", other, *score[2:])
         assert code == 1 and "trained on other responses" in refused["error"]
+
+
+def test_a_search_stays_within_its_fold(study, cache, tmp_path, capsys, monkeypatch):
+    words = [
+        "tune",
+        cache,
+        "--ratings",
+        study / "ratings",
+        "--folds",
+        "3",
+        "--set",
+        "layers=1,2",
+        "--epochs",
+        "1",
+    ]
+    code, found = run(
+        capsys, monkeypatch, *words, "--trials", "2", "--fold", "1", "--out", tmp_path / "search"
+    )
+    assert code == 0 and found["best"]["layers"] in (1, 2) and len(found["trials"]) == 2, found
+    data = ThingsDataset(cache, load_properties(study / "ratings"), "visual")
+    seen, split = read_json(tmp_path / "search" / "marks.json"), split_by_concept(data.trials, 3, 0)
+    train, validation, test = fold_tiers(data, split, 1)
+    assert not set(sample_marks(test)) & set(seen)
+    assert set(sample_marks(train)) | set(sample_marks(validation)) == set(seen)
+    for wrong, told in ((["--fold", "3"], "0 to 2"), (["--set", "depth=1,2"], "layers, noise, mixing")):
+        code, refused = run(capsys, monkeypatch, *words, *wrong, "--out", tmp_path / "other")
+        assert code == 1 and told in refused["error"], refused
 
 
 def test_a_synthetic_subject_says_where_its_ratings_lie(tmp_path, capsys, monkeypatch):

@@ -957,8 +957,8 @@ def test_what_the_system_refuses_a_command_is_named(monkeypatch, capsys):
 
 # Every command ----------------------------------------------------------------------------------------------
 
-COMMANDS = ["sessions", "build", "score", "import", "export", "fit", "grid", "design", "folds", "scenes build", "scenes fit", "scenes score", "things build",
-            "things fit", "things score", "data", "pretrain", "demo", "insilico tune", "insilico fields",
+COMMANDS = ["sessions", "build", "score", "import", "export", "fit", "grid", "design", "folds", "scenes build", "scenes fit", "scenes tune", "scenes score", "things build",
+            "things fit", "things tune", "things score", "data", "pretrain", "demo", "insilico tune", "insilico fields",
             "insilico excite"]  # fmt: skip
 SLOW = ("sessions", "build", "scenes build")
 

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import re
 import signal
 import sqlite3
 import time
@@ -388,3 +389,35 @@ def test_a_model_with_mice_and_a_folder_of_its_own(private_folders):
     with pytest.raises(SplitLeak, match="4 of 4 samples of the test"):
         found.open_test(tiers()[1], last=LAST)
     assert found.open_test(Toy(4, seed=3), last=LAST).shape == (4, 5, LAST)
+
+
+def test_a_space_is_read_from_lines():
+    space = Space.read(
+        ["depth=1..4", " lr = 1e-4..1e-2:log", "emb_dim=16, 32", "norm=true,none,layer", "noise=0..1.5"]
+    )
+    assert space.parameters == {
+        "depth": Range(1, 4),
+        "lr": Range(1e-4, 1e-2, log=True),
+        "emb_dim": Choice((16, 32)),
+        "norm": Choice((True, None, "layer")),
+        "noise": Range(0, 1.5),
+    }
+    assert space.parameters["depth"].whole and not space.parameters["noise"].whole
+
+
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        ([], "an empty space"),
+        (["lr"], "name=a,b,c or name=low..high"),
+        (["lr="], "name=a,b,c or name=low..high"),
+        (["lr=1,2", "lr=3,4"], "lr, given twice"),
+        (["lr=a..b"], "a number"),
+        (["lr=2..1"], "low < high"),
+        (["lr=0..1:log"], "0 < low"),
+        (["epochs=1,2"], "the same for all trials"),
+    ],
+)
+def test_lines_that_are_no_space_are_refused(lines, told):
+    with pytest.raises(DataError, match=re.escape(told)):
+        Space.read(lines)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['FoldFits', 'fit_folds']
+__all__ = ['FoldFits', 'fit_folds', 'fold_tiers']
 
 # %% ../../neuro_nbs/13a_decoder_training.ipynb #380ab42d
 import time
@@ -305,16 +305,42 @@ def _fold(
     return found.astype(np.float32)
 
 
+def _standardised(data: Any, rows: list[np.ndarray], k: int) -> tuple[list[_Part], np.ndarray, np.ndarray]:
+    "Training, validation and test trials of a fold, with ratings in units of the training trials; mean and spread of these."
+    mean, spread = data.labels[rows[0]].mean(0), data.labels[rows[0]].std(0)
+    if not (spread > 0).all():
+        what = f"a rating is constant in the training concepts of fold {k}"
+        raise DataError(what, fix="leave this property out")
+    return [_Part(data, r, mean, spread) for r in rows], mean, spread
+
+
+def fold_tiers(
+    data: Any,  # trials with ratings, as for `fit_folds`
+    split: Split,
+    k: int = 0,  # the fold
+) -> tuple[Any, Any, Any]:  # training, validation and test trials, for `fit`, `tune` and `predict`
+    """One fold of a split as three datasets; ratings are in units of the spread of the training trials.
+
+    Examples
+    --------
+    `brain`, a subject with ratings from `open_dataset`:
+
+    >>> import cortexlit as cx
+    >>> train, validation, test = fold_tiers(brain, cx.split_by_concept(brain.trials))
+    >>> len(train) + len(validation) + len(test) == len(brain)
+    True
+    """
+    if not 0 <= k < len(split.tier):
+        raise DataError(f"fold {k}", expected=f"0 to {len(split.tier) - 1}")
+    return tuple(_standardised(data, _tiers(split, k), k)[0])
+
+
 def _decode(
     build: Callable[[], PreTrainedModel], data: Any, rows: list[np.ndarray], folder: Path, k: int,
     plan: dict[str, Any], options: dict[str, Any],
 ) -> tuple[Any, np.ndarray, float]:  # fmt: skip
     "Ratings: labels standardised in training, predictions stretched by the slope of the validation trials."
-    mean, spread, seed = data.labels[rows[0]].mean(0), data.labels[rows[0]].std(0), plan["seed"]
-    if not (spread > 0).all():
-        what = f"a rating is constant in the training concepts of fold {k}"
-        raise DataError(what, fix="leave this property out")
-    parts = [_Part(data, r, mean, spread) for r in rows]
+    parts, mean, spread, seed = *_standardised(data, rows, k), plan["seed"]
     if "augment" in plan:
         parts[0] = _More(parts[0], plan["augment"], plan["ratio"], seed)
     done = fit(_fresh(build, seed), tuple(parts[:2]), out=folder, seed=seed, **options)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['SCENE_SIZES', 'fresh_model', 'train_scenes', 'simulated_core', 'locate']
+__all__ = ['SCENE_SIZES', 'fresh_model', 'first_model', 'train_scenes', 'simulated_core', 'locate']
 
 # %% ../../neuro_nbs/11a_v1t_training.ipynb #d0e8b8f2
 from pathlib import Path
@@ -111,6 +111,26 @@ def _shrunk(size: tuple[int, int]) -> tuple[int, int] | None:
     return (round(size[0] / times), round(size[1] / times)) if times > 2 else None
 
 
+def first_model(
+    root: str | Path,  # a folder of scenes
+    recipe: Recipe,
+    core: V1T | None = None,  # as `fresh_model`
+    seed: int = 0,  # of the weights
+) -> V1T:
+    """What training begins with: a fresh model, and, if the recipe says so, each neuron where its responses place it.
+
+    Examples
+    --------
+    >>> first_model(scenes, SCENE_RECIPE).config.model_type
+    'v1t'
+    """
+    model = fresh_model(root, recipe, core, seed)
+    if _asked(recipe)["located"]:
+        train = load_scenes(root, "train")
+        locate(model, train, ScenesDataset(root, "train").neurons[["x_um", "y_um"]].to_numpy(float))
+    return model
+
+
 def train_scenes(
     root: str | Path,  # a folder of scenes
     recipe: Recipe | None = None,  # None: `SCENE_RECIPE`, with the core that is given
@@ -133,9 +153,7 @@ def train_scenes(
     options, asked = {**recipe.fit, "seed": seed, **options}, _asked(recipe)
     check_options(**options)
     train, validation = (ScenesDataset(root, tier) for tier in ("train", "validation"))
-    model = fresh_model(root, recipe, core, seed)
-    if asked["located"]:
-        locate(model, load_scenes(root, "train"), train.neurons[["x_um", "y_um"]].to_numpy(float))
+    model = first_model(root, recipe, core, seed)
     if asked["samples"] is not None and asked["samples"] < len(train):
         drawn = rng(seed, "samples").permutation(len(train))[: asked["samples"]]
         train = Subset(train, sorted(drawn.tolist()))

@@ -6,14 +6,16 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['SPACES', 'SAMPLERS', 'PRUNERS', 'Choice', 'Range', 'Space', 'Tuning', 'tune', 'load_best']
+__all__ = ['SPACES', 'SAMPLERS', 'PRUNERS', 'Choice', 'Range', 'Space', 'Tuning', 'tune', 'load_best', 'tune_scenes',
+           'tune_decoder']
 
 # %% ../../neuro_nbs/15a_cnn_vit_optuna.ipynb #df4175af
 import dataclasses
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -51,8 +53,14 @@ from cortexlit.core import (
     write_json,
 )
 from ..data.audit import folders_of, note_opening, sample_marks
+from ..data.scenes import ScenesDataset
+from ..data.splits import Split
 from ..models.adapters import Adapters
+from ..models.vit3d import decoder
+from .decoders import fold_tiers
 from .features import fingerprint
+from .recipes import DECODER_RECIPE, SCENE_RECIPE, Recipe
+from .scenes import first_model
 from .trainer import audited, best_folder, check_options, fit, origin, predict
 from .trials import database, holding, open_study, run_trials
 
@@ -120,6 +128,16 @@ _OPTIONS = tuple(
 )  # a space may hold these
 
 
+def _value(told: str) -> Any:
+    "A number, True, False, None or a word."
+    told = told.strip()
+    words = {"true": True, "false": False, "none": None}
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(told)
+    return words.get(told.lower(), told)
+
+
 @dataclass(frozen=True)
 class Space:
     """What a search may try.
@@ -158,6 +176,36 @@ class Space:
                 raise DataError(f"{name}: {p!r}", expected="Choice((...)) or Range(low, high)")
             elif not -math.inf < p.low < p.high < math.inf or (p.log and p.low <= 0):
                 raise DataError(f"{name}: {p}", expected="low < high, and 0 < low with log=True")
+
+    @classmethod
+    def read(
+        cls,
+        lines: Iterable[
+            str
+        ],  # name=a,b,c for a choice; name=low..high for a range, name=low..high:log on that scale
+    ) -> Space:
+        """A space from a command line or a file.
+
+        Examples
+        --------
+        >>> space = Space.read(["depth=1..4", "lr=1e-4..1e-2:log", "emb_dim=16,32"])
+        >>> space.parameters["lr"], space.parameters["emb_dim"]
+        (Range(low=0.0001, high=0.01, log=True), Choice(values=(16, 32)))
+        """
+        found: dict[str, Choice | Range] = {}
+        for line in lines:
+            name, equals, told = (part.strip() for part in line.partition("="))
+            if not (name.isidentifier() and equals and told) or name in found:
+                again = f"{name}, given twice" if name in found else line
+                raise DataError(
+                    f"a space with {again!r}", expected="name=a,b,c or name=low..high[:log], each name once"
+                )
+            low, dots, high = told.removesuffix(":log").partition("..")
+            if dots:
+                found[name] = Range(_value(low), _value(high), told.endswith(":log"))
+            else:
+                found[name] = Choice(tuple(map(_value, told.split(","))))
+        return cls(found)
 
     def suggest(
         self,
@@ -401,8 +449,9 @@ class Tuning:
         kind = type(self.build(_split(self.best)[0]))
         return [kind.from_pretrained(best).eval() for best in self._kept()]
 
-    def _kept(self) -> list[Path]:
-        "Folders of the best trial's models, one per fold."
+    @property
+    def best_runs(self) -> list[Path]:
+        "Run folders of the best trial, one per fold."
         folder = Path(self._best.user_attrs["folder"])
         folds = sorted(folder.glob("fold-*"), key=lambda p: int(p.name.split("-")[1]))
         if not folds or [fold.name for fold in folds] != [f"fold-{k}" for k in range(len(folds))]:
@@ -410,7 +459,10 @@ class Tuning:
                 "the runs of the best trial are not here", path=folder, expected="fold-0 and so on",
                 fix="copy them from the machine that has run the trial; see the trial's attribute `folder`",
             )  # fmt: skip
-        return [best_folder(fold) for fold in folds]
+        return folds
+
+    def _kept(self) -> list[Path]:
+        return [best_folder(fold) for fold in self.best_runs]
 
     def _unseen(self, dataset: Any) -> None:
         "Raise `SplitLeak` if data of the search are among those of its test."
@@ -562,3 +614,65 @@ def load_best(
     if options.get("adapters"):
         options["adapters"] = Adapters(**options["adapters"])
     return config["model"], options
+
+# %% ../../neuro_nbs/15a_cnn_vit_optuna.ipynb #2b63d378
+def _given_once(fixed: Mapping[str, Any], space: Space, options: Mapping[str, Any]) -> dict[str, Any]:
+    "Options of `fit`: those of a recipe, others in their place, and none that the space holds."
+    return {name: value for name, value in fixed.items() if name not in space.parameters} | dict(options)
+
+
+def tune_scenes(
+    root: str | Path,  # a folder of scenes; its test tier stays closed
+    space: Space,  # options of `fit`, and of the model that the recipe makes
+    recipe: Recipe = SCENE_RECIPE,
+    seed: int = 0,  # of the search, the weights and the order of presentations
+    **options: Any,  # of `tune` and `fit`, in place of those of the recipe
+) -> Tuning:
+    """Search on the training and validation tier of a folder of scenes, each trial by the recipe.
+
+    Examples
+    --------
+    >>> space = Space.read(["emb_dim=16,32", "lr=1e-3..1e-2:log"])
+    >>> found = tune_scenes(scenes, space, trials=1, epochs=1, pruner=None, progress=False)
+    >>> sorted(found.best)
+    ['emb_dim', 'lr']
+    """
+
+    def build(parameters: dict[str, Any]) -> PreTrainedModel:
+        return first_model(root, recipe.but(model=parameters), seed=seed)
+
+    tiers = tuple(ScenesDataset(root, tier) for tier in ("train", "validation"))
+    return tune(build, tiers, space, seed=seed, **_given_once(recipe.fit, space, options))
+
+
+def tune_decoder(
+    data: Any,  # trials with ratings, as for `fit_folds`
+    space: Space,  # options of `fit`, and of `decoder`: layers, noise, mixing
+    split: Split,
+    k: int = 0,  # the fold whose training and validation trials are used; its test trials stay closed
+    model: str = "parcels",  # as `decoder`
+    seed: int = 0,  # of the search, the weights and the order of trials
+    **options: Any,  # of `tune`, `fit` and `decoder`, in place of those of `DECODER_RECIPE`
+) -> Tuning:
+    """Search on one fold of a subject; `fold_tiers(data, split, k)[2]` is what `Tuning.open_test` takes.
+
+    Examples
+    --------
+    `brain`, a subject with ratings from `open_dataset`:
+
+    >>> import cortexlit as cx
+    >>> split = cx.split_by_concept(brain.trials)
+    >>> found = tune_decoder(brain, Space.read(["layers=1,2"]), split, trials=1, epochs=1, progress=False)
+    >>> list(found.best)
+    ['layers']
+    """
+    names = ("layers", "noise", "mixing")
+    if unknown := sorted(_split(space.corner)[0].keys() - set(names)):
+        raise DataError(f"{unknown[0]} in the space", expected=f"{', '.join(names)}, or an option of `fit`")
+    own = {name: options.pop(name) for name in ("patch", *names) if name in options}
+
+    def build(parameters: dict[str, Any]) -> PreTrainedModel:
+        return decoder(data, model, **{**own, **parameters})()
+
+    tiers = fold_tiers(data, split, k)[:2]
+    return tune(build, tiers, space, seed=seed, **_given_once(DECODER_RECIPE.fit, space, options))
