@@ -37,6 +37,7 @@ CHOSEN = {
     "neuro_nbs/06c_own_parts.ipynb": 2,
     "neuro_nbs/08_head_training.ipynb": 3,
     "neuro_nbs/13_vit3d.ipynb": 1,
+    "neuro_nbs/14_attention_maps.ipynb": 1,
     "neuro_nbs/16_classifiers.ipynb": 3,
     "neuro_nbs/20_in_silico_stimuli.ipynb": 3,
 }
