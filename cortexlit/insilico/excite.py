@@ -96,6 +96,12 @@ class TrueCells:
     screen: Screen
     lost: int = 12
 
+    @property
+    def liked(self) -> pd.DataFrame:
+        "What each neuron was built for, (n, 5), in the columns of `grating_table`."
+        names = ["direction", "spatial_frequency", "temporal_frequency", "azimuth", "altitude"]
+        return self.neurons.rename(columns={"frequency": "spatial_frequency"})[names]
+
     def energy(self, films: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
         "(k, frames) drive of neuron `rows[i]` by film i of (k, frames, H, W); 1 is its mean over the session's films."
         return self._energy(torch.einsum("bthw,bkhw->bkt", films, self.fields[list(rows)]), list(rows))
@@ -236,13 +242,17 @@ def exciting_films(
     steps: int = 20,  # at most
     unseen: Twin | None = None,  # a replicate that chooses among the steps; None: the subject itself
     suppress: bool = False,  # True: films for which the answer is lowest
+    around: tuple[np.ndarray, np.ndarray]
+    | None = None,  # (rows, frames, H, W) films and (rows, H, W) where they stay
     batch_size: int = 64,  # films in one pass
     progress: bool = False,  # show a bar
 ) -> Excited:
     """Climb from noise to the film that each neuron answers most (or least), all neurons in one batch.
 
-    The same seed gives the same film, whichever neurons are asked with it. `DataError` for rows, frames or
-    seeds that make no sense, and for an unseen model of other neurons.
+    The same seed gives the same film, whichever neurons are asked with it. With `around`, a film of each
+    neuron is kept where its mask says, and only what lies around it climbs; contrast is then that of a film
+    before the part is put back. `DataError` for rows, frames or seeds that make no sense, and for an
+    unseen model of other neurons.
 
     >>> found = exciting_films(twin, [3, 5], unseen=demo_twin(seed=1))  # doctest: +SKIP
     """
@@ -253,22 +263,38 @@ def exciting_films(
     parts = [pairs[k : k + batch_size] for k in range(0, len(pairs), batch_size)]
     bar = tqdm(desc="climbing", total=len(parts) * steps, unit="step", disable=not progress, leave=False)
     sign, made = (-1.0 if suppress else 1.0), 1 if still else frames
+    kept = _kept(around, (len(rows), made, *subject.screen.size))
     asks = [_answer(s, frames) for s in ((subject,) if unseen is None else (subject, unseen))]
     found = [_climbed(asks, part, _smoother(made, subject.screen), (made, *subject.screen.size),
-                      contrast, steps, sign, bar) for part in parts]  # fmt: skip
+                      contrast, steps, sign, bar, kept([rows.index(r) for _, r in part])) for part in parts]  # fmt: skip
     bar.close()
-    films, answers, other, kept, climb = (np.concatenate(v) for v in zip(*found, strict=True))
+    films, answers, other, at, climb = (np.concatenate(v) for v in zip(*found, strict=True))
     shape = (len(seeds), len(rows))
     other = other if unseen is not None else np.full_like(other, np.nan)
     climb = climb.T.reshape(-1, *shape)
     return Excited(rows, films.reshape(*shape, *films.shape[1:]), answers.reshape(shape),
-                   other.reshape(shape), kept.reshape(shape), climb)  # fmt: skip
+                   other.reshape(shape), at.reshape(shape), climb)  # fmt: skip
 
 
 def _fewest(subject: Twin | TrueCells) -> int:
     "Frames of the shortest film that is answered, or 13 where one would do."
     vivit = not isinstance(subject, TrueCells) and subject.model.config.core == "vivit"
     return int(subject.model.config.patch[0]) if vivit else 13
+
+
+def _kept(
+    around: tuple[np.ndarray, np.ndarray] | None, shape: tuple[int, ...]
+) -> Callable[[list[int]], Callable]:
+    "Positions of rows to what puts the kept part of their films, or a number, back into it."
+    if around is None:
+        return lambda rows: lambda x, put=None: x
+    films, masks = np.asarray(around[0], np.float32), np.asarray(around[1])
+    still = (shape[0], *shape[2:])
+    if films.shape != shape or masks.shape != still or masks.dtype != bool or not np.abs(films).max() <= 1:
+        raise DataError(f"films of shape {films.shape}, masks of shape {masks.shape} and type {masks.dtype}",
+                        expected=f"{shape}, -1 to 1, and bool {still}")  # fmt: skip
+    film, mask = torch.from_numpy(films), torch.from_numpy(masks)[:, None]
+    return lambda rows: lambda x, put=None: torch.where(mask[rows], film[rows] if put is None else put, x)
 
 
 def _check(subject: Twin | TrueCells, rows: tuple[int, ...], frames: int, contrast: float,
@@ -286,12 +312,13 @@ def _check(subject: Twin | TrueCells, rows: tuple[int, ...], frames: int, contra
 
 # %% ../../neuro_nbs/22_most_exciting_inputs.ipynb #22aa0016
 def _climbed(asks: list[Answer], pairs: list[tuple[int, int]], smooth: Callable, shape: tuple[int, ...],
-             contrast: float, steps: int, sign: float, bar: tqdm, every: int = 4, patience: int = 3
+             contrast: float, steps: int, sign: float, bar: tqdm,
+             keep: Callable[[torch.Tensor], torch.Tensor], every: int = 4, patience: int = 3
              ) -> tuple[np.ndarray, ...]:  # fmt: skip
     "Films, answers of both models, the step of each film, and the answers on the way, (k, steps + 1)."
     rows = [row for _, row in pairs]
     noise = np.stack([rng(s, "exciting films", r).standard_normal(shape, np.float32) for s, r in pairs])
-    x = _fixed(smooth(torch.from_numpy(noise)), contrast)
+    x = keep(_fixed(smooth(torch.from_numpy(noise)), contrast))
     best, kept = x.clone(), np.zeros(len(rows), int)
     top, climb, since = np.full(len(rows), -np.inf), np.full((len(rows), steps + 1), np.nan), 0
     for k in range(steps + 1):
@@ -307,9 +334,9 @@ def _climbed(asks: list[Answer], pairs: list[tuple[int, int]], smooth: Callable,
         if k == steps or since >= patience:
             break
         (gradient,) = torch.autograd.grad(sign * answer.sum(), x)
-        gradient = smooth(gradient)
+        gradient = smooth(keep(gradient, torch.zeros(())))
         size = gradient.square().mean((1, 2, 3), keepdim=True).sqrt().clamp_min(1e-20)
-        x = _fixed(x.detach() + contrast * (1 - 0.9 * k / steps) * gradient / size, contrast)
+        x = keep(_fixed(x.detach() + contrast * (1 - 0.9 * k / steps) * gradient / size, contrast))
         bar.update()
     return best.numpy(), climb[np.arange(len(rows)), kept], sign * top, kept, climb
 
