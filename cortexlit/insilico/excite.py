@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['Answer', 'fix_contrast', 'TrueCells', 'true_cells', 'Excited', 'exciting_films', 'save_gif']
+__all__ = ['Answer', 'fix_contrast', 'TrueCells', 'true_cells', 'Excited', 'exciting_films', 'save_stimulus']
 
 # %% ../../neuro_nbs/22_most_exciting_inputs.ipynb #22aa0004
 from collections.abc import Callable, Sequence
@@ -20,12 +20,15 @@ from tqdm.std import tqdm
 
 from ..core import DataError, digest, generated, made_once, rng
 from .stimuli import Screen, Twin
+from ..plots import save_pages
 from cortexlit.simulate.session import (
     FIELD,
     LATENCY,
     MEMORY,
+    WORLD,
     energy_scale,
     make_neurons,
+    natural_movie,
     receptive_fields,
     resize,
     size_named,
@@ -146,25 +149,43 @@ def _resonate(signal: torch.Tensor, hertz: np.ndarray, rate: float) -> torch.Ten
 
 def true_cells(
     size: str,  # of the embedded session: "tiny", "demo" or "full"
-    screen: Screen,
+    screen: Screen,  # 120 degrees wide, 60 high or more, of which the neurons see the middle
     seed: int = 0,  # the mouse
-) -> TrueCells:  # the neurons of session A, in the order of its `neurons.csv`
+    session: str = "A",  # or "B", that of natural scenes
+) -> TrueCells:  # its neurons, in the order of its `neurons.csv`
     """The simulated neurons of an embedded session; seconds the first time, because its films are made.
 
     >>> cells = true_cells("tiny", Screen())
     >>> len(cells.neurons), tuple(cells.fields.shape)
     (8, (8, 2, 36, 64))
     """
-    count = size_named(size).cells
-    neurons = make_neurons(count, seed)[:count].reset_index(drop=True)
-    down, over = (resize(np.eye(n, dtype=np.float32)[None], (m, n))[0] for n, m in zip(screen.size, FIELD, strict=True))  # fmt: skip
-    fields = down.T @ receptive_fields(neurons) @ over
-    return TrueCells(neurons, torch.from_numpy(fields), torch.from_numpy(_scale(neurons, size)), screen)
+    if session not in ("A", "B") or screen.degrees[0] < 60 or screen.degrees[1] != 120:
+        raise DataError(
+            f"session {session!r} on {screen}", expected='"A" or "B", 120 degrees wide, 60 high or more'
+        )
+    count, every = size_named(size).cells, make_neurons(size_named(size).cells, seed)
+    part = slice(count) if session == "A" else slice(-count, None)
+    down, over = (np.eye(n, dtype=np.float32)[None] for n in screen.size)
+    if (tall := round(WORLD[0] * screen.degrees[0] / 60)) > WORLD[0]:
+        first = (tall - WORLD[0]) // 2
+        down = resize(down, (tall, screen.size[0]))[:, first : first + WORLD[0]]
+    down, over = (resize(x, (m, x.shape[2]))[0] for x, m in zip((down, over), FIELD, strict=True))
+    fields = torch.from_numpy(down.T @ receptive_fields(every[part]) @ over)
+    return TrueCells(
+        every[part].reset_index(drop=True), fields, torch.from_numpy(_scale(every[part], size)), screen
+    )
 
 
 def _scale(neurons: pd.DataFrame, size: str) -> np.ndarray:
     "Mean energy of each neuron over the session's films, which are made once and not again."
-    made_from = {"size": size, "neurons": digest(neurons.drop(columns="kind").to_numpy(float).tolist())}
+    films = {
+        name: natural_movie(name, 2).tolist() for name in size_named(size).movie_frames
+    }  # another simulator: others
+    made_from = {
+        "size": size,
+        "neurons": digest(neurons.drop(columns="kind").to_numpy(float).tolist()),
+        "films": digest(films),
+    }
     path = generated("insilico", f"scale-{digest(made_from)}.npy")
     return made_once(path, made_from, lambda: energy_scale(neurons, size).astype(np.float32))
 
@@ -341,31 +362,22 @@ def _climbed(asks: list[Answer], pairs: list[tuple[int, int]], smooth: Callable,
     return best.numpy(), climb[np.arange(len(rows)), kept], sign * top, kept, climb
 
 # %% ../../neuro_nbs/22_most_exciting_inputs.ipynb #22aa0039
-def save_gif(
+def save_stimulus(
     film: np.ndarray,  # (frames, H, W) contrast, -1 to 1
-    path: str | Path,  # to write, .gif
+    path: str | Path,  # to write, .gif or .webp
     screen: Screen,
     caption: str = "",  # what it is
-    enlarge: int = 4,  # screen pixels to a side of a GIF pixel
+    enlarge: int = 4,  # sides of a pixel of the screen, in pixels of the file
 ) -> Path:
-    """Write a film as a GIF, the size of the screen and its frame rate in the comment; `DataError` for no film.
+    """Write a film with the size of the screen and its frame rate in the comment, as `save_pages`.
 
-    >>> save_gif(found.films[0, 0], "neuron3.gif", twin.screen, "neuron 3")  # doctest: +SKIP
+    >>> save_stimulus(found.films[0, 0], "neuron3.gif", twin.screen, "neuron 3")  # doctest: +SKIP
     """
-    from PIL import Image
-
-    film, path = np.asarray(film), Path(path)
-    if film.ndim != 3 or film.shape[1:] != tuple(screen.size) or not np.abs(film).max() <= 1:
-        raise DataError(f"a film of shape {film.shape}", expected=f"(frames, {screen.size}), -1 to 1")
-    if path.suffix != ".gif" or enlarge < 1:
-        raise DataError(
-            f"{path.name}, enlarged {enlarge} times", expected="a name that ends in .gif, 1 or more"
-        )
+    film = screen.checked(film, "frames")
+    if enlarge < 1:
+        raise DataError(f"enlarged {enlarge} times", expected="1 or more")
     large = np.round(127.5 * (film + 1)).astype(np.uint8).repeat(enlarge, 1).repeat(enlarge, 2)
-    pages = [Image.fromarray(page) for page in large]
     kind = "warped" if screen.warped else "flat"
     about = (f"{caption}; {screen.degrees[1]:g} x {screen.degrees[0]:g} degrees (width x height, {kind}), "
              f"{len(film)} frames at {screen.rate:.4g} Hz, RMS contrast {film.std():.3f}, grey 0")  # fmt: skip
-    pages[0].save(path, save_all=True, append_images=pages[1:], duration=round(100 / screen.rate) * 10,
-                  loop=0, comment=about.strip("; ").encode())  # fmt: skip
-    return path
+    return save_pages(large, path, screen.rate, about.strip("; "))

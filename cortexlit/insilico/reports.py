@@ -14,7 +14,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..core import DataError, atomic_folder, provenance, write_card, write_json
-from .excite import _fewest, exciting_films, save_gif
+from .excite import _fewest, exciting_films, save_stimulus
 from .fields import fit_gabors, gradient_fields
 from .stimuli import Twin, grating_table, present, white_noise
 from .tuning import grating_tuning, show_gratings
@@ -55,7 +55,7 @@ def _write(
         for name, array in arrays.items():
             np.save(folder / f"{name}.npy", array.astype(np.float32))
         for name, film in (gifs or {}).items():
-            save_gif(film, folder / f"{name}.gif", twin.screen, f"{name.replace('_', ' ')}, by a model")
+            save_stimulus(film, folder / f"{name}.gif", twin.screen, f"{name.replace('_', ' ')}, by a model")
         about = {"kind": kind, "mouse": twin.mouse, "model": type(twin.model).__name__, "shown": shown,
                  "validation correlation": twin.scores, "neurons": len(table)}  # fmt: skip
         write_json(folder / f"{kind}.json", about | {"rows": table.to_dict("records")} | provenance())
