@@ -465,7 +465,7 @@ def _fitting(film: np.ndarray, twin: Twin) -> np.ndarray:
     film, config = twin.screen.checked(film, "frames"), twin.model.config
     least = config.patch[0] if config.core == "vivit" else 1
     if not least <= len(film) <= config.frames:
-        raise DataError(f"a film of {len(film)} frames", expected=f"{least} to {config.frames}")
+        raise DataError(f"a film of {len(film)} frames", expected=f"{least} to {config.frames} frames")
     return film
 
 # %% ../../neuro_nbs/20_in_silico_stimuli.ipynb #20a10027
