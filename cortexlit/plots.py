@@ -19,7 +19,8 @@ from PIL import Image
 from .core import DataError, MissingError
 
 # %% auto #0
-__all__ = ['STIMULUS_COLOURS', 'plot_rois', 'plot_traces', 'plot_timeline', 'save_pages', 'save_film']
+__all__ = ["STIMULUS_COLOURS", "plot_rois", "plot_traces", "plot_timeline", "save_pages", "save_film"]
+
 
 # %% ../nbs/00a_plots.ipynb #ebbc186e
 def plot_rois(
@@ -54,6 +55,7 @@ def plot_rois(
     ax.imshow(overlay)
     ax.set(xlabel="column (px)", ylabel="row (px)")
     return ax
+
 
 # %% ../nbs/00a_plots.ipynb #07131166
 def plot_traces(
@@ -106,6 +108,7 @@ def plot_traces(
     axes[-1].set(xlabel="time since the first frame (s)", xlim=(clock[first], clock[last - 1]))
     return fig
 
+
 # %% ../nbs/00a_plots.ipynb #70feffac
 STIMULUS_COLOURS = {
     "drifting_gratings": "tab:blue",
@@ -156,6 +159,7 @@ def plot_timeline(
     ax.spines[["top", "left", "right"]].set_visible(False)
     return ax
 
+
 # %% ../nbs/00a_plots.ipynb #a7f753f0
 def save_pages(
     pages: Sequence[np.ndarray],  # (H, W) or (H, W, 3) uint8 each, one or more
@@ -181,7 +185,9 @@ def save_pages(
     if path.suffix == ".gif":
         images = [Image.fromarray(p) if p.ndim == 2 else Image.fromarray(p).quantize(128, dither=Image.Dither.NONE)
                   for p in pages]  # fmt: skip
-        told = {"duration": max(20, round(100 / rate) * 10), "comment": comment.encode()}
+        told = {
+            "duration": max(20, round(100 / rate) * 10),
+        } | ({"comment": comment.encode()} if comment else {})
     else:
         images, exif = [Image.fromarray(p).convert("RGB") for p in pages], Image.Exif()
         exif[0x010E] = comment
@@ -191,6 +197,7 @@ def save_pages(
         told |= {"lossless": True, "exif": exif}
     images[0].save(path, save_all=True, append_images=images[1:], loop=0, **told)
     return path
+
 
 # %% ../nbs/00a_plots.ipynb #59801f12
 def save_film(
@@ -225,6 +232,7 @@ def save_film(
             page[above:below, round(start + (end - start) * t / max(len(film) - 1, 1))] = 0
         pages.append(page)
     return save_pages(pages, path, rate / 2)
+
 
 # %% ../nbs/00a_plots.ipynb #8ac7297d
 _Box = tuple[int, int, int, int]

@@ -27,8 +27,19 @@ from cortexlit.core import (
 from .checks import finite, inside
 
 # %% auto #0
-__all__ = ['KINDS', 'content_hash', 'finish_folder', 'read_card', 'verify', 'finite_file', 'check_folder', 'Moments',
-           'never_changes', 'check_spread']
+__all__ = [
+    "KINDS",
+    "content_hash",
+    "finish_folder",
+    "read_card",
+    "verify",
+    "finite_file",
+    "check_folder",
+    "Moments",
+    "never_changes",
+    "check_spread",
+]
+
 
 # %% ../../neuro_nbs/02c_folder.ipynb #02c00007
 def content_hash(
@@ -65,6 +76,7 @@ def finish_folder(
     (folder / "card.md").write_text(page(card), encoding="utf-8")
     files = None if names is None else {name: sha256(folder / name) for name in [*names, "card.md"]}
     write_card(folder, **(card | {"files": files}))
+
 
 # %% ../../neuro_nbs/02c_folder.ipynb #f5118b88
 KINDS = {
@@ -122,6 +134,7 @@ def read_card(
         )
     check_seal(card, path, "the card was edited or is damaged; build the dataset again (overwrite=True)")
     return card
+
 
 # %% ../../neuro_nbs/02c_folder.ipynb #f3b73009
 _verified: dict[tuple, tuple] = {}  # file and what was asked of it -> its state when the answer was yes
@@ -201,6 +214,7 @@ def finite_file(
             raise DataError(f"{name} holds no value", "NaN only where nothing was measured", fix, path)
         _keep_in_mind(path, about, asked)
 
+
 # %% ../../neuro_nbs/02c_folder.ipynb #48385deb
 def check_folder(
     root: str | Path,  # a dataset folder
@@ -226,6 +240,7 @@ _FILES = {
     "things": ("responses.npy", "metadata.npz"),
     "folds": ("samples.csv",),
 }
+
 
 # %% ../../neuro_nbs/02c_folder.ipynb #35a3f2d4
 class Moments:
@@ -267,6 +282,7 @@ class Moments:
         "The statistics of all parts so far."
         std = np.sqrt(self.m2 / np.maximum(self.n, 1))
         return {"mean": self.mean, "std": std, "min": self.low, "max": self.high, "n": self.n}
+
 
 # %% ../../neuro_nbs/02c_folder.ipynb #bbd04c9b
 def never_changes(

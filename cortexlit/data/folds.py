@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['fold_clips', 'fold_tiers', 'build_folds', 'fold_folders', 'fold_of', 'pool', 'pooled_tier']
+__all__ = ["fold_clips", "fold_tiers", "build_folds", "fold_folders", "fold_of", "pool", "pooled_tier"]
 
 # %% ../../neuro_nbs/03b_folds.ipynb #03b00005
 import os
@@ -31,6 +31,7 @@ from cortexlit.data.clips import (
 )
 from .folder import check_folder, finish_folder, never_changes
 from .recordings import Recording
+
 
 # %% ../../neuro_nbs/03b_folds.ipynb #03b00008
 def _blocks(frames: int, clips: int, clip_frames: int, gap: int, folds: int) -> list[int]:
@@ -57,6 +58,7 @@ def _cut(
                 fix="ask for fewer folds, or shorten clip_frames",
             )
         clips[longest] -= 1
+
 
 # %% ../../neuro_nbs/03b_folds.ipynb #03b00011
 def fold_clips(
@@ -91,6 +93,7 @@ def fold_clips(
     return table.sort_values(["movie", "start"], key=lambda c: c.map(order) if c.name == "movie" else c,
                              ignore_index=True)  # fmt: skip
 
+
 # %% ../../neuro_nbs/03b_folds.ipynb #03b00013
 def fold_tiers(
     clips: pd.DataFrame,  # from `fold_clips`
@@ -107,6 +110,7 @@ def fold_tiers(
     following = clips[clips["fold"] == (fold + 1) % (clips["fold"].max() + 1)]
     chooses = clips["block"] == following["block"].value_counts(sort=False).idxmax()
     return np.where(clips["fold"] == fold, "test", np.where(chooses, "validation", "train"))
+
 
 # %% ../../neuro_nbs/03b_folds.ipynb #03b00019
 def _changing(
@@ -128,6 +132,7 @@ def _changing(
 def _grey(recording: Recording, movies: Sequence[str]) -> tuple[float, float] | None:
     "The range of grey levels of 8-bit films; None for others."
     return (0.0, 255.0) if all(recording.templates[m].dtype == np.uint8 for m in movies) else None
+
 
 # %% ../../neuro_nbs/03b_folds.ipynb #03b00021
 def _shared(source: Path, target: Path) -> None:
@@ -160,6 +165,7 @@ def _write_fold(
             )
     neurons = load_table(whole_folder / "neurons.csv", exact=True)
     _complete(folder, arrays, samples, neurons, card, False, grey)
+
 
 # %% ../../neuro_nbs/03b_folds.ipynb #03b00022
 def _summary(samples: pd.DataFrame, card: Mapping[str, Any]) -> str:
@@ -194,6 +200,7 @@ def _finish(
         "split_hash": digest(samples[["movie", "start", "repeat", "fold"]].to_dict("list")),
     }
     finish_folder(folder, "folds", card, lambda card: _summary(samples, card), names)
+
 
 # %% ../../neuro_nbs/03b_folds.ipynb #03b00023
 def build_folds(
@@ -249,6 +256,7 @@ def build_folds(
         shutil.rmtree(built)
         _finish(folder, samples, clips, card, folds)
     return Path(out)
+
 
 # %% ../../neuro_nbs/03b_folds.ipynb #03b00030
 def fold_folders(
@@ -312,6 +320,7 @@ def pool(
             out = np.full((len(fold_of(root)), *part.shape[1:]), np.nan, np.float32)
         out[test.samples["sample"]] = part * spread[:, None]
     return out
+
 
 # %% ../../neuro_nbs/03b_folds.ipynb #03b00031
 def pooled_tier(

@@ -20,7 +20,8 @@ from .stimuli import Twin, grating_table, present, white_noise
 from .tuning import grating_tuning, show_gratings
 
 # %% auto #0
-__all__ = ['tuning_report', 'fields_report', 'excite_report']
+__all__ = ["tuning_report", "fields_report", "excite_report"]
+
 
 # %% ../../neuro_nbs/21a_reports.ipynb #21ba0008
 def _rows(twin: Twin, neurons: Sequence[int] | None) -> np.ndarray:
@@ -61,6 +62,7 @@ def _write(
         write_json(folder / f"{kind}.json", about | {"rows": table.to_dict("records")} | provenance())
         write_card(folder, kind, **{k: v for k, v in about.items() if k != "kind"})
 
+
 # %% ../../neuro_nbs/21a_reports.ipynb #21ba0010
 def tuning_report(
     twin: Twin,
@@ -90,6 +92,7 @@ def tuning_report(
     shown = {name: np.asarray(v, float).tolist() for name, v in values.items()}
     _write(out, "tuning", twin, table, shown, _curves(gratings, answers, table), overwrite, answers=answers)
     return table
+
 
 # %% ../../neuro_nbs/21a_reports.ipynb #21ba0011
 _DRAWN = 12  # neurons in a figure, the best predicted ones
@@ -130,6 +133,7 @@ def _curves(gratings: pd.DataFrame, answers: np.ndarray, table: pd.DataFrame) ->
     below = "direction of drift (degrees); the title gives the preferred orientation"
     return _panels(table, draw, 1.7, below, "model's response above grey")
 
+
 # %% ../../neuro_nbs/21a_reports.ipynb #21ba0013
 def fields_report(
     twin: Twin,
@@ -154,6 +158,7 @@ def fields_report(
     _write(out, "fields", twin, table, shown, _pictures(axes[:, 0], table, twin), overwrite, axes=axes)
     return table
 
+
 # %% ../../neuro_nbs/21a_reports.ipynb #21ba0014
 def _pictures(fields: np.ndarray, table: pd.DataFrame, twin: Twin) -> Figure:
     "The field of each neuron on its screen, and the centre of its Gabor."
@@ -165,6 +170,7 @@ def _pictures(fields: np.ndarray, table: pd.DataFrame, twin: Twin) -> Figure:
         axis.set(title=f"{row['neuron']:.0f}: Gabor r2 {row['r2']:.2f}")
 
     return _panels(table, draw, 1.4, "azimuth (degrees)", "altitude (degrees)")
+
 
 # %% ../../neuro_nbs/21a_reports.ipynb #be039f80
 def excite_report(
@@ -211,6 +217,7 @@ def excite_report(
     gifs = {f"neuron_{row}": film for row, film in zip(rows, films, strict=True)}
     _write(out, "excite", twin, table, options, _gallery(films, table, twin), overwrite, gifs, films=films)
     return table
+
 
 # %% ../../neuro_nbs/21a_reports.ipynb #d53cc4c6
 def _alike(films: np.ndarray) -> np.ndarray:

@@ -6,7 +6,15 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['CONTROLS', 'fresh_head', 'reverse_correlate', 'ShuffledLabels', 'train_head', 'head_predictions', 'at_rate']
+__all__ = [
+    "CONTROLS",
+    "fresh_head",
+    "reverse_correlate",
+    "ShuffledLabels",
+    "train_head",
+    "head_predictions",
+    "at_rate",
+]
 
 # %% ../../neuro_nbs/08_head_training.ipynb #114a97cc
 import hashlib
@@ -27,6 +35,7 @@ from .features import CachedFeatures, cached_features
 from .pretraining import demo_core
 from .recipes import HEAD_RECIPE
 from .trainer import Fit, check_options, fit, predict
+
 
 # %% ../../neuro_nbs/08_head_training.ipynb #2f2da4bd
 def fresh_head(
@@ -86,6 +95,7 @@ def fresh_head(
             model.shifters[name].mlp[-2].bias.zero_()
     return model.eval()
 
+
 # %% ../../neuro_nbs/08_head_training.ipynb #cb8b3cbf
 def _clip_means(model: ViV1T, dataset: Any, last: int) -> tuple[torch.Tensor, torch.Tensor]:
     "Each distinct map of the core (maps, C, T, H, W), from its cache, and the mean response to it (maps, N, T)."
@@ -131,6 +141,7 @@ def _look(readout: torch.nn.Module, wanted: torch.Tensor) -> None:
         optimiser.zero_grad()
         (readout.mu_transform(readout.source_grid) - plane).square().mean().backward()
         optimiser.step()
+
 
 # %% ../../neuro_nbs/08_head_training.ipynb #4b29a330
 def reverse_correlate(
@@ -187,6 +198,7 @@ def reverse_correlate(
         readout.set_bias(torch.log(mean) - (readout.features[0] * seen.mean((0, 2))).sum(0))
     return scale
 
+
 # %% ../../neuro_nbs/08_head_training.ipynb #385fc0ae
 class ShuffledLabels:
     """A dataset whose labels come from other clips: for every clip those of one other clip, repeat by repeat.
@@ -232,6 +244,7 @@ class ShuffledLabels:
 
     def _labels(self, i: int) -> dict[str, torch.Tensor]:
         return {"labels": torch.from_numpy(self.dataset.read(self.source[i], "responses"))}
+
 
 # %% ../../neuro_nbs/08_head_training.ipynb #b403ddd8
 CONTROLS = ("random core", "shuffled labels")
