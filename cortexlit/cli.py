@@ -24,64 +24,13 @@ from rich.table import Table
 from . import __version__, core
 
 # %% auto #0
-__all__ = [
-    "app",
-    "Json",
-    "Cache",
-    "Embedded",
-    "METRICS",
-    "ARRAYS",
-    "Scale",
-    "Core",
-    "Epochs",
-    "Rate",
-    "Batch",
-    "Resume",
-    "Last",
-    "scenes",
-    "things",
-    "Rois",
-    "Ratings",
-    "Properties",
-    "Folds",
-    "Cached",
-    "insilico",
-    "Run",
-    "Dataset",
-    "Report",
-    "Neurons",
-    "Trust",
-    "Replace",
-    "Degrees",
-    "DEMO_RECORDING",
-    "DEMO",
-    "sessions",
-    "build_command",
-    "score_command",
-    "import_command",
-    "export_command",
-    "fit_command",
-    "grid",
-    "design_command",
-    "folds",
-    "scenes_build",
-    "scenes_fit",
-    "scenes_score",
-    "things_build",
-    "things_fit",
-    "things_score",
-    "insilico_tune",
-    "insilico_fields",
-    "insilico_excite",
-    "real_files",
-    "data",
-    "clear_demo",
-    "run_demo",
-    "show_demo",
-    "demo",
-    "pretrain_command",
-    "main",
-]
+__all__ = ['app', 'Json', 'Cache', 'Embedded', 'METRICS', 'ARRAYS', 'Scale', 'Core', 'Epochs', 'Rate', 'Batch', 'Resume', 'Last',
+           'scenes', 'things', 'Rois', 'Ratings', 'Properties', 'Folds', 'Cached', 'insilico', 'Run', 'Dataset',
+           'Report', 'Neurons', 'Trust', 'Replace', 'Degrees', 'DEMO_RECORDING', 'DEMO', 'sessions', 'build_command',
+           'score_command', 'import_command', 'export_command', 'fit_command', 'grid', 'design_command', 'folds',
+           'scenes_build', 'scenes_fit', 'scenes_score', 'things_build', 'things_fit', 'things_score', 'insilico_tune',
+           'insilico_fields', 'insilico_excite', 'real_files', 'data', 'clear_demo', 'run_demo', 'show_demo', 'demo',
+           'pretrain_command', 'main']
 
 # %% ../neuro_nbs/19_cli.ipynb #5b9f17b6
 if TYPE_CHECKING:  # a command that prints no table starts without them
@@ -120,7 +69,6 @@ Cache = Annotated[
 Embedded = Annotated[
     str | None, typer.Option(help="Use the embedded synthetic session instead: tiny, demo or full.")
 ]
-
 
 # %% ../neuro_nbs/19_cli.ipynb #8246f871
 def _show(title: str, rows: pd.DataFrame | list[dict[str, Any]]) -> None:
@@ -201,7 +149,6 @@ def _cache(cache: Path | None, embedded: str | None) -> Path | None:
 
     return embedded_session(embedded)
 
-
 # %% ../neuro_nbs/19_cli.ipynb #34f852a2
 def _in_short(found: pd.DataFrame) -> pd.DataFrame:
     "What a session is, in 80 columns."
@@ -245,7 +192,6 @@ def sessions(
         _print_json(found.to_dict("records"))
     else:
         _show(f"{len(found)} sessions (--json tells more)", _in_short(found))
-
 
 # %% ../neuro_nbs/19_cli.ipynb #ca56d5f8
 @app.command("build")
@@ -294,7 +240,6 @@ def build_command(
     _tell_card(
         out, as_json, "name", "source", "signal", "options", "counts", "audit", "split_hash", "warnings"
     )
-
 
 # %% ../neuro_nbs/19_cli.ipynb #09f0e720
 @app.command("score")
@@ -354,7 +299,6 @@ def _with_interval(row: Any) -> str:
     if isnan(row.value):
         return "none: " + row.note.split(":")[0]
     return f"{row.value:.4f} ({row.low:.3f} to {row.high:.3f})"
-
 
 # %% ../neuro_nbs/19_cli.ipynb #9fff2885
 ARRAYS = (
@@ -449,7 +393,6 @@ def export_command(
         _print_json(found)
     else:
         _show("exported", [found])
-
 
 # %% ../neuro_nbs/19_cli.ipynb #5911f38a
 Scale = Annotated[
@@ -618,7 +561,6 @@ def grid(
         _show(f"{len(table)} runs in {whole.folder}", table)
         _out.print(f"best on the validation tier, over seeds: {whole.best()}")
 
-
 # %% ../neuro_nbs/19_cli.ipynb #19c00002
 @app.command("design")
 def design_command(
@@ -695,7 +637,6 @@ def folds(
         head_options, progress=not as_json,
     )  # fmt: skip
     _tell_sheet(score_dataset(dataset, last=last, models=models), out, as_json, _show_scores)
-
 
 # %% ../neuro_nbs/19_cli.ipynb #10532a15
 scenes = typer.Typer(help="Natural scenes: a static dataset, V1T, scores.", no_args_is_help=True)
@@ -827,7 +768,6 @@ def _show_scenes(table: pd.DataFrame) -> None:
     for metric, rows in table.groupby("metric", sort=False):
         _show(f"{rows['dataset'].iloc[0]}, split by {rows['split'].iloc[0]}: {metric}",
               [{"model": row.model, "score": _with_interval(row)} for row in rows.itertuples()])  # fmt: skip
-
 
 # %% ../neuro_nbs/19_cli.ipynb #2e989e0e
 things = typer.Typer(help="Human fMRI: from a THINGS subject to a decoder's score.", no_args_is_help=True)
@@ -1073,7 +1013,6 @@ def _show_decoding(table: pd.DataFrame) -> None:
         for row in rows[(rows["metric"] == "R2 mean") & (rows["note"] != "")].itertuples():
             _out.print(f"{row.model}: {row.note}", markup=False, highlight=False)
 
-
 # %% ../neuro_nbs/19_cli.ipynb #fab3109d
 insilico = typer.Typer(
     help="What a trained model says of its neurons: tuning, fields, films.", no_args_is_help=True
@@ -1121,6 +1060,7 @@ def _tell_report(title: str, table: Any, twin: Any, out: Path, as_json: bool) ->
 def insilico_tune(
     run: Run, dataset: Dataset, out: Report, neurons: Neurons = None, trust: Trust = False,
     directions: Annotated[int, typer.Option(help="Directions of drift, evenly spaced.")] = 16,
+    curves: Annotated[bool, typer.Option("--curves", help="Contrast and size, too, by gratings of each neuron's own.")] = False,
     degrees: Degrees = None,
     overwrite: Replace = False, as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -1132,7 +1072,7 @@ def insilico_tune(
     from cortexlit.insilico.reports import tuning_report
 
     twin = _twin(run, dataset, degrees, trust)
-    options = {"directions": directions, "overwrite": overwrite, "progress": not as_json}
+    options = {"directions": directions, "curves": curves, "overwrite": overwrite, "progress": not as_json}
     _tell_report("tuning", tuning_report(twin, out, neurons, **options), twin, out, as_json)
 
 
@@ -1184,7 +1124,6 @@ def insilico_excite(
     title = f"{'least' if suppress else 'most'} exciting {'pictures' if still else 'films'}"
     _tell_report(title, table, twin, out, as_json)
 
-
 # %% ../neuro_nbs/19_cli.ipynb #b7e2f0d4
 def real_files() -> dict[str, Any]:  # by name: `OpenFile`
     "The real files that some notebooks read: open recordings and the tables of THINGS."
@@ -1217,7 +1156,6 @@ def data(
         _print_json({"folder": core.data_home(), "files": rows})
     else:
         _show("real files, below the folder that CORTEXLIT_DATA names", rows)
-
 
 # %% ../neuro_nbs/19_cli.ipynb #73a21bb4
 DEMO_RECORDING = "park_230809"  # the real recording of the demonstration
@@ -1275,7 +1213,6 @@ def _demo_real(out: Path) -> Any:
     ]
     return ScoreSheet(row for sheet in sheets for row in sheet.rows)
 
-
 # %% ../neuro_nbs/19_cli.ipynb #b981fd17
 def _demo_fmri(out: Path) -> Any:
     "Score sheet of a synthetic fMRI subject: constants, ridge, and a transformer on regions."
@@ -1298,7 +1235,6 @@ def _demo_fmri(out: Path) -> Any:
         data.responses.astype(float), data.labels.astype(float), data.trials["concept"].to_numpy(), split,
         data.properties, {("ViT3D on regions", 0): fits.predictions}, dataset="synthetic fMRI subject", root=data.folder,
     )  # fmt: skip
-
 
 # %% ../neuro_nbs/19_cli.ipynb #1aaaf61c
 DEMO = {  # what the demonstration scores: name -> kind of scores, and how to make the sheet
@@ -1396,7 +1332,6 @@ def show_demo(out: Path) -> None:
             markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
 
-
 # %% ../neuro_nbs/19_cli.ipynb #673749c7
 @app.command()
 def demo(
@@ -1421,7 +1356,6 @@ def demo(
         _err.print("\n".join(["FAILED", *problems]), markup=False, highlight=False)
         raise typer.Exit(1)
 
-
 # %% ../neuro_nbs/19_cli.ipynb #89acf5a4
 @app.command("pretrain")
 def pretrain_command(
@@ -1437,7 +1371,6 @@ def pretrain_command(
 
     core.check_out(out)
     _out.print(f"The core is in {pretraining.pretrain(out, seed=seed)}", markup=False, soft_wrap=True)
-
 
 # %% ../neuro_nbs/19_cli.ipynb #0e90262c
 def main() -> None:

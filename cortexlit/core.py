@@ -30,53 +30,12 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 # %% auto #0
-__all__ = [
-    "SCALES",
-    "check_seed",
-    "rng",
-    "seed_everything",
-    "seeded",
-    "CortexlitError",
-    "DataError",
-    "MissingError",
-    "StorageError",
-    "SplitLeak",
-    "named_errors",
-    "reading",
-    "project_dir",
-    "data_home",
-    "generated",
-    "runs",
-    "scale",
-    "clear_leftovers",
-    "flush",
-    "settle",
-    "atomic_file",
-    "kind_of",
-    "atomic_folder",
-    "locked",
-    "need_space",
-    "new_array",
-    "h5_file",
-    "need_memory",
-    "check_out",
-    "write_json",
-    "read_json",
-    "digest",
-    "sha256",
-    "claim",
-    "seal",
-    "check_seal",
-    "hashes",
-    "same_files",
-    "write_card",
-    "check_card",
-    "save_array",
-    "load_array",
-    "made_once",
-    "provenance",
-]
-
+__all__ = ['SCALES', 'check_seed', 'rng', 'seed_everything', 'seeded', 'CortexlitError', 'DataError', 'MissingError',
+           'StorageError', 'SplitLeak', 'named_errors', 'reading', 'project_dir', 'data_home', 'generated', 'runs',
+           'scale', 'clear_leftovers', 'flush', 'settle', 'atomic_file', 'kind_of', 'atomic_folder', 'locked',
+           'need_space', 'new_array', 'h5_file', 'need_memory', 'check_out', 'write_json', 'read_json', 'digest',
+           'sha256', 'claim', 'seal', 'check_seal', 'hashes', 'same_files', 'write_card', 'check_card', 'save_array',
+           'load_array', 'made_once', 'provenance']
 
 # %% ../nbs/00_core.ipynb #4bf9be33
 def check_seed(
@@ -121,7 +80,6 @@ def rng(
     words = hashlib.sha256(json.dumps(names).encode()).digest()[:16]
     return np.random.default_rng([check_seed(seed), *np.frombuffer(words, dtype="<u4").tolist()])
 
-
 # %% ../nbs/00_core.ipynb #a1f0a3f7
 def seed_everything(
     seed: int,  # 0 to 2**32 - 1
@@ -165,7 +123,6 @@ def seeded(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
-
 
 # %% ../nbs/00_core.ipynb #06e6b091
 class CortexlitError(Exception):
@@ -241,7 +198,6 @@ class SplitLeak(CortexlitError, ValueError):
       expected: each trial in one of them
     """
 
-
 # %% ../nbs/00_core.ipynb #b5d2f6e8
 _ROOM, _OTHER = "make room, or write elsewhere", "choose another place"
 _CAUSES = {
@@ -293,7 +249,6 @@ def _named(error: Exception, path: str | Path | None, content: bool) -> Cortexli
     named.errno = number
     return named
 
-
 # %% ../nbs/00_core.ipynb #c7e3a7f9
 @contextmanager
 def named_errors(
@@ -320,7 +275,6 @@ def named_errors(
         if named is None:
             raise
         raise named from error
-
 
 # %% ../nbs/00_core.ipynb #5ea0d1e8
 @contextmanager
@@ -361,7 +315,6 @@ def reading(
             raise StorageError("the file is marked as open for writing", expected, remedy, path) from error
         reason = f"{type(error).__name__}: {text}" if text else type(error).__name__
         raise DataError(f"cut off or damaged, or of another kind ({reason})", expected, fix, path) from error
-
 
 # %% ../nbs/00_core.ipynb #ced40067
 def project_dir() -> Path:
@@ -420,7 +373,6 @@ def runs(
     """
     return project_dir().joinpath("_runs", *parts)
 
-
 # %% ../nbs/00_core.ipynb #33929b94
 SCALES = ("demo", "paper")
 
@@ -439,7 +391,6 @@ def scale() -> str:  # "demo" or "paper"
             f"CORTEXLIT_SCALE is {value!r}", expected="demo or paper", fix="unset it, or set one of the two"
         )
     return value
-
 
 # %% ../nbs/00_core.ipynb #437c28c4
 def _host() -> str:
@@ -479,7 +430,6 @@ def _beside(path: Path, end: str = "tmp") -> Path:
     "A name for what is being written; it says by whom."
     pid = os.getpid()
     return path.with_name(f".{path.name}.{_host()}-{pid}-{_started(pid) or 0}-{uuid4().hex[:6]}.{end}")
-
 
 # %% ../nbs/00_core.ipynb #f2b6d0c4
 _WEEK = 7 * 86400  # s
@@ -547,7 +497,6 @@ def clear_leftovers(
             target = left.name[1 : _LEFT.search(left.name).start()]
             _clear(left.with_name(target))
         folders[:] = [name for name in folders if not _LEFT.search(name)]
-
 
 # %% ../nbs/00_core.ipynb #fba6fe27
 def flush(
@@ -620,7 +569,6 @@ def atomic_file(
             settle(tmp, path)
         finally:
             tmp.unlink(missing_ok=True)
-
 
 # %% ../nbs/00_core.ipynb #b0f1d488
 def _exchange(one: Path, other: Path) -> bool:
@@ -716,7 +664,6 @@ def _replaceable(path: Path, kind: str | None, new: Path | None = None) -> None:
             fix="move that elsewhere, or choose another name",
         )
 
-
 # %% ../nbs/00_core.ipynb #a4c8e2f6
 @contextmanager
 def atomic_folder(
@@ -767,7 +714,6 @@ def atomic_folder(
         finally:
             shutil.rmtree(tmp, ignore_errors=True)
 
-
 # %% ../nbs/00_core.ipynb #7daba0f9
 @contextmanager
 def locked(
@@ -791,7 +737,6 @@ def locked(
         yield
     finally:
         lock.release()
-
 
 # %% ../nbs/00_core.ipynb #c8ecf6a0
 def need_space(
@@ -854,7 +799,6 @@ def new_array(
                         raise
         return array
 
-
 # %% ../nbs/00_core.ipynb #fb2d8e63
 @contextmanager
 def h5_file(
@@ -877,7 +821,6 @@ def h5_file(
             file.flush()
             image = file.id.get_file_image()
         Path(path).write_bytes(image)
-
 
 # %% ../nbs/00_core.ipynb #fb2d8e64
 def need_memory(
@@ -913,7 +856,6 @@ def _memory() -> float:
         most, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
         found.append(max(0, most - used))
     return min(found)
-
 
 # %% ../nbs/00_core.ipynb #ea1c7d52
 def check_out(
@@ -955,7 +897,6 @@ def _try(here: Path, folder: Path) -> None:
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(here)) from error
 
-
 # %% ../nbs/00_core.ipynb #b254260c
 def _plain(obj: Any) -> Any:
     if isinstance(obj, dict):
@@ -971,7 +912,6 @@ def _plain(obj: Any) -> Any:
     if isinstance(obj, Path):
         return str(obj)
     return obj
-
 
 # %% ../nbs/00_core.ipynb #14430098
 def write_json(
@@ -1018,7 +958,6 @@ def read_json(
                 f"not valid JSON: {error}", path=path, fix="the file is damaged; make or fetch it again"
             ) from None
 
-
 # %% ../nbs/00_core.ipynb #e08c0291
 def digest(
     obj: Any,  # anything `write_json` takes
@@ -1047,7 +986,6 @@ def sha256(
     """
     with named_errors(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
 
 # %% ../nbs/00_core.ipynb #f4c2dcd6
 def claim(
@@ -1116,7 +1054,6 @@ def _first(path: Path, text: str) -> bool:
         return True
     finally:
         tmp.unlink(missing_ok=True)
-
 
 # %% ../nbs/00_core.ipynb #f4c2dcd7
 def seal(
@@ -1194,7 +1131,6 @@ def same_files(
             told = "differs from what was written" if path.is_file() else "is missing"
             raise DataError(f"{name} of this {what} {told}", "the file as it was written", fix, path)
 
-
 # %% ../nbs/00_core.ipynb #f4c2dcd8
 _unsigned: set[Path] = set()  # folders of which it has been said that they have no card
 
@@ -1248,7 +1184,6 @@ def check_card(
         )
         warnings.warn(f"{told}; save it again to have that", stacklevel=3)
     return card
-
 
 # %% ../nbs/00_core.ipynb #a6e4fed8
 def save_array(
@@ -1339,7 +1274,6 @@ def made_once(
         write_json(record, {"made_from": made_from, "sha256": save_array(path, array)} | told)
         return load_array(path)
 
-
 # %% ../nbs/00_core.ipynb #7203b739
 def _commit() -> str | None:
     def git(*args: str) -> str:
@@ -1364,7 +1298,6 @@ def _versions() -> dict[str, str]:
         with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
-
 
 # %% ../nbs/00_core.ipynb #0e920461
 def provenance(

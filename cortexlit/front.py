@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ["NAMES", "PLACES", "find", "build", "open_dataset", "score"]
+__all__ = ['NAMES', 'PLACES', 'find', 'build', 'open_dataset', 'score']
 
 # %% ../neuro_nbs/19b_front_door.ipynb #fd000016
 NAMES = {
@@ -69,7 +69,6 @@ def find(
             f"module 'cortexlit' has no attribute {name!r}; it has {', '.join(sorted(PLACES))}"
         )
     return getattr(importlib.import_module(f"cortexlit.{PLACES[name]}"), name)
-
 
 # %% ../neuro_nbs/19b_front_door.ipynb #fd000019
 def build(
@@ -157,7 +156,6 @@ def open_dataset(
         raise DataError(f"a folder of kind {kind!r}", f"one of {', '.join(name)}, things, folds", path=folder)
     module, cls = name[kind]
     return getattr(importlib.import_module(f"cortexlit.{module}"), cls)(folder, tier or "train", **options)
-
 
 # %% ../neuro_nbs/19b_front_door.ipynb #fd000021
 def score(

@@ -13,17 +13,8 @@ import numpy as np
 from .core import DataError
 
 # %% auto #0
-__all__ = [
-    "CONSTANT",
-    "mean_score",
-    "single_trial_correlation",
-    "flattened_correlation",
-    "correlation_to_average",
-    "explainable_variance",
-    "feve",
-    "cc_norm",
-    "r2_er",
-]
+__all__ = ['CONSTANT', 'mean_score', 'single_trial_correlation', 'flattened_correlation', 'correlation_to_average',
+           'explainable_variance', 'feve', 'cc_norm', 'r2_er']
 
 # %% ../neuro_nbs/04_metrics.ipynb #eaa9d504
 CONSTANT = (
@@ -52,7 +43,6 @@ def _window(last: int | None, **arrays: np.ndarray) -> list[np.ndarray]:
         raise DataError(f"last={last} with {frames} frames", expected=f"None or 2 to {frames}")
     return [value[..., frames - (last or frames) :] for value in out]
 
-
 # %% ../neuro_nbs/04_metrics.ipynb #98997a38
 def _require_finite(nan: bool = False, **arrays: np.ndarray) -> None:
     "Raise at the first value that is not a number (unless `nan` allows those) or infinite."
@@ -76,7 +66,6 @@ def _reduced(
         raise DataError(f"reduce={reduce!r}", expected="'mean', None" + (" or 'table'" if table else ""))
     return mean_score(values) if reduce == "mean" else values if reduce is None else table()
 
-
 # %% ../neuro_nbs/04_metrics.ipynb #b2fb17d8
 def _blocks(shape: tuple[int, int, int], values: int = 1 << 16) -> Iterator[tuple[slice, slice]]:
     "Slices over samples and neurons whose blocks hold about `values` numbers."
@@ -88,7 +77,6 @@ def _blocks(shape: tuple[int, int, int], values: int = 1 << 16) -> Iterator[tupl
         for j in range(0, neurons, wide):
             yield slice(i, i + tall), slice(j, j + wide)
 
-
 # %% ../neuro_nbs/04_metrics.ipynb #e5ea015c
 def _sums(pair: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Mean, centred sum of squares and of products of (2, samples, neurons, frames) float64; may overwrite it."
@@ -99,7 +87,6 @@ def _sums(pair: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         pair -= mean[..., None]
         return mean, np.einsum("kmnt,kmnt->kmn", pair, pair), np.einsum("mnt,mnt->mn", *pair)
     return mean, squares - frames * mean**2, np.einsum("mnt,mnt->mn", *pair) - frames * mean[0] * mean[1]
-
 
 # %% ../neuro_nbs/04_metrics.ipynb #f65a4b68
 def _moments(
@@ -130,7 +117,6 @@ def _moments(
         raise DataError("the squares of these values overflow float64", fix="rescale predictions and labels")
     return count, means, squares, products
 
-
 # %% ../neuro_nbs/04_metrics.ipynb #1b79c270
 def _constant(count: np.ndarray, means: np.ndarray, squares: np.ndarray) -> np.ndarray:
     "Traces without variance, by each neuron's own scale: the answer does not depend on units."
@@ -145,14 +131,12 @@ def _pearson(squares: np.ndarray, products: np.ndarray, constant: np.ndarray) ->
     r = np.clip(products / np.where(varies, scale, 1), -1, 1)
     return np.where(varies, r, np.where(constant[1], np.nan, 0.0))
 
-
 # %% ../neuro_nbs/04_metrics.ipynb #2c168b86
 def _nanmean(values: np.ndarray, axis: int | None = None) -> np.ndarray:
     "Mean of the defined entries; NaN, without a warning, where there is none."
     defined = ~np.isnan(values)
     count = defined.sum(axis)
     return np.where(count > 0, np.where(defined, values, 0).sum(axis) / np.maximum(count, 1), np.nan)
-
 
 # %% ../neuro_nbs/04_metrics.ipynb #28ca4cfe
 def mean_score(
@@ -169,7 +153,6 @@ def mean_score(
     if values.ndim not in (1, 2):
         raise DataError(f"scores of shape {values.shape}", expected="(samples, neurons) or (neurons,)")
     return float(_nanmean(_nanmean(values, -1)))
-
 
 # %% ../neuro_nbs/04_metrics.ipynb #373d9c7e
 def single_trial_correlation(
@@ -192,7 +175,6 @@ def single_trial_correlation(
     predictions, labels = _window(last, predictions=predictions, labels=labels)
     count, means, squares, products = _moments(predictions, labels, missing == "skip")
     return _reduced(_pearson(squares, products, _constant(count, means, squares)), reduce)
-
 
 # %% ../neuro_nbs/04_metrics.ipynb #9d51b9da
 def _merged(
@@ -245,7 +227,6 @@ def _shares(score: Callable[[np.ndarray], np.ndarray], clips: int) -> np.ndarray
     change = (clips - 1) * np.where(np.isnan(left), 0, whole - left)  # undefined without a clip: no change
     return whole + change - change.mean(0)
 
-
 # %% ../neuro_nbs/04_metrics.ipynb #f6f21896
 def flattened_correlation(
     predictions: np.ndarray,  # (samples, neurons, frames)
@@ -275,12 +256,10 @@ def flattened_correlation(
 
     return _reduced(_flattened(*moments), reduce, shares)
 
-
 # %% ../neuro_nbs/04_metrics.ipynb #c403ef4c
 def _repeats(clip: Sequence | np.ndarray, samples: int) -> list[np.ndarray]:
     "Sample indices of each clip; every clip must have two or more."
     return _grouped(clip, samples, fewest=2)
-
 
 # %% ../neuro_nbs/04_metrics.ipynb #45873cc7
 def _average_moments(
@@ -317,7 +296,6 @@ def correlation_to_average(
 
     return _reduced(_flattened(*moments), reduce, lambda: _shares(score, len(groups)))
 
-
 # %% ../neuro_nbs/04_metrics.ipynb #9ceb3bbf
 def _label_parts(labels: np.ndarray, groups: list[np.ndarray]) -> tuple[np.ndarray, ...]:
     "By clip: number of samples (clips, 1), variance between repeats (clips, neurons), and the four sums of the labels."
@@ -333,7 +311,6 @@ def _variances(
     count, centre, squares, _ = _merged(*moments)
     varies = ~_constant(count[None], centre[:1, None], squares[:1, None])[0, 0]
     return squares[0] / (count - 1), (sizes * noise).sum(0) / sizes.sum(), varies
-
 
 # %% ../neuro_nbs/04_metrics.ipynb #1567605a
 def explainable_variance(
@@ -353,7 +330,6 @@ def explainable_variance(
     _require_finite(labels=labels)
     total, noise, varies = _variances(*_label_parts(labels, _repeats(clip, len(labels))))
     return np.where(varies, (total - noise) / np.where(varies, total, 1), np.nan)
-
 
 # %% ../neuro_nbs/04_metrics.ipynb #ccfedfb2
 def _explained(
@@ -396,7 +372,6 @@ def feve(
 
     return _reduced(score(np.arange(len(groups))), reduce, lambda: _shares(score, len(groups)))
 
-
 # %% ../neuro_nbs/04_metrics.ipynb #bec93eba
 def _noise_power(labels: np.ndarray, groups: list[np.ndarray]) -> np.ndarray:
     "By clip, what noise adds to the variance of the mean response, and to its mean over frames: (2, clips, neurons)."
@@ -419,7 +394,6 @@ def _signal(noise: np.ndarray, *moments: np.ndarray) -> tuple[np.ndarray, ...]:
     power = _power(noise, count, squares)
     power = np.where((power > 0) & ~constant[1], power, np.nan)
     return power, count, np.where(constant[0], 1, squares[0]), np.where(constant[0], 0, products), constant[0]
-
 
 # %% ../neuro_nbs/04_metrics.ipynb #79c58f01
 def _normalised(noise: np.ndarray, *moments: np.ndarray) -> np.ndarray:
@@ -453,7 +427,6 @@ def cc_norm(
 
     return _reduced(score(np.arange(len(groups))), reduce, lambda: _shares(score, len(groups)))
 
-
 # %% ../neuro_nbs/04_metrics.ipynb #04er0002
 def _projection_noise(
     predictions: np.ndarray, labels: np.ndarray, groups: list[np.ndarray], centre: np.ndarray
@@ -464,7 +437,6 @@ def _projection_noise(
         weight = predictions[g].astype(float).mean(0) - centre[:, None]
         found.append(np.einsum("nt,rnt->rn", weight, labels[g].astype(float)).var(0, ddof=1) / len(g))
     return np.stack(found)
-
 
 # %% ../neuro_nbs/04_metrics.ipynb #04er0003
 def _squared(variance: np.ndarray, noise: np.ndarray, *moments: np.ndarray) -> np.ndarray:

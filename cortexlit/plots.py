@@ -19,8 +19,7 @@ from PIL import Image
 from .core import DataError, MissingError
 
 # %% auto #0
-__all__ = ["STIMULUS_COLOURS", "plot_rois", "plot_traces", "plot_timeline", "save_pages", "save_film"]
-
+__all__ = ['STIMULUS_COLOURS', 'plot_rois', 'plot_traces', 'plot_timeline', 'save_pages', 'save_film']
 
 # %% ../nbs/00a_plots.ipynb #ebbc186e
 def plot_rois(
@@ -55,7 +54,6 @@ def plot_rois(
     ax.imshow(overlay)
     ax.set(xlabel="column (px)", ylabel="row (px)")
     return ax
-
 
 # %% ../nbs/00a_plots.ipynb #07131166
 def plot_traces(
@@ -108,7 +106,6 @@ def plot_traces(
     axes[-1].set(xlabel="time since the first frame (s)", xlim=(clock[first], clock[last - 1]))
     return fig
 
-
 # %% ../nbs/00a_plots.ipynb #70feffac
 STIMULUS_COLOURS = {
     "drifting_gratings": "tab:blue",
@@ -159,7 +156,6 @@ def plot_timeline(
     ax.spines[["top", "left", "right"]].set_visible(False)
     return ax
 
-
 # %% ../nbs/00a_plots.ipynb #a7f753f0
 def save_pages(
     pages: Sequence[np.ndarray],  # (H, W) or (H, W, 3) uint8 each, one or more
@@ -198,7 +194,6 @@ def save_pages(
     images[0].save(path, save_all=True, append_images=images[1:], loop=0, **told)
     return path
 
-
 # %% ../nbs/00a_plots.ipynb #59801f12
 def save_film(
     film: np.ndarray,  # (frames, H, W), any numbers: the smallest is black, the largest white
@@ -232,7 +227,6 @@ def save_film(
             page[above:below, round(start + (end - start) * t / max(len(film) - 1, 1))] = 0
         pages.append(page)
     return save_pages(pages, path, rate / 2)
-
 
 # %% ../nbs/00a_plots.ipynb #8ac7297d
 _Box = tuple[int, int, int, int]

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 
 # %% auto #0
-__all__ = ["Shown", "card_html", "picture_html", "curve_html"]
-
+__all__ = ['Shown', 'card_html', 'picture_html', 'curve_html']
 
 # %% ../nbs/00c_shown.ipynb #0c500006
 class Shown:
@@ -48,7 +47,6 @@ class Shown:
     def _repr_html_(self) -> str:
         return card_html(*self._facts(), self._picture())
 
-
 # %% ../nbs/00c_shown.ipynb #0c500007
 _ROW = "<tr><th style='text-align:left;vertical-align:top'>{}</th><td style='text-align:left'>{}</td></tr>"
 
@@ -68,7 +66,6 @@ def card_html(
     rows = "".join(_ROW.format(escape(str(name)), escape(str(fact))) for name, fact in facts.items())
     text = f"<div style='flex:1 1 18em;min-width:0'><strong>{escape(title)}</strong><table style='margin:0.4em 0'>{rows}</table></div>"
     return f"<div style='display:flex;flex-wrap:wrap;gap:1em;align-items:flex-start'>{picture}{text}</div>"
-
 
 # %% ../nbs/00c_shown.ipynb #0c500008
 def picture_html(
@@ -96,7 +93,6 @@ def picture_html(
     data = base64.b64encode(file.getvalue()).decode()
     style = "image-rendering:pixelated;max-width:100%"
     return f'<img alt="{escape(alt)}" width="{width}" style="{style}" src="data:image/png;base64,{data}"/>'
-
 
 # %% ../nbs/00c_shown.ipynb #0c500009
 def curve_html(

@@ -187,9 +187,17 @@ def test_the_commands_write_the_same(trained, twin, tmp_path):
     direct = fields_report(twin, tmp_path / "direct", [1, 3], pictures=2)
     np.testing.assert_allclose(direct["azimuth"], [row["azimuth"] for row in told["neurons"]], atol=1e-6)
     done = CliRunner().invoke(
-        app, ["insilico", "tune", *words, "--directions", "6", "--out", str(tmp_path / "t")]
+        app, ["insilico", "tune", *words, "--directions", "6", "--curves", "--out", str(tmp_path / "t")]
     )
     assert done.exit_code == 0 and (tmp_path / "t" / "tuning.png").stat().st_size > 1000
+    told = pd.read_csv(tmp_path / "t" / "tuning.csv")
+    assert told["neuron"].tolist() == [1, 3] and {
+        "c50",
+        "c50_low",
+        "diameter",
+        "suppression",
+        "diameter_r2",
+    } <= set(told)
     done = CliRunner().invoke(
         app,
         [

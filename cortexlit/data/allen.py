@@ -44,25 +44,9 @@ from cortexlit.data.checks import (
 from .recordings import Recording
 
 # %% auto #0
-__all__ = [
-    "CRE_LINES",
-    "AREAS",
-    "MAGIC",
-    "SIGNALS",
-    "describe_cre_line",
-    "check_content",
-    "checksum_file",
-    "verify_file",
-    "download",
-    "open_cache",
-    "synthetic_sessions",
-    "list_sessions",
-    "StimulusTemplates",
-    "to_clock",
-    "mask_centres",
-    "place",
-    "open_session",
-]
+__all__ = ['CRE_LINES', 'AREAS', 'MAGIC', 'SIGNALS', 'describe_cre_line', 'check_content', 'checksum_file', 'verify_file',
+           'download', 'open_cache', 'synthetic_sessions', 'list_sessions', 'StimulusTemplates', 'to_clock',
+           'mask_centres', 'place', 'open_session']
 
 # %% ../../neuro_nbs/01_allen.ipynb #a03e58ec
 CRE_LINES = {
@@ -102,7 +86,6 @@ def describe_cre_line(
     """
     return CRE_LINES.get(re.split("[/;]", name)[0]) if name else None
 
-
 # %% ../../neuro_nbs/01_allen.ipynb #5224e578
 MAGIC = {".nwb": b"\x89HDF\r\n\x1a\n", ".h5": b"\x89HDF\r\n\x1a\n", ".npz": b"PK\x03\x04"}
 
@@ -132,7 +115,6 @@ def check_content(
         groups = set(file)
     if suffix == ".nwb" and not {"processing", "stimulus"} <= groups:
         raise DataError(f"HDF5, but not an Allen session: it holds {sorted(groups)}", path=path, fix=fix)
-
 
 # %% ../../neuro_nbs/01_allen.ipynb #88f880ca
 def checksum_file(
@@ -189,7 +171,6 @@ def verify_file(
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
 
 # %% ../../neuro_nbs/01_allen.ipynb #e10ce49f
 class _Again(Exception):
@@ -249,7 +230,6 @@ def _receive(url: str, path: Path, part: Path, timeout: float, progress: bool) -
                 bar.update(len(first))
                 first = next(blocks, b"")
     return size
-
 
 # %% ../../neuro_nbs/01_allen.ipynb #96cb8eaa
 def download(
@@ -311,7 +291,6 @@ def download(
         part.with_name(part.name + ".json").unlink(missing_ok=True)
     return path
 
-
 # %% ../../neuro_nbs/01_allen.ipynb #1e59a157
 def _sdk() -> SimpleNamespace:
     "The parts of allensdk used here, or a `MissingError` that says how to install it."
@@ -363,7 +342,6 @@ def _ask(url: str, timeout: float) -> dict[str, Any]:
     if not parsed.get("success", True) or not isinstance(parsed.get("msg"), list):
         raise DataError(f"the Allen API refused the query: {str(parsed.get('msg'))[:200]}", path=url)
     return parsed
-
 
 # %% ../../neuro_nbs/01_allen.ipynb #152158aa
 def open_cache(
@@ -477,7 +455,6 @@ def synthetic_sessions(
     with reading(marker, "the sessions of an embedded folder", "write the folder again"):
         return {int(k): v for k, v in read_json(marker)["sessions"].items()}
 
-
 # %% ../../neuro_nbs/01_allen.ipynb #5c7e01a3
 _PIPELINE = "processing/brain_observatory_pipeline"
 _LIGHT, _FIELD = f"{_PIPELINE}/Fluorescence/imaging_plane_1", f"{_PIPELINE}/ImageSegmentation"
@@ -500,7 +477,6 @@ _TEXTS = {
     "targeted_structure": "general/optophysiology/imaging_plane_1/location",
     "indicator": "general/optophysiology/imaging_plane_1/indicator",
 }
-
 
 # %% ../../neuro_nbs/01_allen.ipynb #5c7e01a4
 class _EmbeddedFile:
@@ -625,7 +601,6 @@ class _EmbeddedFile:
         table = pd.DataFrame(blocks, columns=["stimulus", "start", "end"])
         return table.sort_values("start", kind="stable", ignore_index=True)
 
-
 # %% ../../neuro_nbs/01_allen.ipynb #5c7e01a6
 class _EmbeddedFolder:
     "Lists and paths of an embedded folder, under the names of allensdk's cache object that are used here."
@@ -671,7 +646,6 @@ def _source(cache_dir: str | Path | None, base_uri: str | None) -> tuple[SimpleN
         ids={session: about["ophys_session_id"] for session, about in marker.items()},
     )
     return reader, _EmbeddedFolder(manifest, marker)
-
 
 # %% ../../neuro_nbs/01_allen.ipynb #9ceab287
 def _eye_sessions(cache: Any) -> set[int] | None:
@@ -730,7 +704,6 @@ def _pick(table: pd.DataFrame, column: str, wanted: Any, words: Mapping[str, str
             raise MissingError(f"no session has {column} {item!r}", expected=f"one of {names}")
         values.add(short[str(item).lower()])
     return pd.Series([bool(values & set(cell)) for cell in cells], index=table.index, dtype=bool)
-
 
 # %% ../../neuro_nbs/01_allen.ipynb #ce470072
 def list_sessions(
@@ -797,7 +770,6 @@ def list_sessions(
         keep &= (table["eye_tracking"] == eye_tracking).fillna(False).astype(bool)
     return table[keep]
 
-
 # %% ../../neuro_nbs/01_allen.ipynb #80a22b72
 class StimulusTemplates(Mapping):
     """Movies and images of one session: name -> (n, H, W), read at each access, never kept.
@@ -837,7 +809,6 @@ class StimulusTemplates(Mapping):
     def __repr__(self) -> str:
         return f"StimulusTemplates({self.shapes})"
 
-
 # %% ../../neuro_nbs/01_allen.ipynb #442b7b20
 def to_clock(
     times: np.ndarray,  # (n,) s, increasing
@@ -868,7 +839,6 @@ def to_clock(
     mixed[~inside] = np.nan
     mixed[hit] = values[right[hit]]
     return mixed
-
 
 # %% ../../neuro_nbs/01_allen.ipynb #f776faf8
 def mask_centres(
@@ -906,7 +876,6 @@ def place(
     if coordinates == "sensorium":
         return centres * [1.24, -1.24] + [-620.0, 0.0]
     raise DataError(f"coordinates={coordinates!r}", expected="'um' or 'sensorium'")
-
 
 # %% ../../neuro_nbs/01_allen.ipynb #769574cb
 SIGNALS = {
@@ -970,7 +939,6 @@ def _traces(
         )
     finite(f"{signal} traces", traces, gaps=True, path=path, fix="the file is damaged: fetch it again")
     return traces.astype(np.float32)
-
 
 # %% ../../neuro_nbs/01_allen.ipynb #bafb5f56
 def _stimulus_tables(
@@ -1077,7 +1045,6 @@ def _pupil(
             found.append(None)
     return found[0], found[1], "NWB file: " + "; ".join(notes) if notes else none
 
-
 # %% ../../neuro_nbs/01_allen.ipynb #bd5a0284
 def _open(sdk: SimpleNamespace, path: Path, session_id: int) -> tuple[Any, dict[str, Any]]:
     "The reader on a file, and the file's own description."
@@ -1144,7 +1111,6 @@ def _placed(
     um_per_pixel = float(width[1] if width else 400) / masks.shape[2]
     neurons = _neurons(dataset, about, place(mask_centres(masks), coordinates, um_per_pixel), path)
     return masks, neurons, um_per_pixel
-
 
 # %% ../../neuro_nbs/01_allen.ipynb #4dc68df6
 def open_session(

@@ -6,19 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = [
-    "GRID",
-    "fingerprints",
-    "same_stimuli",
-    "sample_marks",
-    "known_tiers",
-    "same_frames",
-    "audit",
-    "openings",
-    "models_named",
-    "folders_of",
-    "note_opening",
-]
+__all__ = ['GRID', 'fingerprints', 'same_stimuli', 'sample_marks', 'known_tiers', 'same_frames', 'audit', 'openings',
+           'models_named', 'folders_of', 'note_opening']
 
 # %% ../../neuro_nbs/03a_audit.ipynb #b4dc59e4
 import hashlib
@@ -75,7 +64,6 @@ def fingerprints(
     seen = length > least
     return np.where(seen, small / np.where(seen, length, 1), 0).reshape(*frames.shape[:-2], *GRID)
 
-
 # %% ../../neuro_nbs/03a_audit.ipynb #5fa24b27
 _REACH, _PROBES = 4, 24  # frames on each side of a probe; most probes in one clip
 _RATIO, _NEAR, _STILL = 0.25, 0.04, 1e-5  # largest D / M, largest D (r = .98), largest M of what stands still
@@ -106,7 +94,6 @@ def _stretches(x: np.ndarray, at: np.ndarray, y: np.ndarray, to: np.ndarray) -> 
     pace = sum((np.diff(v, axis=1) ** 2).sum(-1) for v in (x, y)) / 2
     pace = np.where(both, pace, 0).sum(1) / np.maximum(both.sum(1), 1)
     return np.where(inside.sum(1) > _REACH, near, np.inf), pace
-
 
 # %% ../../neuro_nbs/03a_audit.ipynb #8c8df4ac
 def _alike(known: np.ndarray, other: np.ndarray) -> pd.DataFrame:  # clip, known, shift
@@ -180,7 +167,6 @@ def _same(known: np.ndarray, other: Mapping[str, np.ndarray]) -> pd.DataFrame:
     found = found.drop_duplicates("clip").sort_values("clip")[["clip", "known", "shift", "how"]]
     return found.reset_index(drop=True)
 
-
 # %% ../../neuro_nbs/03a_audit.ipynb #8309231d
 _PICTURE = 0.02  # largest distance of a picture from itself (r = .99)
 
@@ -205,7 +191,6 @@ def same_stimuli(
             expected="both (clips, frames, height, width), or both (pictures, height, width)",
         )
     return _same(_seen(np.asarray(known)), _views(np.asarray(other)))
-
 
 # %% ../../neuro_nbs/03a_audit.ipynb #6ea3e773
 _SHOWN = ("video", "image", "features", "tokens")  # fields of an item that are not measured in the animal
@@ -261,7 +246,6 @@ def sample_marks(
     items = (dataset[i] for i in range(len(dataset)))
     return [_mark(v for name, v in sorted(item.items()) if name not in _SHOWN) for item in items]
 
-
 # %% ../../neuro_nbs/03a_audit.ipynb #2a5c435e
 _TIERS = ("train", "validation", "test")
 _MEANT = {"training": "train", "trn": "train", "val": "validation", "valid": "validation", "dev": "validation",
@@ -292,7 +276,6 @@ def known_tiers(
                 f"a tier is called {name!r}", expected=f"{meant!r}", path=path,
                 fix=f"write {meant!r}; tiers that mean something else need another name",
             )  # fmt: skip
-
 
 # %% ../../neuro_nbs/03a_audit.ipynb #21f534f6
 @dataclass(frozen=True)
@@ -351,7 +334,6 @@ def _held_back(parts: Sequence[_Part]) -> list[_Part]:
             found.append(_Part("test", part.mouse, test, test, np.arange(len(test))))
     return found
 
-
 # %% ../../neuro_nbs/03a_audit.ipynb #f3c51ed7
 @lru_cache(maxsize=16)
 def _folder_views(path: str, content: str, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
@@ -396,7 +378,6 @@ def _shared_stimuli(a: _Part, b: _Part) -> tuple[int, int, str]:
            for name, n in found["how"].value_counts().items()]  # fmt: skip
     return len(found), len(seen[1][0][""]), ", ".join(how)
 
-
 # %% ../../neuro_nbs/03a_audit.ipynb #5787d14e
 def _shared_recording(a: _Part, b: _Part) -> int:
     "Samples of b that are read from two-photon frames of a; neighbours may meet in two, averages overlap by two thirds."
@@ -438,7 +419,6 @@ def same_frames(
     )
     near = np.minimum(np.abs(start - order[at]), np.abs(start - order[at - 1]))
     return int((near < (end - start + 1) / 3).sum())
-
 
 # %% ../../neuro_nbs/03a_audit.ipynb #df983a25
 def audit(
@@ -499,7 +479,6 @@ def _allowed_role(part: _Part) -> None:
             expected="train and validation tiers: what a model or an epoch is chosen by is no test of it",
             fix=f'MouseDataset(root, "{part.role}"), or keep the test for the one score at the end',
         )
-
 
 # %% ../../neuro_nbs/03a_audit.ipynb #af2e5772
 _LIST = ".test-openings.json"

@@ -24,24 +24,8 @@ from cortexlit.core import (
 )
 
 # %% auto #0
-__all__ = [
-    "finite",
-    "told_gaps",
-    "whole",
-    "unique",
-    "same_length",
-    "shaped",
-    "consistent",
-    "increasing",
-    "jumps",
-    "by_name",
-    "load_arrays",
-    "load_table",
-    "described",
-    "inside",
-    "encrypted",
-]
-
+__all__ = ['finite', 'told_gaps', 'whole', 'unique', 'same_length', 'shaped', 'consistent', 'increasing', 'jumps', 'by_name',
+           'load_arrays', 'load_table', 'described', 'inside', 'encrypted']
 
 # %% ../../neuro_nbs/00a_checks.ipynb #34bef54f
 def finite(
@@ -83,7 +67,6 @@ def finite(
         fix=fix,
     )
 
-
 # %% ../../neuro_nbs/00a_checks.ipynb #34bef550
 def told_gaps(
     name: str,  # of the field, e.g. "behavior"
@@ -114,7 +97,6 @@ def told_gaps(
     for note in notes:
         warnings.warn(note, stacklevel=3)
     return notes
-
 
 # %% ../../neuro_nbs/00a_checks.ipynb #f9904dd0
 def whole(
@@ -179,7 +161,6 @@ def unique(
             path=path,
             fix="keep one row of each, with its data",
         )
-
 
 # %% ../../neuro_nbs/00a_checks.ipynb #f3e7e18a
 def same_length(
@@ -316,7 +297,6 @@ def jumps(
         return np.zeros(len(times), bool)
     return np.diff(times, axis=1).max(1) > 3 * usual + 1e-6
 
-
 # %% ../../neuro_nbs/00a_checks.ipynb #afe10055
 def by_name(
     have: Sequence[str],  # names of the channels, in the order of the rows
@@ -341,7 +321,6 @@ def by_name(
             fix="name the channels where the data are imported, or leave them out",
         )
     return [list(have).index(c) for c in want if c in have]
-
 
 # %% ../../neuro_nbs/00a_checks.ipynb #55db618d
 def load_arrays(
@@ -400,7 +379,6 @@ def load_table(
             "the table has no rows", path=path, expected="one or more", fix="make the table again"
         )
     return table
-
 
 # %% ../../neuro_nbs/00a_checks.ipynb #7b170314
 def described(

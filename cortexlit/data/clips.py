@@ -57,20 +57,8 @@ from .recordings import Recording
 from ..shown import Shown, picture_html
 
 # %% auto #0
-__all__ = [
-    "TIERS",
-    "NORMALISATIONS",
-    "frame_index",
-    "split_clips",
-    "audit_samples",
-    "resize_frames",
-    "build_dataset",
-    "audit_split",
-    "MouseDataset",
-    "TierArrays",
-    "load_tier",
-]
-
+__all__ = ['TIERS', 'NORMALISATIONS', 'frame_index', 'split_clips', 'audit_samples', 'resize_frames', 'build_dataset',
+           'audit_split', 'MouseDataset', 'TierArrays', 'load_tier']
 
 # %% ../../neuro_nbs/03_dataset.ipynb #794896b7
 def _table_index(movie: str, table: pd.DataFrame) -> np.ndarray:
@@ -141,7 +129,6 @@ def _apart(shown: list[tuple[int, int, str]]) -> None:
                 fix="check the column start of the stimulus tables against their source",
             )
 
-
 # %% ../../neuro_nbs/03_dataset.ipynb #ca004ecb
 def frame_index(
     recording: Recording,
@@ -171,7 +158,6 @@ def frame_index(
             expected=f"frames below {recording.n_frames}",
         )
     return index
-
 
 # %% ../../neuro_nbs/03_dataset.ipynb #cc886498
 TIERS = ("train", "validation", "test")
@@ -203,7 +189,6 @@ def _repeat_split(
         for start in range(0, frames - clip_frames + 1, clip_frames):
             rows += [(movie, start, r, tier) for r, tier in enumerate(_shares(repeats, fractions))]
     return rows
-
 
 # %% ../../neuro_nbs/03_dataset.ipynb #acb7af25
 def _stretches(frames: int, clip_frames: int, gap: int, fractions: Sequence[float]) -> list[tuple[int, str]]:
@@ -238,7 +223,6 @@ def _stimulus_split(
     order = list(lengths)
     clips.sort(key=lambda c: (order.index(c[0]), c[1]))
     return [(movie, start, r, tier) for movie, start, tier in clips for r in range(lengths[movie][1])]
-
 
 # %% ../../neuro_nbs/03_dataset.ipynb #5ae7809a
 def split_clips(
@@ -319,7 +303,6 @@ def _number_clips(samples: pd.DataFrame) -> pd.DataFrame:
     clip = samples.groupby(["movie", "start"], sort=False).ngroup()
     return samples.assign(clip=clip)[["clip", "movie", "start", "repeat", "tier"]].reset_index(drop=True)
 
-
 # %% ../../neuro_nbs/03_dataset.ipynb #167dc37b
 def audit_samples(
     samples: pd.DataFrame,  # columns clip, movie, start, tier
@@ -367,7 +350,6 @@ def _tier_order(tier: str) -> int:
 def _movie_frames(clips: pd.DataFrame, clip_frames: int) -> set[tuple[str, int]]:
     return {(c.movie, f) for c in clips.itertuples() for f in range(c.start, c.start + clip_frames)}
 
-
 # %% ../../neuro_nbs/03_dataset.ipynb #105d9614
 def _neighbours(n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
     "For m new pixels on n old ones: the two old neighbours of each, flattened, and the weight of the second."
@@ -382,7 +364,6 @@ def _bilinear(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     near = frames[:, y][:, :, x].astype(np.float32).reshape(len(frames), size[0], 2, size[1], 2)
     rows = near[..., 0] + (near[..., 1] - near[..., 0]) * fx
     return rows[:, :, 0] + (rows[:, :, 1] - rows[:, :, 0]) * fy[:, None]
-
 
 # %% ../../neuro_nbs/03_dataset.ipynb #6734752a
 def resize_frames(
@@ -406,7 +387,6 @@ def resize_frames(
     x = torch.from_numpy(np.ascontiguousarray(frames, dtype=np.float32))[None]
     return torch.nn.functional.interpolate(x, size=tuple(size), mode="bilinear", antialias=True)[0].numpy()
 
-
 # %% ../../neuro_nbs/03_dataset.ipynb #28785e28
 def _statistics(arrays: Mapping[str, np.ndarray], samples: pd.DataFrame) -> dict[str, Any]:
     train = np.flatnonzero(samples["tier"] == "train")
@@ -419,7 +399,6 @@ def _statistics(arrays: Mapping[str, np.ndarray], samples: pd.DataFrame) -> dict
         for i in train:
             moments[name].add(arrays[name][i])
     return {name: m.result() for name, m in moments.items()}
-
 
 # %% ../../neuro_nbs/03_dataset.ipynb #e29f9a7b
 def _card_text(card: Mapping[str, Any]) -> str:
@@ -459,7 +438,6 @@ def _identical_clips(videos: np.ndarray) -> dict[int, int]:
     "Clip -> a number shared by clips whose pixels are all equal."
     seen: dict[str, int] = {}
     return {i: seen.setdefault(content_hash(video), i) for i, video in enumerate(videos)}
-
 
 # %% ../../neuro_nbs/03_dataset.ipynb #394e643a
 def _complete(
@@ -564,7 +542,6 @@ def _refuse_leak(audit: pd.DataFrame, gap: int, shared_ok: bool) -> None:
             fix='split="stimuli"; or, if shared stimuli are meant, split="repeats" or allow_shared_stimuli=True',
         )
 
-
 # %% ../../neuro_nbs/03_dataset.ipynb #6697e695
 def _choose_movies(recording: Recording, movies: Sequence[str] | None) -> list[str]:
     if movies is None:
@@ -617,7 +594,6 @@ def _behaviour(recording: Recording, pupil: str) -> dict[str, tuple[np.ndarray, 
     if center is not None:
         found["pupil_center"] = (np.asarray(center, np.float32).T, ["x", "y"])
     return found
-
 
 # %% ../../neuro_nbs/03_dataset.ipynb #5c082bce
 def _plan(
@@ -689,7 +665,6 @@ def _without(
     if len(set(kept["clip"])) < len(set(samples["clip"])):
         kept = _number_clips(kept)
     return kept.reset_index(drop=True), frames[~broken], [note]
-
 
 # %% ../../neuro_nbs/03_dataset.ipynb #f239194f
 def build_dataset(
@@ -768,7 +743,6 @@ def build_dataset(
         _complete(folder, arrays, samples, recording.neurons.iloc[keep], card, shared_ok)
     return out
 
-
 # %% ../../neuro_nbs/03_dataset.ipynb #52f8cec2
 def _keep_neurons(recording: Recording, train: np.ndarray, constant: str) -> np.ndarray:
     "Rows of the neurons to write; checks their responses in the train tier."
@@ -781,7 +755,6 @@ def _keep_neurons(recording: Recording, train: np.ndarray, constant: str) -> np.
     if not len(keep):
         raise DataError("no neuron changes in the train tier", fix="check signal and alignment")
     return keep
-
 
 # %% ../../neuro_nbs/03_dataset.ipynb #a633b653
 def audit_split(
@@ -801,7 +774,6 @@ def audit_split(
     gap = card["options"].get("gap", 0) if card["options"]["split"] != "repeats" else 0
     _refuse_leak(audit, gap, allow_shared_stimuli)
     return audit
-
 
 # %% ../../neuro_nbs/03_dataset.ipynb #afa6fb35
 NORMALISATIONS = ("range", "closed-loop", "viv1t-standardised", "viv1t")
@@ -844,7 +816,6 @@ def _frame_terms(name: str, x: np.ndarray, weight: np.ndarray, scheme: str) -> t
             fix='normalisation="closed-loop" or "range", which pool over time',
         )
     return offset.astype(np.float32), scale.astype(np.float32)
-
 
 # %% ../../neuro_nbs/03_dataset.ipynb #4ee42aed
 _AGAIN = "build the dataset again (overwrite=True)"
@@ -1055,7 +1026,6 @@ class MouseDataset(_Tier):
 
     def _strict(self) -> bool:
         return self.normalisation != "range"
-
 
 # %% ../../neuro_nbs/03_dataset.ipynb #af606795
 @dataclass(frozen=True)

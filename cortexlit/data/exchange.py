@@ -40,7 +40,7 @@ from .folder import check_folder, content_hash
 from .scenes import _LAYOUT, ScenesDataset, _unique, _write, split_images
 
 # %% auto #0
-__all__ = ["export_tree", "import_tree", "export_sensorium2022", "import_sensorium2022", "import_arrays"]
+__all__ = ['export_tree', 'import_tree', 'export_sensorium2022', 'import_sensorium2022', 'import_arrays']
 
 # %% ../../neuro_nbs/10b_exchange.ipynb #788a5659
 _SENSORIUM_TIERS = {"train": "train", "validation": "oracle", "test": "final_test_main"}
@@ -90,7 +90,6 @@ def _export_sensorium(data: dict[str, MouseDataset], folder: Path) -> None:
                 value[order] if name == "behavior" else value,
             )
 
-
 # %% ../../neuro_nbs/10b_exchange.ipynb #fe7c4d26
 def export_tree(
     root: str | Path,  # a dataset folder
@@ -122,7 +121,6 @@ def export_tree(
             },
         )
     return Path(out)
-
 
 # %% ../../neuro_nbs/10b_exchange.ipynb #79f7a665
 def _npy_files(folder: Path) -> list[Path]:
@@ -210,7 +208,6 @@ def _read_sensorium(root: Path) -> tuple[dict[str, list[Path]], list[str], dict[
         rows,
     )
 
-
 # %% ../../neuro_nbs/10b_exchange.ipynb #0a64ca4b
 def _tree_neurons(root: Path, n: int) -> pd.DataFrame:
     "The table of neurons of a tree: one row for each response, or an error that names the file."
@@ -259,7 +256,6 @@ def _valid_frames(array: np.ndarray) -> int:  # time is the first axis
     "Frames before the padding with NaN at the end; NaN elsewhere is no padding."
     full = ~np.isnan(array.reshape(len(array), -1)).all(1)
     return int(len(full) - full[::-1].argmax()) if full.any() else 0
-
 
 # %% ../../neuro_nbs/10b_exchange.ipynb #8d20ac41
 def _read_trial(
@@ -348,7 +344,6 @@ def _tree_samples(
         for column in ("start", "repeat"):
             samples[column] = whole(column, theirs[column], path=path)
     return samples[["clip", "movie", "start", "repeat", "tier"]]
-
 
 # %% ../../neuro_nbs/10b_exchange.ipynb #a2b592d5
 def import_tree(
@@ -445,7 +440,6 @@ def import_tree(
         _complete(folder, arrays, samples, neurons, card, allow_shared_stimuli)
     return Path(out)
 
-
 # %% ../../neuro_nbs/10b_exchange.ipynb #293653d0
 _CARRIED = ("name", "source", "signal", "rate", "channels", "options", "metadata", "warnings")
 
@@ -465,7 +459,6 @@ def _in_layout(values: np.ndarray | None, names: Sequence[str], wanted: Sequence
         if name in names:
             out[..., i] = values[..., names.index(name)]
     return out
-
 
 # %% ../../neuro_nbs/10b_exchange.ipynb #0d01df11
 def export_sensorium2022(
@@ -523,7 +516,6 @@ def export_sensorium2022(
         write_json(folder / "card.json", {k: card[k] for k in _CARRIED})
     return Path(out)
 
-
 # %% ../../neuro_nbs/10b_exchange.ipynb #088b3436
 def _trial_arrays(folder: Path) -> tuple[np.ndarray, dict[str, list[Path]]]:
     "Tiers of the trials, and the files of each field in the order of the trials."
@@ -559,7 +551,6 @@ def _stacked(name: str, paths: list[Path]) -> np.ndarray:
         if name != "responses":
             finite(name, row, gaps=name != "images", path=path)
     return np.stack(rows)
-
 
 # %% ../../neuro_nbs/10b_exchange.ipynb #15bd04ec
 def import_sensorium2022(
@@ -675,7 +666,6 @@ def _imported_samples(
     repeat = pd.Series(image).groupby(image).cumcount()
     return pd.DataFrame({"image": image, "scene": scene, "repeat": repeat, "tier": tiers[rows]})
 
-
 # %% ../../neuro_nbs/10b_exchange.ipynb #006469b8
 def _loaded(name: str, value: Any, kinds: str = "fiub") -> np.ndarray:
     "An argument as an array of numbers; a path is read, never unpickled."
@@ -707,7 +697,6 @@ def _shaped(name: str, array: np.ndarray, shape: tuple[int | None, ...], axes: s
         sizes = ", ".join("any" if w is None else str(w) for w in shape)
         raise DataError(f"{name} has shape {array.shape}", expected=f"({axes}) = ({sizes})")
     return array
-
 
 # %% ../../neuro_nbs/10b_exchange.ipynb #2403c8e9
 def _shown_pictures(image_id: Any, n_images: int, n: int) -> np.ndarray:
@@ -746,7 +735,6 @@ def _repetitions(repeats: Any, image: np.ndarray) -> np.ndarray:
             fix="leave repeats out to have them counted",
         )
     return repeat
-
 
 # %% ../../neuro_nbs/10b_exchange.ipynb #e884d513
 def import_arrays(

@@ -27,19 +27,8 @@ from cortexlit.core import (
 from .checks import finite, inside
 
 # %% auto #0
-__all__ = [
-    "KINDS",
-    "content_hash",
-    "finish_folder",
-    "read_card",
-    "verify",
-    "finite_file",
-    "check_folder",
-    "Moments",
-    "never_changes",
-    "check_spread",
-]
-
+__all__ = ['KINDS', 'content_hash', 'finish_folder', 'read_card', 'verify', 'finite_file', 'check_folder', 'Moments',
+           'never_changes', 'check_spread']
 
 # %% ../../neuro_nbs/02c_folder.ipynb #02c00007
 def content_hash(
@@ -76,7 +65,6 @@ def finish_folder(
     (folder / "card.md").write_text(page(card), encoding="utf-8")
     files = None if names is None else {name: sha256(folder / name) for name in [*names, "card.md"]}
     write_card(folder, **(card | {"files": files}))
-
 
 # %% ../../neuro_nbs/02c_folder.ipynb #f5118b88
 KINDS = {
@@ -134,7 +122,6 @@ def read_card(
         )
     check_seal(card, path, "the card was edited or is damaged; build the dataset again (overwrite=True)")
     return card
-
 
 # %% ../../neuro_nbs/02c_folder.ipynb #f3b73009
 _verified: dict[tuple, tuple] = {}  # file and what was asked of it -> its state when the answer was yes
@@ -214,7 +201,6 @@ def finite_file(
             raise DataError(f"{name} holds no value", "NaN only where nothing was measured", fix, path)
         _keep_in_mind(path, about, asked)
 
-
 # %% ../../neuro_nbs/02c_folder.ipynb #48385deb
 def check_folder(
     root: str | Path,  # a dataset folder
@@ -240,7 +226,6 @@ _FILES = {
     "things": ("responses.npy", "metadata.npz"),
     "folds": ("samples.csv",),
 }
-
 
 # %% ../../neuro_nbs/02c_folder.ipynb #35a3f2d4
 class Moments:
@@ -282,7 +267,6 @@ class Moments:
         "The statistics of all parts so far."
         std = np.sqrt(self.m2 / np.maximum(self.n, 1))
         return {"mean": self.mean, "std": std, "min": self.low, "max": self.high, "n": self.n}
-
 
 # %% ../../neuro_nbs/02c_folder.ipynb #bbd04c9b
 def never_changes(

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ["fold_clips", "fold_tiers", "build_folds", "fold_folders", "fold_of", "pool", "pooled_tier"]
+__all__ = ['fold_clips', 'fold_tiers', 'build_folds', 'fold_folders', 'fold_of', 'pool', 'pooled_tier']
 
 # %% ../../neuro_nbs/03b_folds.ipynb #03b00005
 import os
@@ -31,7 +31,6 @@ from cortexlit.data.clips import (
 )
 from .folder import check_folder, finish_folder, never_changes
 from .recordings import Recording
-
 
 # %% ../../neuro_nbs/03b_folds.ipynb #03b00008
 def _blocks(frames: int, clips: int, clip_frames: int, gap: int, folds: int) -> list[int]:
@@ -58,7 +57,6 @@ def _cut(
                 fix="ask for fewer folds, or shorten clip_frames",
             )
         clips[longest] -= 1
-
 
 # %% ../../neuro_nbs/03b_folds.ipynb #03b00011
 def fold_clips(
@@ -93,7 +91,6 @@ def fold_clips(
     return table.sort_values(["movie", "start"], key=lambda c: c.map(order) if c.name == "movie" else c,
                              ignore_index=True)  # fmt: skip
 
-
 # %% ../../neuro_nbs/03b_folds.ipynb #03b00013
 def fold_tiers(
     clips: pd.DataFrame,  # from `fold_clips`
@@ -110,7 +107,6 @@ def fold_tiers(
     following = clips[clips["fold"] == (fold + 1) % (clips["fold"].max() + 1)]
     chooses = clips["block"] == following["block"].value_counts(sort=False).idxmax()
     return np.where(clips["fold"] == fold, "test", np.where(chooses, "validation", "train"))
-
 
 # %% ../../neuro_nbs/03b_folds.ipynb #03b00019
 def _changing(
@@ -132,7 +128,6 @@ def _changing(
 def _grey(recording: Recording, movies: Sequence[str]) -> tuple[float, float] | None:
     "The range of grey levels of 8-bit films; None for others."
     return (0.0, 255.0) if all(recording.templates[m].dtype == np.uint8 for m in movies) else None
-
 
 # %% ../../neuro_nbs/03b_folds.ipynb #03b00021
 def _shared(source: Path, target: Path) -> None:
@@ -165,7 +160,6 @@ def _write_fold(
             )
     neurons = load_table(whole_folder / "neurons.csv", exact=True)
     _complete(folder, arrays, samples, neurons, card, False, grey)
-
 
 # %% ../../neuro_nbs/03b_folds.ipynb #03b00022
 def _summary(samples: pd.DataFrame, card: Mapping[str, Any]) -> str:
@@ -200,7 +194,6 @@ def _finish(
         "split_hash": digest(samples[["movie", "start", "repeat", "fold"]].to_dict("list")),
     }
     finish_folder(folder, "folds", card, lambda card: _summary(samples, card), names)
-
 
 # %% ../../neuro_nbs/03b_folds.ipynb #03b00023
 def build_folds(
@@ -256,7 +249,6 @@ def build_folds(
         shutil.rmtree(built)
         _finish(folder, samples, clips, card, folds)
     return Path(out)
-
 
 # %% ../../neuro_nbs/03b_folds.ipynb #03b00030
 def fold_folders(
@@ -320,7 +312,6 @@ def pool(
             out = np.full((len(fold_of(root)), *part.shape[1:]), np.nan, np.float32)
         out[test.samples["sample"]] = part * spread[:, None]
     return out
-
 
 # %% ../../neuro_nbs/03b_folds.ipynb #03b00031
 def pooled_tier(

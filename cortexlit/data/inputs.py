@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ["RATES_DIFFER", "InputScheme", "scheme_of", "check_inputs", "open_for", "comparable"]
+__all__ = ['RATES_DIFFER', 'InputScheme', 'scheme_of', 'check_inputs', 'open_for', 'comparable']
 
 # %% ../../neuro_nbs/03c_inputs.ipynb #03c00005
 from collections.abc import Iterator
@@ -52,7 +52,6 @@ class InputScheme:
     def __post_init__(self):
         if self.normalisation not in (None, *NORMALISATIONS):
             raise DataError(f"normalisation {self.normalisation!r}", expected=f"one of {NORMALISATIONS}")
-
 
 # %% ../../neuro_nbs/03c_inputs.ipynb #03c00013
 _TELL = "say it once, with what is true of these weights, and give the folder as core: "
@@ -103,7 +102,6 @@ def check_inputs(
     want = scheme_of(config)
     for data in _datasets(dataset):
         _compare(want, data)
-
 
 # %% ../../neuro_nbs/03c_inputs.ipynb #03c00014
 def _compare(want: InputScheme, data: MouseDataset) -> None:
@@ -156,7 +154,6 @@ def open_for(
     data = MouseDataset(root, tier, want.normalisation)
     _compare(want, data)
     return data
-
 
 # %% ../../neuro_nbs/03c_inputs.ipynb #03c00025
 def comparable(

@@ -31,8 +31,7 @@ from cortexlit.data.things import (
 )
 
 # %% auto #0
-__all__ = ["NiftiSubject", "open_nifti", "bids_trials"]
-
+__all__ = ['NiftiSubject', 'open_nifti', 'bids_trials']
 
 # %% ../../neuro_nbs/12e_own_fmri.ipynb #ow000009
 class NiftiSubject(Things):
@@ -128,7 +127,6 @@ def open_nifti(
         raise DataError(f"the table of trials has no column {absent[0]}", "file and image", path=where)
     return NiftiSubject(table, mask, subject, dict(rois or {}), root)
 
-
 # %% ../../neuro_nbs/12e_own_fmri.ipynb #ow000010
 class _AnyIndex(TrialIndex):
     "Runs may have any number of trials, and sessions any runs."
@@ -172,7 +170,6 @@ def _trials_of(table: pd.DataFrame, root: Path) -> tuple[np.ndarray, TrialIndex]
         raise DataError(f"volume {row['volume']} is listed twice", "each trial once", path=row["file"])
     kept = _index(rows, {}, _AnyIndex)
     return rows["file"].to_numpy(), kept
-
 
 # %% ../../neuro_nbs/12e_own_fmri.ipynb #ow000016
 def bids_trials(

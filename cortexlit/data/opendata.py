@@ -19,8 +19,7 @@ from .checks import encrypted, finite, increasing, same_length
 from .recordings import Recording
 
 # %% auto #0
-__all__ = ["PARK", "PARK_URL", "REGISTRY", "OpenFile", "fetch", "drifting_grating", "open_recording"]
-
+__all__ = ['PARK', 'PARK_URL', 'REGISTRY', 'OpenFile', 'fetch', 'drifting_grating', 'open_recording']
 
 # %% ../../neuro_nbs/02a_open_recordings.ipynb #a96e115a
 @dataclass(frozen=True)
@@ -64,7 +63,6 @@ class OpenFile:
     citation: str
     description: str
     facts: dict[str, Any] = field(default_factory=dict)
-
 
 # %% ../../neuro_nbs/02a_open_recordings.ipynb #5b24f889
 PARK = "Park et al. (2025), eLife 14:RP107298, https://doi.org/10.7554/eLife.107298"
@@ -115,7 +113,6 @@ REGISTRY: dict[str, OpenFile] = {
         ),
     )
 }
-
 
 # %% ../../neuro_nbs/02a_open_recordings.ipynb #ff5ed7ed
 def fetch(
@@ -176,7 +173,6 @@ def fetch(
         )
     return path
 
-
 # %% ../../neuro_nbs/02a_open_recordings.ipynb #80a9f43c
 def _read_park(path: Path) -> dict[str, np.ndarray]:
     "The arrays of one file: traces (neurons, trials, samples), speed and pupil (trials, samples), direction (trials,), t (samples,)."
@@ -204,7 +200,6 @@ def _read_park(path: Path) -> dict[str, np.ndarray]:
     for name in ("traces", "speed", "pupil"):
         finite(name, park[name], gaps=True, path=path)
     return park
-
 
 # %% ../../neuro_nbs/02a_open_recordings.ipynb #1cdc19c7
 def drifting_grating(
@@ -251,7 +246,6 @@ def drifting_grating(
         np.uint8
     )  # the inner rounding keeps halves from depending on the machine
 
-
 # %% ../../neuro_nbs/02a_open_recordings.ipynb #4c803ac7
 _GREY, _ON = 3.0, 2.0  # s in a trial: grey, then grating (batch_decoder_gratings.py of the study)
 
@@ -270,7 +264,6 @@ def _warnings(entry: OpenFile) -> list[str]:
     if "knock-out" in entry.facts["group"]:
         notes.append(f"{entry.facts['animal']} is a {entry.facts['group']} animal, not a control.")
     return notes
-
 
 # %% ../../neuro_nbs/02a_open_recordings.ipynb #818379ee
 def open_recording(

@@ -17,8 +17,7 @@ from .checks import described, finite, increasing, whole
 from ..shown import Shown
 
 # %% auto #0
-__all__ = ["Recording"]
-
+__all__ = ['Recording']
 
 # %% ../../neuro_nbs/00_recordings.ipynb #0e34a5af
 def _readonly(array: np.ndarray) -> np.ndarray:
@@ -56,7 +55,6 @@ def _array(
     )
     return _readonly(array)
 
-
 # %% ../../neuro_nbs/00_recordings.ipynb #3cd9a3c4
 def _table(name: str, table: pd.DataFrame, n_frames: int) -> pd.DataFrame:
     missing = {"start", "end"} - set(table.columns)
@@ -83,7 +81,6 @@ def _table(name: str, table: pd.DataFrame, n_frames: int) -> pd.DataFrame:
         )
     return table.reset_index(drop=True)
 
-
 # %% ../../neuro_nbs/00_recordings.ipynb #6ce4f157
 def _neurons(neurons: pd.DataFrame, n: int) -> pd.DataFrame:
     described(neurons, n)
@@ -100,7 +97,6 @@ def _clock(timestamps: np.ndarray) -> None:
             expected="seconds: 0.1 to 100,000 frames per second",
             fix="divide milliseconds by 1,000",
         )
-
 
 # %% ../../neuro_nbs/00_recordings.ipynb #76ee017f
 @dataclass(frozen=True, eq=False, repr=False)

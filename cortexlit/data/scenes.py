@@ -6,17 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = [
-    "GREY",
-    "scene_windows",
-    "window_means",
-    "split_images",
-    "audit_presentations",
-    "build_scenes",
-    "ScenesDataset",
-    "SceneArrays",
-    "load_scenes",
-]
+__all__ = ['GREY', 'scene_windows', 'window_means', 'split_images', 'audit_presentations', 'build_scenes', 'ScenesDataset',
+           'SceneArrays', 'load_scenes']
 
 # %% ../../neuro_nbs/10_scenes.ipynb #9d273c08
 import warnings
@@ -72,7 +63,6 @@ from cortexlit.data.folder import (
     never_changes,
 )
 from .recordings import Recording
-
 
 # %% ../../neuro_nbs/10_scenes.ipynb #724e5622
 def scene_windows(
@@ -142,7 +132,6 @@ def window_means(
         means[:, channel] = np.divide(total, good.sum(1), out=np.full(len(part), np.nan), where=good.any(1))
     return means
 
-
 # %% ../../neuro_nbs/10_scenes.ipynb #cb268457
 GREY = 128.0  # grey level of the screen between stimuli
 
@@ -165,7 +154,6 @@ def _unique(pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     same = _identical_clips(pictures)
     keep = np.array([i for i, j in same.items() if i == j])
     return pictures[keep], np.searchsorted(keep, [same[i] for i in range(len(pictures))])
-
 
 # %% ../../neuro_nbs/10_scenes.ipynb #f6046c3a
 def split_images(
@@ -209,7 +197,6 @@ def split_images(
     keys = image.tolist() if split == "images" else range(len(image))
     return np.array([drawn.get(k, "train") for k in keys])
 
-
 # %% ../../neuro_nbs/10_scenes.ipynb #5dc88af4
 def audit_presentations(
     samples: pd.DataFrame,  # columns image, tier; first_frame, last_frame if known
@@ -249,7 +236,6 @@ def _refuse_shared(audit: pd.DataFrame, shared_ok: bool) -> None:
             fix='split="images"; or, if shared pictures are meant, split="presentations" or allow_shared_stimuli=True',
         )
 
-
 # %% ../../neuro_nbs/10_scenes.ipynb #7964efbd
 def _moments(x: np.ndarray) -> dict[str, Any]:
     "What `Moments` gives along the first axis, and the median, which Sensorium 2022 keeps as well."
@@ -268,7 +254,6 @@ def _statistics(arrays: Mapping[str, np.ndarray], samples: pd.DataFrame) -> dict
     return {
         name: _moments(a[shown].reshape(-1) if name == "images" else a[train]) for name, a in arrays.items()
     }
-
 
 # %% ../../neuro_nbs/10_scenes.ipynb #0514e589
 _SHARED = "Tiers share pictures: a table of mean responses per picture scores well. Scores on this split say nothing about new pictures."
@@ -312,7 +297,6 @@ def _one_tier_each(arrays: Mapping[str, np.ndarray], samples: pd.DataFrame) -> N
             if other != tier:
                 what = f"the same responses to the same picture are in {other} and {tier} (presentation {i})"
                 raise SplitLeak(what, expected="each presentation in one tier", fix="remove the copy")
-
 
 # %% ../../neuro_nbs/10_scenes.ipynb #d50d45fb
 def _write(
@@ -368,7 +352,6 @@ def _write(
         finish_folder(folder, "scenes", card, _card_text)
     return out
 
-
 # %% ../../neuro_nbs/10_scenes.ipynb #cf8c36e6
 _LAYOUT = {"behavior": ["pupil_area", "pupil_area_change", "running"], "pupil_center": ["x", "y"]}
 
@@ -384,7 +367,6 @@ def _measured(recording: Recording, pupil: str) -> dict[str, tuple[np.ndarray, l
         names = [n for n in _LAYOUT["behavior"] if n in series]
         found["behavior"] = (np.stack([series[n] for n in names]), names)
     return found
-
 
 # %% ../../neuro_nbs/10_scenes.ipynb #f3d4a055
 def build_scenes(
@@ -490,7 +472,6 @@ def _overlap_note(samples: pd.DataFrame, recording: Recording) -> list[str]:
         f"{step / recording.rate:.2f} s later: a response holds part of the answer to the next picture."
     ]
 
-
 # %% ../../neuro_nbs/10_scenes.ipynb #51f14df7
 class ScenesDataset(_Tier):
     """One tier of a static dataset folder as float32 tensors, for a `torch.utils.data.DataLoader`; memory-mapped.
@@ -556,7 +537,6 @@ class ScenesDataset(_Tier):
 
     def _wanted(self) -> Sequence[str]:  # the order of Sensorium 2022, whatever that of the folder
         return _LAYOUT["behavior"]
-
 
 # %% ../../neuro_nbs/10_scenes.ipynb #1e9b1848
 @dataclass(frozen=True)

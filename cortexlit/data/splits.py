@@ -21,8 +21,7 @@ from .folder import check_folder
 from .folds import fold_folders
 
 # %% auto #0
-__all__ = ["UNITS", "audit_units", "Split", "split_by_concept", "split_by_session", "split_of"]
-
+__all__ = ['UNITS', 'audit_units', 'Split', 'split_by_concept', 'split_by_session', 'split_of']
 
 # %% ../../neuro_nbs/03d_splits.ipynb #03d00007
 def _identifier(name: str) -> str:
@@ -33,7 +32,6 @@ def _identifier(name: str) -> str:
 def _plain(name: str) -> str:
     "A name without capitals and stray blanks: how two names are compared."
     return _identifier(name).casefold()
-
 
 # %% ../../neuro_nbs/03d_splits.ipynb #03d00008
 def audit_units(
@@ -93,7 +91,6 @@ def _units(samples: pd.DataFrame) -> pd.DataFrame:
     numbers = set(named.select_dtypes("number"))
     text = [name for name in ("image", "concept") if name in named and name not in numbers]
     return named.assign(**{name: named[name].map(_plain) for name in text})
-
 
 # %% ../../neuro_nbs/03d_splits.ipynb #03d00009
 UNITS: dict[str, tuple[str, ...]] = {  # what is held out -> what tiers must not share
@@ -240,7 +237,6 @@ class Split:
             raise DataError("the split was changed after it was saved", f"hash {content['hash']}", path=path)
         return split
 
-
 # %% ../../neuro_nbs/03d_splits.ipynb #03d00010
 def split_by_concept(
     trials: pd.DataFrame,  # one row per trial, e.g. `ThingsDataset.trials`
@@ -285,7 +281,6 @@ def split_by_session(
         raise DataError("one session cannot be left out", expected="trials of two or more sessions")
     fold = np.searchsorted(sessions, trials["session"])
     return Split.from_folds("session", np.where(trials["role"] == "train", fold, -1), trials)
-
 
 # %% ../../neuro_nbs/03d_splits.ipynb #03d00020
 def split_of(

@@ -40,27 +40,9 @@ from .splits import Split, _identifier
 from ..shown import Shown, picture_html
 
 # %% auto #0
-__all__ = [
-    "PROPERTIES",
-    "LAYOUTS",
-    "THINGS_TABLES",
-    "ROLES",
-    "ROI_SETS",
-    "things_table",
-    "concept_of",
-    "read_nifti",
-    "write_nifti",
-    "load_properties",
-    "TrialIndex",
-    "ThingsLayout",
-    "find_layout",
-    "Things",
-    "open_things",
-    "select_rois",
-    "build_things",
-    "ThingsDataset",
-    "reliability",
-]
+__all__ = ['PROPERTIES', 'LAYOUTS', 'THINGS_TABLES', 'ROLES', 'ROI_SETS', 'things_table', 'concept_of', 'read_nifti',
+           'write_nifti', 'load_properties', 'TrialIndex', 'ThingsLayout', 'find_layout', 'Things', 'open_things',
+           'select_rois', 'build_things', 'ThingsDataset', 'reliability']
 
 # %% ../../neuro_nbs/12_things.ipynb #c1edb8e7
 PROPERTIES: tuple[str, ...] = (
@@ -117,7 +99,6 @@ def things_table(
     """
     return fetch(THINGS_TABLES[name])
 
-
 # %% ../../neuro_nbs/12_things.ipynb #9d66b53d
 def concept_of(
     image: str,  # "dog_12s.jpg" or "dog/dog_12s.jpg"
@@ -131,7 +112,6 @@ def concept_of(
     """
     name = image.replace("\\", "/").rsplit("/", 1)[-1]
     return _identifier(name.rsplit(".", 1)[0].rsplit("_", 1)[0])
-
 
 # %% ../../neuro_nbs/12_things.ipynb #8c537e64
 _NIFTI = "a complete NIfTI file (.nii or .nii.gz), gzip intact"
@@ -149,7 +129,6 @@ def _nifti_class(raw: bytes, path: Path) -> type[nib.Nifti1Image]:
     if 540 in size:
         return nib.Nifti2Image
     raise DataError(f"no NIfTI file, it begins with {raw[:12]!r}", _NIFTI, _FETCH, path)
-
 
 # %% ../../neuro_nbs/12_things.ipynb #dfcfafd8
 def read_nifti(
@@ -197,7 +176,6 @@ def write_nifti(
     with atomic_file(path) as tmp:
         tmp.write_bytes(gzip.compress(nib.Nifti1Image(values, affine).to_bytes(), 1, mtime=0))
     return Path(path)
-
 
 # %% ../../neuro_nbs/12_things.ipynb #e80ffc77
 _TEXT = ("uniqueID", "Word", "word", "concept", "stimulus", "image_filename", "trial_type")
@@ -296,14 +274,12 @@ def _in_order(table: pd.DataFrame, column: str, path: Path, what: str) -> pd.Dat
         )
     return table.assign(**{column: numbers.astype(int)}).sort_values(column, ignore_index=True)
 
-
 # %% ../../neuro_nbs/12_things.ipynb #314127a7
 def _canonical(column: str) -> str:
     "One name for a rating, whichever file it is from."
     name = re.sub(r"^(property_|image-label_)", "", column.strip()).replace("be.moved", "be-moved")
     name = re.sub(r"_(mean)$", "", re.sub(r"_(SD|sd)$", "_sd", name))
     return re.sub(r"^arousing", "arousal", name)
-
 
 # %% ../../neuro_nbs/12_things.ipynb #42a5a558
 def load_properties(
@@ -349,7 +325,6 @@ def load_properties(
             expected=f"one of {', '.join(known)}; with _sd for the spread over raters",
         )
     return _numeric(table, list(properties), files[0])
-
 
 # %% ../../neuro_nbs/12_things.ipynb #a64b1601
 ROLES: tuple[str, ...] = ("train", "test", "catch")
@@ -462,7 +437,6 @@ def _locate(places: Mapping[tuple[int, int, int], int], count: int, key: tuple[i
         raise IndexError(f"no trial {key}; expected (session, run, trial), runs from 1 and trials from 0")
     return places[tuple(key)]
 
-
 # %% ../../neuro_nbs/12_things.ipynb #c34076e3
 def _index(
     rows: pd.DataFrame, files: Mapping[tuple[int, int], Path], kind: type[TrialIndex] = TrialIndex
@@ -521,7 +495,6 @@ def _index_from_conditions(runs: Sequence[tuple[int, int, Path, Path]]) -> Trial
     )
     rows.loc[rows["image"].str.match(r"catch\d+\.\w+$"), "role"] = "catch"
     return _index(rows, {(session, run): path for session, run, _, path in runs})
-
 
 # %% ../../neuro_nbs/12_things.ipynb #34e6546e
 @dataclass(frozen=True)
@@ -632,7 +605,6 @@ def find_layout(
         "or write a synthetic study with write_things",
     )
 
-
 # %% ../../neuro_nbs/12_things.ipynb #cbf5a881
 _PRF_AREAS = ("V1", "V2", "V3", "hV4", "VO1", "VO2", "LO1", "LO2", "TO1", "TO2", "V3b", "V3a")
 
@@ -640,7 +612,6 @@ _PRF_AREAS = ("V1", "V2", "V3", "hV4", "VO1", "VO2", "LO1", "LO2", "TO1", "TO2",
 def _roi_name(column: str) -> str:
     "ROI names without line breaks, blanks and the remark (prf): 'glasser-p9-46v', 'LO1'."
     return re.sub(r"\s+|\(prf\)", "", column)
-
 
 # %% ../../neuro_nbs/12_things.ipynb #94375db8
 _GRID_FIX = "each subject has a space of its own: take mask, metadata and responses of the same subject"
@@ -763,7 +734,6 @@ def _on_grid(
         )
     return volume[tuple(nearest.T)]
 
-
 # %% ../../neuro_nbs/12_things.ipynb #cd011e5d
 _MOST_BYTES = 4e9
 
@@ -778,7 +748,6 @@ def _affordable(trials: int, voxels: int, each: int, path: Path) -> None:
             fix="choose regions (rois='visual', on the command line --rois visual) or sessions; "
             "or use one trial at a time, dataset[i] of a `ThingsDataset`",
         )
-
 
 # %% ../../neuro_nbs/12_things.ipynb #8f343652
 class Things(Shown):
@@ -899,7 +868,6 @@ class Things(Shown):
             finite("responses", stack, path=path, fix="fetch the file again")
             yield slice(done, done + len(stack)), slice(0, int(keep.sum())), stack
             done += len(stack)
-
 
 # %% ../../neuro_nbs/12_things.ipynb #bf279ca8
 def _is_measure(column: str) -> bool:
@@ -1050,7 +1018,6 @@ def open_things(
     """
     return Things(find_layout(root, subject, layout), root)
 
-
 # %% ../../neuro_nbs/12_things.ipynb #40aa83b9
 ROI_SETS: dict[str, tuple[str, ...]] = {
     "early": ("V1", "V2", "V3"),
@@ -1097,7 +1064,6 @@ def select_rois(
         inside |= rois[found].to_numpy(bool).any(1)
     return inside
 
-
 # %% ../../neuro_nbs/12_things.ipynb #e0be729b
 def _standardised(values: np.ndarray, groups: np.ndarray, used: np.ndarray | None = None) -> np.ndarray:
     "z-score the columns within each group of rows, by the rows that are used; float32, constant columns 0."
@@ -1139,7 +1105,6 @@ def _used(statistics: np.ndarray | None, groups: np.ndarray, zscore: str) -> np.
             fix='a session that is held out as a whole has none: zscore="none", or all trials, and say so',
         )
     return used
-
 
 # %% ../../neuro_nbs/12_things.ipynb #1a08a807
 _RUN_BY_RUN = ("volumes", "nifti")  # read in pieces of all voxels and some trials; others the other way round
@@ -1233,7 +1198,6 @@ def _metadata(things: Things, keep: np.ndarray) -> dict[str, np.ndarray]:
     out |= {"mask": inside, "brain": things.mask, "affine": things.affine, "voxel": np.flatnonzero(keep)}
     out |= {"rois": things.rois.to_numpy(bool)[keep], "roi_names": things.rois.columns.to_numpy(str)}
     return out
-
 
 # %% ../../neuro_nbs/12_things.ipynb #ce39826e
 def _check_cache(
@@ -1442,7 +1406,6 @@ def _joined(concepts: pd.Series, ratings: pd.DataFrame) -> np.ndarray:
         bad = ratings.columns[~np.isfinite(values).all(0)][0]
         raise DataError(f"{bad} is missing for some shown concepts", fix="leave this property out")
     return values
-
 
 # %% ../../neuro_nbs/12_things.ipynb #8a1d4334
 def reliability(

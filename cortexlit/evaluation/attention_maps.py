@@ -6,17 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = [
-    "record_attention",
-    "gradient_times_input",
-    "occlusion",
-    "enrichment",
-    "atlas_regions",
-    "auc",
-    "random_maps",
-    "as_smooth_as",
-    "auc_against",
-]
+__all__ = ['record_attention', 'gradient_times_input', 'occlusion', 'enrichment', 'atlas_regions', 'auc', 'random_maps',
+           'as_smooth_as', 'auc_against']
 
 # %% ../../neuro_nbs/14_attention_maps.ipynb #5bd56160
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,7 +24,6 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from ..core import DataError, rng
-
 
 # %% ../../neuro_nbs/14_attention_maps.ipynb #de0997e3
 @contextmanager
@@ -79,7 +69,6 @@ def record_attention(
         for handle in handles:
             handle.remove()
 
-
 # %% ../../neuro_nbs/14_attention_maps.ipynb #af418c92
 def gradient_times_input(
     forward: Callable[[torch.Tensor], torch.Tensor],  # (batch, voxels) -> (batch, outputs), differentiable
@@ -97,7 +86,6 @@ def gradient_times_input(
     voxels = voxels.detach().clone().requires_grad_()
     (gradient,) = torch.autograd.grad(forward(voxels)[:, output].sum(), voxels)
     return gradient * voxels.detach()
-
 
 # %% ../../neuro_nbs/14_attention_maps.ipynb #67979212
 def occlusion(
@@ -132,7 +120,6 @@ def _check_regions(regions: pd.DataFrame, voxels: int) -> None:
         raise DataError(f"regions for {len(regions)} voxels, a map of {voxels}", expected="one row per voxel")
     if empty := [name for name in regions if not regions[name].any()]:
         raise DataError(f"region {empty[0]} has no voxel", fix="leave it out")
-
 
 # %% ../../neuro_nbs/14_attention_maps.ipynb #49cb30cc
 def enrichment(
@@ -188,7 +175,6 @@ def enrichment(
         "p",
     ]
     return pd.DataFrame(rows, columns=columns)
-
 
 # %% ../../neuro_nbs/14_attention_maps.ipynb #65fb8ecf
 def atlas_regions(
@@ -263,7 +249,6 @@ def _check_atlas(atlas: np.ndarray, names: Mapping[int, str], path: str | Path |
             fix="complete `names` from the table that comes with the atlas",
         )
 
-
 # %% ../../neuro_nbs/14_attention_maps.ipynb #d529b45a
 def auc(
     values: np.ndarray,  # (voxels,); NaN where the map says nothing
@@ -281,7 +266,6 @@ def auc(
     if informative.all() or not informative.any():
         raise DataError("all voxels are informative, or none is", expected="both kinds inside the map")
     return float(roc_auc_score(informative, np.asarray(values)[known]))
-
 
 # %% ../../neuro_nbs/14_attention_maps.ipynb #c14a0002
 def _steps(values: np.ndarray, mask: np.ndarray, steps: int = 4) -> np.ndarray:

@@ -31,27 +31,9 @@ from cortexlit.metrics import (
 )
 
 # %% auto #0
-__all__ = [
-    "ALPHAS",
-    "WINDOWS",
-    "BASELINES",
-    "REFERENCES",
-    "ORACLE",
-    "TRUTH",
-    "SPLIT_HALVES",
-    "train_mean",
-    "repeat_mean",
-    "blind_mean",
-    "validated_ridge",
-    "behaviour_ridge",
-    "gabor_bank",
-    "motion_energy_ridge",
-    "clip_baselines",
-    "scored_frames",
-    "score_dataset",
-    "true_response",
-]
-
+__all__ = ['ALPHAS', 'WINDOWS', 'BASELINES', 'REFERENCES', 'ORACLE', 'TRUTH', 'SPLIT_HALVES', 'train_mean', 'repeat_mean',
+           'blind_mean', 'validated_ridge', 'behaviour_ridge', 'gabor_bank', 'motion_energy_ridge', 'clip_baselines',
+           'scored_frames', 'score_dataset', 'true_response']
 
 # %% ../../neuro_nbs/05_baseline.ipynb #d137e960
 def train_mean(
@@ -71,7 +53,6 @@ def train_mean(
     return np.broadcast_to(train.labels.mean((0, 2), dtype=np.float64)[:, None], target.labels.shape).astype(
         np.float32
     )
-
 
 # %% ../../neuro_nbs/05_baseline.ipynb #220a3f8f
 def repeat_mean(
@@ -98,7 +79,6 @@ def repeat_mean(
         )
     return np.stack([seen[clip] for clip in target.clip])
 
-
 # %% ../../neuro_nbs/05_baseline.ipynb #d21414bd
 def blind_mean(
     train: TierArrays,
@@ -115,7 +95,6 @@ def blind_mean(
     [[[1.0, 3.0]], [[1.0, 3.0]]]
     """
     return np.broadcast_to(train.labels.mean(0, dtype=np.float64).astype(np.float32), target.labels.shape)
-
 
 # %% ../../neuro_nbs/05_baseline.ipynb #d768483f
 ALPHAS = tuple(float(a) for a in np.logspace(0, 7, 8))
@@ -173,7 +152,6 @@ def validated_ridge(
         best[better], chosen[better] = error[better], alpha
     return predicted, chosen
 
-
 # %% ../../neuro_nbs/05_baseline.ipynb #038c18a9
 WINDOWS = ((0, 4), (5, 14), (15, 29), (30, 59))  # frames back in time: each average is one feature
 
@@ -206,7 +184,6 @@ def _rows(labels: np.ndarray) -> np.ndarray:
 def _unrows(rows: np.ndarray, samples: int) -> np.ndarray:
     return rows.reshape(samples, -1, rows.shape[1]).transpose(0, 2, 1)
 
-
 # %% ../../neuro_nbs/05_baseline.ipynb #61c370b5
 def behaviour_ridge(
     train: TierArrays,
@@ -231,7 +208,6 @@ def behaviour_ridge(
         x, _rows(train.labels), ones, x_val, _rows(validation.labels), val_ones, x_test, alphas
     )
     return _unrows(predicted, len(target.clip)), chosen
-
 
 # %% ../../neuro_nbs/05_baseline.ipynb #ef26f773
 def gabor_bank(
@@ -265,7 +241,6 @@ def _centres(n: int, spacing: float) -> np.ndarray:
     count = max(1, round(n / spacing))
     return (np.arange(count) + 0.5) * n / count
 
-
 # %% ../../neuro_nbs/05_baseline.ipynb #f01b1a66
 def _leaky(x: np.ndarray, pole: complex | float) -> np.ndarray:
     "First-order recursive filter along axis 1 (frames), started at rest on the first frame."
@@ -285,7 +260,6 @@ def _energy_features(videos: np.ndarray, rate: float, temporal_frequency: float,
         pole = np.exp(-1 / (0.1 * rate) + sign * 2j * np.pi * temporal_frequency / rate)
         parts.append(np.abs(_leaky(z, pole)))
     return _leaky(np.concatenate(parts, axis=-1), float(np.exp(-1 / (decay * rate)))).astype(np.float32)
-
 
 # %% ../../neuro_nbs/05_baseline.ipynb #c51cb1d2
 def _clip_means(data: TierArrays) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -336,7 +310,6 @@ def motion_energy_ridge(
     )
     return _unrows(predicted, len(clips))[where], chosen
 
-
 # %% ../../neuro_nbs/05_baseline.ipynb #ce3de30e
 def _oracle(parts: dict[str, TierArrays], tier: str) -> np.ndarray | None:
     "Each sample of a tier predicted by the mean of all other repeats of its clip; None if some clip was shown once."
@@ -385,7 +358,6 @@ def _metrics(
     squared = np.where(np.isnan(explained), np.nan, r2_er(p, z, clip, last, reduce="table"))  # same neurons
     average = correlation_to_average(p, z, clip, last, reduce="table")
     return found | {m: (v, each) for m, v in zip(_REPEATED, (average, explained, squared), strict=True)}
-
 
 # %% ../../neuro_nbs/05_baseline.ipynb #4d4ff7ba
 BASELINES = ("train mean", "stimulus-blind mean", "repeat mean", "behaviour ridge", "motion-energy ridge")
@@ -495,7 +467,6 @@ def score_dataset(
         sheet.opened[name or card["name"]] = count
     return sheet
 
-
 # %% ../../neuro_nbs/05_baseline.ipynb #d510da21
 ORACLE, TRUTH, SPLIT_HALVES = "other repeats", "truth: noiseless response", "ceiling: split halves"
 
@@ -516,7 +487,6 @@ def _halves(
             y = y if fold is None else _within(y[..., -last:], fold)
             found[metric] = split_half_ceiling(y, c, last=last, repeats=repeats)
     return found
-
 
 # %% ../../neuro_nbs/05_baseline.ipynb #d9cae1c4
 def _sheet(
@@ -567,7 +537,6 @@ def _sheet(
                 SPLIT_HALVES, metric, halves[metric], dataset=name, samples=len(test.clip), **where, **limits
             )
     return sheet
-
 
 # %% ../../neuro_nbs/05_baseline.ipynb #3cc290a7
 def true_response(

@@ -19,8 +19,7 @@ from cortexlit.metrics import (
 )
 
 # %% auto #0
-__all__ = ["leave_one_out_oracle", "split_half_reliability", "split_half_ceiling"]
-
+__all__ = ['leave_one_out_oracle', 'split_half_reliability', 'split_half_ceiling']
 
 # %% ../../neuro_nbs/04a_ceilings.ipynb #10e8827f
 def leave_one_out_oracle(
@@ -44,7 +43,6 @@ def leave_one_out_oracle(
         others = (traces.sum(0) - traces) / (len(members) - 1)
         out[members] = single_trial_correlation(others, traces, reduce=None)
     return out
-
 
 # %% ../../neuro_nbs/04a_ceilings.ipynb #3b56deab
 def split_half_reliability(
@@ -101,7 +99,6 @@ def _halved(
 def _of_repeats(raw: np.ndarray, longer: float) -> np.ndarray:
     "Spearman and Brown's formula, sign kept."
     return np.sign(raw) * longer * abs(raw) / (1 + (longer - 1) * abs(raw))
-
 
 # %% ../../neuro_nbs/04a_ceilings.ipynb #8d2f61ab
 def split_half_ceiling(

@@ -27,8 +27,7 @@ from cortexlit.evaluation.intervals import (
 )
 
 # %% auto #0
-__all__ = ["Comparison", "compare"]
-
+__all__ = ['Comparison', 'compare']
 
 # %% ../../neuro_nbs/04c_comparison.ipynb #e777b43c
 def _held(square: np.ndarray, freedom: int) -> np.ndarray:
@@ -63,7 +62,6 @@ def _largest_ratio(found: Spread, models: int, level: float, seed: int, draws: i
     if not _error(true).any():
         return 0.0
     return float(np.quantile((np.abs(away) * _error(true) / _error(seen)).max(1), level))
-
 
 # %% ../../neuro_nbs/04c_comparison.ipynb #f54becf2
 @dataclass(frozen=True)
@@ -127,7 +125,6 @@ class Comparison:
         axes[1].axvline(0, color="0.6", lw=0.8)
         axes[1].set(xlabel=f"difference from {best}", title="differences, all pairs at once")
         return fig
-
 
 # %% ../../neuro_nbs/04c_comparison.ipynb #dd8c166e
 def compare(

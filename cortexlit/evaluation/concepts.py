@@ -20,8 +20,7 @@ from .identification import identification_rows, score_identification
 from .scores import ScoreSheet
 
 # %% auto #0
-__all__ = ["nearest_class_mean", "score_concepts"]
-
+__all__ = ['nearest_class_mean', 'score_concepts']
 
 # %% ../../neuro_nbs/16a_name_the_object.ipynb #16a00012
 def nearest_class_mean(
@@ -52,7 +51,6 @@ def nearest_class_mean(
             raise DataError(what, "every concept in two folds or more", "a split by session")
         out[test] = x[test] @ means.T - (means**2).sum(1) / 2
     return out
-
 
 # %% ../../neuro_nbs/16a_name_the_object.ipynb #16a00013
 def score_concepts(

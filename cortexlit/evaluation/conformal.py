@@ -15,8 +15,7 @@ from ..core import DataError, rng
 from .decoding import average_by
 
 # %% auto #0
-__all__ = ["conformal_half_width", "split_conformal", "conformal_coverage"]
-
+__all__ = ['conformal_half_width', 'split_conformal', 'conformal_coverage']
 
 # %% ../../neuro_nbs/12b_conformal.ipynb #a0de571e
 def conformal_half_width(
@@ -51,7 +50,6 @@ def conformal_half_width(
     reached = np.cumsum((1 / counts[place] / (len(counts) + 1))[order], 0)
     first = (reached < level - 1e-9).sum(0, keepdims=True)  # how many errors are too small
     return np.take_along_axis(size, np.take_along_axis(order, first, 0), 0)[0]
-
 
 # %% ../../neuro_nbs/12b_conformal.ipynb #a4c43296
 def split_conformal(

@@ -22,37 +22,11 @@ from ..data.folder import read_card
 from .scores import Score, ScoreSheet
 
 # %% auto #0
-__all__ = [
-    "DECODING_ALPHAS",
-    "MIN_CONCEPTS",
-    "MIN_IN_FOLD",
-    "best_constant",
-    "huber",
-    "published_confidence",
-    "constant_predictions",
-    "Spectrum",
-    "decompose",
-    "leave_group_out",
-    "NestedRidge",
-    "nested_ridge",
-    "r2_by_target",
-    "average_by",
-    "enough_concepts",
-    "DecodingScores",
-    "score_decoding",
-    "permuted_targets",
-    "permutation_scores",
-    "p_value",
-    "noise_ceiling",
-    "decoding_ceiling",
-    "mixed_bands",
-    "Decomposition",
-    "property_components",
-    "identification_ranks",
-    "decoding_rows",
-    "score_subject",
-]
-
+__all__ = ['DECODING_ALPHAS', 'MIN_CONCEPTS', 'MIN_IN_FOLD', 'best_constant', 'huber', 'published_confidence',
+           'constant_predictions', 'Spectrum', 'decompose', 'leave_group_out', 'NestedRidge', 'nested_ridge',
+           'r2_by_target', 'average_by', 'enough_concepts', 'DecodingScores', 'score_decoding', 'permuted_targets',
+           'permutation_scores', 'p_value', 'noise_ceiling', 'decoding_ceiling', 'mixed_bands', 'Decomposition',
+           'property_components', 'identification_ranks', 'decoding_rows', 'score_subject']
 
 # %% ../../neuro_nbs/12a_decoding_baselines.ipynb #575bb6c8
 def best_constant(
@@ -97,7 +71,6 @@ def huber(
     size = np.abs(error)
     return np.where(size <= delta, size**2 / 2, delta * (size - delta / 2))
 
-
 # %% ../../neuro_nbs/12a_decoding_baselines.ipynb #af446095
 def published_confidence(
     predictions: np.ndarray,  # (n, targets)
@@ -115,7 +88,6 @@ def published_confidence(
     away = np.abs(np.asarray(predictions) - means)
     z = np.divide(away, spreads, out=np.full(np.shape(means), np.inf), where=np.asarray(spreads) > 0)
     return np.where(away == 0, 1.0, 2 * ndtr(-z))
-
 
 # %% ../../neuro_nbs/12a_decoding_baselines.ipynb #bad7fc8a
 def constant_predictions(
@@ -160,7 +132,6 @@ def _fold_rows(folds: np.ndarray, n: int) -> list[np.ndarray]:
             fix="rows that are set apart (-1) must be left out of features, targets and folds",
         )
     return rows
-
 
 # %% ../../neuro_nbs/12a_decoding_baselines.ipynb #c2357c78
 @dataclass(frozen=True)
@@ -211,7 +182,6 @@ def decompose(
         return Spectrum(x @ vectors, np.clip(values, 0, None), False)
     return Spectrum(vectors[:, :-1], np.clip(values[:-1], 0, None), True)
 
-
 # %% ../../neuro_nbs/12a_decoding_baselines.ipynb #cacedda7
 def _residuals(spectrum: Spectrum, targets: np.ndarray, alpha: float) -> np.ndarray:
     "Y - H Y for all rows."
@@ -251,7 +221,6 @@ def _checked(spectrum: Spectrum, targets: np.ndarray) -> np.ndarray:
         raise DataError(f"unequal rows: {len(spectrum.vectors)} of features, {len(targets)} of targets")
     return targets
 
-
 # %% ../../neuro_nbs/12a_decoding_baselines.ipynb #9814821c
 DECODING_ALPHAS: tuple[float, ...] = tuple(float(a) for a in np.geomspace(1e2, 1e6, 9))
 
@@ -279,7 +248,6 @@ def leave_group_out(
         for rows in groups:
             out[place, rows] = targets[rows] - _left_out(spectrum, rows, residuals, alpha)
     return out
-
 
 # %% ../../neuro_nbs/12a_decoding_baselines.ipynb #d8cf30a7
 @dataclass(frozen=True)
@@ -381,7 +349,6 @@ def _each(
         for a, alpha in enumerate(alphas):
             yield s, a, _residuals(spectrum, targets, alpha)
 
-
 # %% ../../neuro_nbs/12a_decoding_baselines.ipynb #79a66d74
 def r2_by_target(
     predictions: np.ndarray,  # (n, targets)
@@ -459,7 +426,6 @@ def _from_sums(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         r = np.where(defined, (n * xy - x * y) / np.sqrt(np.where(defined, variances, 1)), 0.0)
         r = np.where(known, r, np.nan)
     return r2, r
-
 
 # %% ../../neuro_nbs/12a_decoding_baselines.ipynb #0092530c
 MIN_CONCEPTS, MIN_IN_FOLD = 30, 10  # with fewer concepts there is no interval: it would be too narrow
@@ -579,7 +545,6 @@ def score_decoding(
         draws = tuple(np.full_like(d, np.nan) for d in draws)
     return DecodingScores(*_from_sums(sums.sum(1)), *draws)
 
-
 # %% ../../neuro_nbs/12a_decoding_baselines.ipynb #801fdc2d
 def permuted_targets(
     targets: np.ndarray,  # (n, targets), equal for all rows of a group
@@ -653,7 +618,6 @@ def p_value(
     """
     return (1 + (np.asarray(null) >= score).sum(0)) / (1 + len(null))
 
-
 # %% ../../neuro_nbs/12a_decoding_baselines.ipynb #5cd4732b
 def noise_ceiling(
     responses: np.ndarray,  # (images, repeats, voxels)
@@ -677,7 +641,6 @@ def noise_ceiling(
     signal = np.clip(x.mean(1).var(0, ddof=1) - noise / x.shape[1], 0, None)
     whole = signal + noise / n
     return 100 * np.divide(signal, whole, out=np.zeros_like(signal), where=whole > 0)
-
 
 # %% ../../neuro_nbs/12a_decoding_baselines.ipynb #0cedc1d8
 def decoding_ceiling(
@@ -706,7 +669,6 @@ def decoding_ceiling(
     posterior = np.linalg.inv(np.linalg.inv(latent_covariance) + trials * information)
     variance = np.einsum("td,de,te->t", weights, latent_covariance, weights) + rest
     return 1 - (np.einsum("td,de,te->t", weights, posterior, weights) + rest) / variance
-
 
 # %% ../../neuro_nbs/12a_decoding_baselines.ipynb #291b95c1
 def mixed_bands(
@@ -738,7 +700,6 @@ def mixed_bands(
         for row in weights
     ]
     return [decompose(x) for x in rows], weights
-
 
 # %% ../../neuro_nbs/12a_decoding_baselines.ipynb #bcce594a
 @dataclass(frozen=True)
@@ -795,7 +756,6 @@ def property_components(
     signs = np.sign(axes[np.arange(len(axes)), np.abs(axes).argmax(1)])[:, None]
     return Decomposition(mean, spread, (axes * signs)[:components], (s**2 / (s**2).sum())[:components])
 
-
 # %% ../../neuro_nbs/12a_decoding_baselines.ipynb #cada21fc
 def identification_ranks(
     predictions: np.ndarray,  # (n, d)
@@ -819,7 +779,6 @@ def identification_ranks(
     likeness = a @ b.T
     right = likeness[np.arange(len(a)), np.asarray(shown)][:, None]
     return (likeness > right).sum(1) + ((likeness == right).sum(1) - 1) / 2
-
 
 # %% ../../neuro_nbs/12a_decoding_baselines.ipynb #a3012a8f
 def decoding_rows(
@@ -918,7 +877,6 @@ def _p(score: float, null: np.ndarray | None, target: int | None) -> str:
         return ""
     p = p_value(score, null.mean(1) if target is None else null[:, target])
     return f"p = {p:.3f} ({len(null)} permutations)"
-
 
 # %% ../../neuro_nbs/12a_decoding_baselines.ipynb #b5f03c84
 def score_subject(

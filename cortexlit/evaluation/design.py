@@ -6,16 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = [
-    "SCORES",
-    "VarianceComponents",
-    "components",
-    "error_of",
-    "power_of",
-    "smallest_effect",
-    "Design",
-    "design",
-]
+__all__ = ['SCORES', 'VarianceComponents', 'components', 'error_of', 'power_of', 'smallest_effect', 'Design', 'design']
 
 # %% ../../neuro_nbs/04e_design.ipynb #04e00005
 import math
@@ -48,7 +39,6 @@ from cortexlit.evaluation.baselines import (
 from .intervals import MIN_CLIPS
 from ..metrics import flattened_correlation, mean_score, single_trial_correlation
 
-
 # %% ../../neuro_nbs/04e_design.ipynb #04e00009
 def _sums_of_pairs(x: np.ndarray, place: np.ndarray) -> dict[str, float]:
     "Sum of products of two entries of (samples, neurons), by what the two share and nothing else."
@@ -65,7 +55,6 @@ def _sums_of_pairs(x: np.ndarray, place: np.ndarray) -> dict[str, float]:
         "neuron": neuron - cell,  # other clip
         "nothing": total - clip - neuron + cell,
     }
-
 
 # %% ../../neuro_nbs/04e_design.ipynb #04e00010
 class VarianceComponents(NamedTuple):
@@ -120,7 +109,6 @@ def components(
     found = clip_alone, neuron, both, trial, mean["entry"] - apart - clip_alone - neuron - both - trial
     return VarianceComponents(*(max(float(v), 0.0) for v in found))
 
-
 # %% ../../neuro_nbs/04e_design.ipynb #04e00015
 def error_of(
     parts: VarianceComponents,
@@ -173,7 +161,6 @@ def power_of(
     wrong = nctdtr(freedom, away, -limit) if away < 7 else 0.0  # below 1e-11, where newer SciPy gives NaN
     return float(1 - nctdtr(freedom, away, limit) + wrong)
 
-
 # %% ../../neuro_nbs/04e_design.ipynb #04e00021
 def _part(data: TierArrays, rows: np.ndarray) -> TierArrays:
     "Some samples of a tier."
@@ -213,7 +200,6 @@ def _out_of_block(
         for name, predicted in each.items():
             found.setdefault(name, np.empty(train.labels.shape, np.float32))[held] = predicted
     return found, block
-
 
 # %% ../../neuro_nbs/04e_design.ipynb #04e00023
 SCORES = ("single-trial correlation", "flattened correlation")
@@ -259,7 +245,6 @@ def smallest_effect(
             else (middle, high)
         )
     return high
-
 
 # %% ../../neuro_nbs/04e_design.ipynb #04e00024
 @dataclass(frozen=True)
@@ -359,7 +344,6 @@ def _of_row(row: pd.Series) -> VarianceComponents:
     "Components from the standard deviations of a row."
     return VarianceComponents(*(float(row[name]) ** 2 for name in VarianceComponents._fields))
 
-
 # %% ../../neuro_nbs/04e_design.ipynb #04e00025
 def _by_sample(
     predictions: np.ndarray, train: TierArrays, last: int, block: np.ndarray
@@ -401,7 +385,6 @@ def _row(
         lambda n: power_of(parts, effect, clips["folds"], n, repeats, level) >= power, 2
     )
     return row | {"share": least["folds"] / scale if scale > 0 else least["folds"]}
-
 
 # %% ../../neuro_nbs/04e_design.ipynb #04e00026
 def design(

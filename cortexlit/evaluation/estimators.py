@@ -23,8 +23,7 @@ from cortexlit.evaluation.decoding import (
 )
 
 # %% auto #0
-__all__ = ["GroupRidge", "ConstantRegressor"]
-
+__all__ = ['GroupRidge', 'ConstantRegressor']
 
 # %% ../../neuro_nbs/12d_estimators.ipynb #12d00007
 class GroupRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
@@ -120,7 +119,6 @@ class GroupRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
             weights[:, column] = np.sqrt(shares[:, k : k + 1]) / spread
         return spectra, weights, shares
 
-
 # %% ../../neuro_nbs/12d_estimators.ipynb #12d00008
 def _folds(groups: np.ndarray | None, n: int) -> np.ndarray:
     "Number of the group of each row, 0, 1, ..."
@@ -137,7 +135,6 @@ def _ridge(x: np.ndarray, y: np.ndarray, alpha: float) -> np.ndarray:
     if len(x) < x.shape[1]:
         return x.T @ solve(x @ x.T + alpha * np.eye(len(x)), y, assume_a="pos")
     return solve(x.T @ x + alpha * np.eye(x.shape[1]), x.T @ y, assume_a="pos")
-
 
 # %% ../../neuro_nbs/12d_estimators.ipynb #12d00015
 class ConstantRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):

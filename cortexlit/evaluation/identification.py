@@ -6,15 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = [
-    "binomial_interval",
-    "class_ranks",
-    "Identification",
-    "score_identification",
-    "identification_rows",
-    "reliability_curve",
-    "calibration_error",
-]
+__all__ = ['binomial_interval', 'class_ranks', 'Identification', 'score_identification', 'identification_rows',
+           'reliability_curve', 'calibration_error']
 
 # %% ../../neuro_nbs/12c_identification.ipynb #bd62c6fb
 import math
@@ -28,7 +21,6 @@ from ..core import DataError, rng
 from .decoding import p_value
 from .intervals import MIN_CLIPS, score_interval
 from .scores import Score
-
 
 # %% ../../neuro_nbs/12c_identification.ipynb #67945187
 def binomial_interval(
@@ -46,7 +38,6 @@ def binomial_interval(
         raise DataError(f"{hits} hits in {n} trials", expected="0 <= hits <= n")
     interval = binomtest(int(hits), int(n)).proportion_ci(method="exact")
     return hits / n, float(interval.low), float(interval.high)
-
 
 # %% ../../neuro_nbs/12c_identification.ipynb #5f578a04
 def class_ranks(
@@ -66,7 +57,6 @@ def class_ranks(
             expected="finite numbers (trials, 2 or more concepts)",
         )
     return pd.DataFrame(-scores).rank(axis=1).to_numpy() - 1
-
 
 # %% ../../neuro_nbs/12c_identification.ipynb #7a1c40de
 def _blocks(
@@ -114,7 +104,6 @@ def _share_interval(hit: np.ndarray, shown: np.ndarray) -> tuple[float, float]:
     hits = share * n
     ends = beta.ppf([0.025, 0.975], [hits, hits + 1], [n - hits + 1, n - hits])
     return float(np.nan_to_num(ends[0], nan=0.0)), float(np.nan_to_num(ends[1], nan=1.0))
-
 
 # %% ../../neuro_nbs/12c_identification.ipynb #5f70c2fa
 @dataclass(frozen=True)
@@ -214,7 +203,6 @@ def score_identification(
         float(np.maximum(low, 0)), float(np.minimum(high, 1)), float(p_top), float(p_pairs),
     )  # fmt: skip
 
-
 # %% ../../neuro_nbs/12c_identification.ipynb #c4b357c0
 def identification_rows(
     model: str,  # name of the classifier
@@ -277,7 +265,6 @@ def identification_rows(
             )  # fmt: skip
         )
     return rows
-
 
 # %% ../../neuro_nbs/12c_identification.ipynb #6e08c14c
 def reliability_curve(

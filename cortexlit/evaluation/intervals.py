@@ -15,15 +15,7 @@ from ..core import DataError, rng
 from ..metrics import mean_score
 
 # %% auto #0
-__all__ = [
-    "MIN_CLIPS",
-    "MIN_SHARED",
-    "contributions",
-    "Spread",
-    "spread",
-    "score_interval",
-    "paired_difference",
-]
+__all__ = ['MIN_CLIPS', 'MIN_SHARED', 'contributions', 'Spread', 'spread', 'score_interval', 'paired_difference']
 
 # %% ../../neuro_nbs/04d_calibration.ipynb #8ce464a2
 MIN_CLIPS = 5  # with fewer clips there is no interval: their spread cannot be estimated
@@ -54,7 +46,6 @@ def contributions(
     out = np.zeros((len(values), len(names), values.shape[-1]))
     np.add.at(out, (slice(None), place), each)
     return mean, out
-
 
 # %% ../../neuro_nbs/04d_calibration.ipynb #54a0013d
 class Spread(NamedTuple):
@@ -98,7 +89,6 @@ def spread(
     covariance = sum((-1) ** (size + 1) * part for size, part, _ in parts)
     alone = np.max([np.diag(part) for size, part, _ in parts if size == 1], 0)
     return Spread(np.sqrt(np.maximum(np.diag(covariance), alone)), covariance, parts)
-
 
 # %% ../../neuro_nbs/04d_calibration.ipynb #fd64d52d
 _FIXED = 130  # a mean square with more degrees of freedom counts as known
@@ -159,7 +149,6 @@ def _half_widths(
     ratios = np.abs(_ratios(found, draws, rng(seed, "interval")))
     return np.quantile(ratios, level, axis=0) * found.error
 
-
 # %% ../../neuro_nbs/04d_calibration.ipynb #3aa2f073
 def score_interval(
     values: np.ndarray,  # (samples, neurons) or (seeds, samples, neurons) scores; NaN where undefined
@@ -210,7 +199,6 @@ def _checked(
     if np.isinf(table).any():
         raise DataError("a score is infinite", expected="finite numbers, or NaN where undefined")
     return table if table.ndim == 3 else table[None]
-
 
 # %% ../../neuro_nbs/04d_calibration.ipynb #171e18b0
 MIN_SHARED = 0.5  # of the defined entries, so that two models are compared on the same ones

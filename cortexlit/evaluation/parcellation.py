@@ -6,15 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = [
-    "ConvexSemiNMF",
-    "boundary_weights",
-    "random_parcels",
-    "ParcelScore",
-    "score_parcels",
-    "draw_parcels",
-    "category_means",
-]
+__all__ = ['ConvexSemiNMF', 'boundary_weights', 'random_parcels', 'ParcelScore', 'score_parcels', 'draw_parcels',
+           'category_means']
 
 # %% ../../neuro_nbs/17_parcellation.ipynb #0e421946
 from collections.abc import Sequence
@@ -35,7 +28,6 @@ from sklearn.utils._param_validation import Interval
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from ..core import DataError, rng
-
 
 # %% ../../neuro_nbs/17_parcellation.ipynb #020664a7
 def _halves(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -66,7 +58,6 @@ def _squared_error(gram: np.ndarray, weights: np.ndarray, members: np.ndarray) -
     return float(
         np.trace(gram) - 2 * (members * known).sum() + ((weights.T @ known) * (members.T @ members)).sum()
     )
-
 
 # %% ../../neuro_nbs/17_parcellation.ipynb #d2df200f
 class ConvexSemiNMF(ClusterMixin, TransformerMixin, BaseEstimator):
@@ -189,7 +180,6 @@ def _winner(members: np.ndarray) -> np.ndarray:
     "Column of the largest membership; -1 where all are zero."
     return np.where(members.any(1), members.argmax(1), -1)
 
-
 # %% ../../neuro_nbs/17_parcellation.ipynb #060d4d1d
 def boundary_weights(
     labels: np.ndarray,  # (voxels,) parcels; -1: in none, left out
@@ -240,7 +230,6 @@ def _correlations(responses: np.ndarray, again: np.ndarray) -> np.ndarray:
     both = pair[0].T @ pair[1]
     return ((both + both.T) / 2)[np.triu_indices(len(both), 1)]
 
-
 # %% ../../neuro_nbs/17_parcellation.ipynb #c7d4e66b
 def random_parcels(
     place: np.ndarray,  # (voxels, 3) mm
@@ -264,7 +253,6 @@ def random_parcels(
     slots = np.repeat(np.arange(len(sizes)), sizes)
     away = ((place[:, None] - seeds[slots]) ** 2).sum(-1)
     return slots[linear_sum_assignment(away)[1]]
-
 
 # %% ../../neuro_nbs/17_parcellation.ipynb #dba01e78
 @dataclass(frozen=True)
@@ -355,7 +343,6 @@ def score_parcels(
     value, gain = both @ pairs
     return ParcelScore(*map(float, (value, low[0], high[0], gain, low[1], high[1])), np.array(null))
 
-
 # %% ../../neuro_nbs/17_parcellation.ipynb #ccef2dde
 def draw_parcels(
     labels: np.ndarray,  # (voxels,) parcels from 0; -1: none
@@ -391,7 +378,6 @@ def draw_parcels(
     axes[0, 0].set(xlabel="x", ylabel="y")
     figure.colorbar(image, ax=axes[0, -1], ticks=np.arange(count)[:: -(-count // 10)], label="parcel")
     return figure
-
 
 # %% ../../neuro_nbs/17_parcellation.ipynb #5434e4d1
 def category_means(

@@ -6,17 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = [
-    "gabor_energies",
-    "picture_ridge",
-    "as_clips",
-    "scene_baselines",
-    "correlation_table",
-    "average_table",
-    "feve_table",
-    "other_repeats",
-    "score_scenes",
-]
+__all__ = ['gabor_energies', 'picture_ridge', 'as_clips', 'scene_baselines', 'correlation_table', 'average_table', 'feve_table',
+           'other_repeats', 'score_scenes']
 
 # %% ../../neuro_nbs/10a_scene_baselines.ipynb #3a6acd56
 from collections.abc import Mapping, Sequence
@@ -44,7 +35,6 @@ from .ceilings import split_half_ceiling
 from .scores import ScoreSheet
 from ..metrics import CONSTANT, explainable_variance, mean_score
 
-
 # %% ../../neuro_nbs/10a_scene_baselines.ipynb #af3057be
 def gabor_energies(
     images: np.ndarray,  # (pictures, H, W), grey = about 0
@@ -66,7 +56,6 @@ def gabor_energies(
     bank = gabor_bank(images.shape[1:], wavelengths, orientations).reshape(-1, images[0].size)
     z = images.reshape(len(images), -1).astype(np.complex64) @ bank.conj().T
     return np.concatenate([np.abs(z), z.real, z.imag], axis=1)
-
 
 # %% ../../neuro_nbs/10a_scene_baselines.ipynb #eeded39b
 def picture_ridge(
@@ -101,7 +90,6 @@ def _picture_means(values: np.ndarray, image: np.ndarray) -> tuple[np.ndarray, n
     means = np.stack([values[image == p].mean(0, dtype=np.float64) for p in pictures])
     return pictures, means, counts
 
-
 # %% ../../neuro_nbs/10a_scene_baselines.ipynb #315d865e
 def as_clips(
     data: SceneArrays,  # one tier
@@ -126,7 +114,6 @@ def as_clips(
         behavior=behavior,
         pupil_center=pupil,
     )
-
 
 # %% ../../neuro_nbs/10a_scene_baselines.ipynb #c6778363
 def scene_baselines(
@@ -162,7 +149,6 @@ def scene_baselines(
         found["behaviour ridge"] = moved["test"]
         found["energy + behaviour"] = picture_ridge(energies, *rest, test.image)[0] + moved["test"]
     return found
-
 
 # %% ../../neuro_nbs/10a_scene_baselines.ipynb #fb7dc0d4
 def correlation_table(
@@ -201,7 +187,6 @@ def average_table(
     """
     return correlation_table(*(_picture_means(a, image)[1] for a in (predictions, labels)))
 
-
 # %% ../../neuro_nbs/10a_scene_baselines.ipynb #99b956e5
 def feve_table(
     predictions: np.ndarray,  # (presentations, neurons), in the units of the labels
@@ -227,7 +212,6 @@ def feve_table(
     explainable = np.where(usable, total.mean(0) - noise.mean(0), np.nan)
     missed = (error.mean(0) - noise.mean(0)) / explainable
     return 1 - missed - (error - noise) / explainable + missed * (total - noise) / explainable
-
 
 # %% ../../neuro_nbs/10a_scene_baselines.ipynb #4722dda4
 def other_repeats(
@@ -257,7 +241,6 @@ def _reliabilities(labels: np.ndarray, image: np.ndarray, test: SceneArrays) -> 
     for metric, repeats in wanted.items():
         found[metric] = split_half_ceiling(labels[among][..., None], image[among], repeats=repeats)
     return found
-
 
 # %% ../../neuro_nbs/10a_scene_baselines.ipynb #3a8a79e0
 def _tables(predictions: np.ndarray, test: SceneArrays) -> dict[str, tuple[np.ndarray, np.ndarray] | None]:
@@ -296,7 +279,6 @@ def _checked(name: object, predictions: np.ndarray, test: SceneArrays) -> np.nda
             expected="numbers only",
         )
     return predictions
-
 
 # %% ../../neuro_nbs/10a_scene_baselines.ipynb #9380d31c
 def score_scenes(

@@ -29,8 +29,7 @@ from .intervals import MIN_CLIPS, score_interval
 from ..metrics import mean_score
 
 # %% auto #0
-__all__ = ["Score", "ScoreSheet"]
-
+__all__ = ['Score', 'ScoreSheet']
 
 # %% ../../neuro_nbs/04b_score_sheet.ipynb #0ea662e6
 @dataclass(frozen=True)
@@ -91,7 +90,6 @@ class Score:
                 f"{self.model}, {self.metric}: no value and no note", fix="say in note= why there is no score"
             )
 
-
 # %% ../../neuro_nbs/04b_score_sheet.ipynb #f8d345c9
 _KINDS = get_type_hints(Score)  # column -> str, float, or int | None
 _NEVER_EMPTY = ("model", "tier", "metric", "dataset", "split", "split_hash")
@@ -115,7 +113,6 @@ def _check(name: str, kind: Any, value: Any) -> None:
         )
     if not good:
         raise DataError(f"score sheet, column {name}: {value!r}", expected=expected)
-
 
 # %% ../../neuro_nbs/04b_score_sheet.ipynb #b3696a46
 def _readable(rows: Sequence[Score]) -> pd.DataFrame:
@@ -147,7 +144,6 @@ def _readable(rows: Sequence[Score]) -> pd.DataFrame:
     ]
     text = pd.DataFrame(lines)
     return text.loc[:, (text != "").any()]
-
 
 # %% ../../neuro_nbs/04b_score_sheet.ipynb #ad1ddb05
 def _panel(axis: Any, rows: Sequence[Score], names: Sequence[str]) -> None:
@@ -188,7 +184,6 @@ def _name(row: Score) -> str:
 def _place(row: Score) -> tuple[str, str, str, str]:
     "What a row was scored on."
     return row.dataset, row.tier, row.split, row.split_hash
-
 
 # %% ../../neuro_nbs/04b_score_sheet.ipynb #b09a1a4d
 class ScoreSheet:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ["simulated_trials", "across_stimuli"]
+__all__ = ['simulated_trials', 'across_stimuli']
 
 # %% ../../neuro_nbs/23_across_stimuli.ipynb #23aa0004
 from collections.abc import Mapping
@@ -21,7 +21,6 @@ from ..evaluation.intervals import contributions, score_interval
 from .excite import TrueCells
 from ..metrics import single_trial_correlation
 from ..simulate.session import _wander, calcium, fire
-
 
 # %% ../../neuro_nbs/23_across_stimuli.ipynb #23aa0014
 def simulated_trials(
@@ -62,7 +61,6 @@ def simulated_trials(
     trials = amplitude * calcium(np.stack(events), rate) + np.stack(spread)
     trials = trials.reshape(len(row), repeats, *rates.shape[::2]).transpose(1, 2, 0, 3)
     return (amplitude * calcium(rates / rate, rate)).astype(np.float32), trials.astype(np.float32)
-
 
 # %% ../../neuro_nbs/23_across_stimuli.ipynb #23aa0018
 def across_stimuli(

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ["own_gratings", "curve_tuning", "still_tuning"]
+__all__ = ['own_gratings', 'curve_tuning', 'still_tuning']
 
 # %% ../../neuro_nbs/20c_contrast_size.ipynb #20ca0004
 from collections.abc import Callable, Sequence
@@ -20,7 +20,6 @@ from ..core import DataError
 from .excite import TrueCells
 from .stimuli import Twin, grating_table, present, render_gratings
 from .tuning import _draws, direction_waves, preferred_value
-
 
 # %% ../../neuro_nbs/20c_contrast_size.ipynb #20ca0010
 def own_gratings(
@@ -54,7 +53,6 @@ def own_gratings(
     answers = np.concatenate(list(_shown(subject, films, rows, frames, batch_size, progress)))
     return table, answers[number.reshape(len(rows), -1).T, np.arange(len(rows))]
 
-
 # %% ../../neuro_nbs/20c_contrast_size.ipynb #20ca0011
 def _shown(subject, table, rows, frames, batch_size, progress):
     "Batches of mean answers (films, rows) above grey."
@@ -71,7 +69,6 @@ def _means(subject: Twin | TrueCells, films: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
             return subject.responses(torch.from_numpy(films)).mean(-1).numpy()
     return present(subject, films, batch_size=len(films)).mean(-1)
-
 
 # %% ../../neuro_nbs/20c_contrast_size.ipynb #20ca0017
 def curve_tuning(
@@ -109,7 +106,6 @@ def curve_tuning(
         found |= {f"{name}_low": low, f"{name}_high": high}
     return pd.DataFrame(found)
 
-
 # %% ../../neuro_nbs/20c_contrast_size.ipynb #20ca0018
 def _fit_contrast(c: np.ndarray, curves: np.ndarray) -> dict[str, np.ndarray]:
     "Best of a grid of half-saturations and exponents."
@@ -128,7 +124,6 @@ def _r2(curves: np.ndarray, gain: np.ndarray) -> np.ndarray:
     "Share of the variance over values, from the squares that are explained."
     left, spread = (curves**2).sum(0) - gain, ((curves - curves.mean(0)) ** 2).sum(0)
     return 1 - left / np.maximum(spread, 1e-300)
-
 
 # %% ../../neuro_nbs/20c_contrast_size.ipynb #20ca0019
 def _fit_size(d: np.ndarray, curves: np.ndarray) -> dict[str, np.ndarray]:
@@ -162,7 +157,6 @@ def _fit_peak(name: str) -> Callable[[np.ndarray, np.ndarray], dict[str, np.ndar
 
 _FITS = {"contrast": (_fit_contrast, ("c50",)), "diameter": (_fit_size, ("diameter", "suppression"))}
 _FITS |= {name: (_fit_peak(name), (name,)) for name in ("spatial_frequency", "temporal_frequency")}
-
 
 # %% ../../neuro_nbs/20c_contrast_size.ipynb #20ca0023
 def still_tuning(
@@ -200,7 +194,6 @@ def still_tuning(
     grid = np.empty((*shape, responses.shape[1]))
     grid[at] = responses
     return pd.DataFrame(_of_still(grid, *levels, draws, seed))
-
 
 # %% ../../neuro_nbs/20c_contrast_size.ipynb #20ca0024
 def _of_still(grid, direction, frequency, phase, draws, seed):

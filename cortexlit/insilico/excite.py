@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ["Answer", "fix_contrast", "TrueCells", "true_cells", "Excited", "exciting_films", "save_stimulus"]
+__all__ = ['Answer', 'fix_contrast', 'TrueCells', 'true_cells', 'Excited', 'exciting_films', 'save_stimulus']
 
 # %% ../../neuro_nbs/22_most_exciting_inputs.ipynb #22aa0004
 from collections.abc import Callable, Sequence
@@ -33,7 +33,6 @@ from cortexlit.simulate.session import (
     resize,
     size_named,
 )
-
 
 # %% ../../neuro_nbs/22_most_exciting_inputs.ipynb #22aa0008
 def fix_contrast(
@@ -68,7 +67,6 @@ def _fixed(x: torch.Tensor, contrast: float, rounds: int = 12) -> torch.Tensor:
         gain = gain * contrast / y.std(dims, keepdim=True, unbiased=False).clamp_min(1e-12)
         x = x - y.mean(dims, keepdim=True) / gain
     return (x * gain).clamp(-1, 1)
-
 
 # %% ../../neuro_nbs/22_most_exciting_inputs.ipynb #22aa0010
 @dataclass(frozen=True)
@@ -135,7 +133,6 @@ class TrueCells:
         power = energy.clamp_min(1e-12) ** 1.5
         return (rest + peak * power / (power + threshold**1.5))[..., self.lost :]
 
-
 # %% ../../neuro_nbs/22_most_exciting_inputs.ipynb #22aa0011
 def _column(values: pd.Series) -> torch.Tensor:
     return torch.from_numpy(np.asarray(values, np.float32))[:, None]
@@ -191,7 +188,6 @@ def _scale(neurons: pd.DataFrame, size: str) -> np.ndarray:
     }
     path = generated("insilico", f"scale-{digest(made_from)}.npy")
     return made_once(path, made_from, lambda: energy_scale(neurons, size).astype(np.float32))
-
 
 # %% ../../neuro_nbs/22_most_exciting_inputs.ipynb #22aa0014
 @dataclass(frozen=True)
@@ -255,7 +251,6 @@ def _smoother(frames: int, screen: Screen) -> Callable[[torch.Tensor], torch.Ten
     weight = torch.from_numpy((1 / (1 + np.hypot(fy, fx) / 0.03) / (1 + time / 3)).astype(np.float32))
     shape, dims = (frames, *screen.size), (-3, -2, -1)
     return lambda x: torch.fft.irfftn(torch.fft.rfftn(x, dim=dims) * weight, s=shape, dim=dims)
-
 
 # %% ../../neuro_nbs/22_most_exciting_inputs.ipynb #22aa0015
 def exciting_films(
@@ -336,7 +331,6 @@ def _check(subject: Twin | TrueCells, rows: tuple[int, ...], frames: int, contra
     if unseen is not None and unseen.neurons["cell_id"].tolist() != subject.neurons["cell_id"].tolist():
         raise DataError("an unseen model of other neurons", expected="the same cell_id in the same order")
 
-
 # %% ../../neuro_nbs/22_most_exciting_inputs.ipynb #22aa0016
 def _climbed(asks: list[Answer], pairs: list[tuple[int, int]], smooth: Callable, shape: tuple[int, ...],
              contrast: float, steps: int, sign: float, bar: tqdm,
@@ -366,7 +360,6 @@ def _climbed(asks: list[Answer], pairs: list[tuple[int, int]], smooth: Callable,
         x = keep(_fixed(x.detach() + contrast * (1 - 0.9 * k / steps) * gradient / size, contrast))
         bar.update()
     return best.numpy(), climb[np.arange(len(rows)), kept], sign * top, kept, climb
-
 
 # %% ../../neuro_nbs/22_most_exciting_inputs.ipynb #22aa0039
 def save_stimulus(

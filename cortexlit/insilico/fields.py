@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ["gradient_fields", "noise_fields", "field_correlation", "fit_gabors"]
+__all__ = ['gradient_fields', 'noise_fields', 'field_correlation', 'fit_gabors']
 
 # %% ../../neuro_nbs/21_receptive_fields.ipynb #21aa0004
 from collections.abc import Sequence
@@ -20,7 +20,6 @@ from tqdm.std import tqdm
 
 from ..core import DataError
 from .stimuli import Screen, Twin, present
-
 
 # %% ../../neuro_nbs/21_receptive_fields.ipynb #21aa0007
 def gradient_fields(
@@ -76,7 +75,6 @@ def _gradients(twin: Twin, pictures: np.ndarray, frames: int, rows: list[int], b
         bar.update()
     return torch.stack(each, 1).cpu().numpy()
 
-
 # %% ../../neuro_nbs/21_receptive_fields.ipynb #21aa0011
 def noise_fields(
     twin: Twin,
@@ -98,7 +96,6 @@ def noise_fields(
     flat = pictures.reshape(len(pictures), -1)
     return tuple((away @ x).reshape(-1, *pictures.shape[1:]) for x in (flat, np.square(flat)))
 
-
 # %% ../../neuro_nbs/21_receptive_fields.ipynb #21aa0014
 def field_correlation(
     found: np.ndarray,  # (N, H, W)
@@ -118,7 +115,6 @@ def field_correlation(
     with np.errstate(invalid="ignore"):
         flat = flat / np.linalg.norm(flat, axis=1, keepdims=True)
     return np.linalg.norm(np.einsum("np,mpk->nmk", flat, plane, optimize=True), axis=2)
-
 
 # %% ../../neuro_nbs/21_receptive_fields.ipynb #21aa0017
 def _gabor_pair(values: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -171,7 +167,6 @@ def _start(field: np.ndarray, screen: Screen) -> tuple[float, float, float, floa
     fy, fx = -np.fft.fftfreq(128, step[0])[:, None], np.fft.fftfreq(128, step[1])[None]
     i, j = np.unravel_index(wide.argmax(), wide.shape)
     return *centre, float(np.arctan2(fy[i, 0], fx[0, j])), float(max(np.hypot(fy[i, 0], fx[0, j]), 0.005))
-
 
 # %% ../../neuro_nbs/21_receptive_fields.ipynb #21aa0018
 def fit_gabors(

@@ -6,20 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = [
-    "Screen",
-    "screen_of",
-    "grating_table",
-    "render_gratings",
-    "sparse_noise",
-    "white_noise",
-    "natural_crops",
-    "as_films",
-    "Twin",
-    "open_twin",
-    "present",
-    "demo_twin",
-]
+__all__ = ['Screen', 'screen_of', 'grating_table', 'render_gratings', 'sparse_noise', 'white_noise', 'natural_crops', 'as_films',
+           'Twin', 'open_twin', 'present', 'demo_twin']
 
 # %% ../../neuro_nbs/20_in_silico_stimuli.ipynb #20a10005
 from collections.abc import Iterable, Sequence
@@ -44,7 +32,6 @@ from ..models.viv1t import ViV1T
 from ..simulate.session import embedded_session
 from ..training.heads import train_head
 from ..training.trainer import best_folder, predict
-
 
 # %% ../../neuro_nbs/20_in_silico_stimuli.ipynb #20a10008
 @dataclass(frozen=True)
@@ -106,7 +93,6 @@ class Screen:
         azimuth, altitude = self.angles()
         return 0.5 / max(np.abs(np.diff(azimuth, axis=1)).max(), np.abs(np.diff(altitude, axis=0)).max())
 
-
 # %% ../../neuro_nbs/20_in_silico_stimuli.ipynb #20a10011
 _SCREENS = {"synthetic": (60.0, 120.0), "allen": (85.5, 120.0)}  # degrees, height and width, of the films
 
@@ -131,7 +117,6 @@ def screen_of(
             fix="say it: screen_of(root, degrees=(height, width)), or Screen(size, degrees, warped, rate)",
         )
     return Screen(tuple(card["options"]["size"]), degrees, True, float(card["rate"] or 30.0))
-
 
 # %% ../../neuro_nbs/20_in_silico_stimuli.ipynb #20a10013
 _GRATING = {
@@ -179,7 +164,6 @@ def _check_gratings(table: pd.DataFrame, screen: Screen) -> None:
         if len(wrong := table.loc[~rule(table[name]), name]):
             raise DataError(f"{name} is {wrong.iloc[0]:g}", expected=expected)
 
-
 # %% ../../neuro_nbs/20_in_silico_stimuli.ipynb #20a10014
 def render_gratings(
     table: pd.DataFrame,  # of `grating_table`
@@ -203,7 +187,6 @@ def render_gratings(
         outside = np.hypot(x - row.azimuth, y - row.altitude) > row.diameter / 2
         film *= row.contrast * ~outside
     return films
-
 
 # %% ../../neuro_nbs/20_in_silico_stimuli.ipynb #20a10019
 def _squares(screen: Screen, degrees: float) -> tuple[np.ndarray, int]:
@@ -256,7 +239,6 @@ def white_noise(
     values = contrast * rng(seed, "white noise").standard_normal((pictures, count))
     return np.clip(values, -1, 1).astype(np.float32)[:, number]
 
-
 # %% ../../neuro_nbs/20_in_silico_stimuli.ipynb #20a10020
 def natural_crops(
     images: np.ndarray,  # (n, height, width) uint8
@@ -308,7 +290,6 @@ def as_films(
     films = np.zeros((len(pictures), before + shown + after, *pictures.shape[1:]), np.float32)
     films[:, before : before + shown] = pictures[:, None]
     return films
-
 
 # %% ../../neuro_nbs/20_in_silico_stimuli.ipynb #20a10023
 @dataclass(frozen=True)
@@ -381,7 +362,6 @@ def _validated(model: Any, root: Path, last: int) -> tuple[dict[str, float], np.
     scores = {name: mean_score(table) for name, table in tables.items()}
     return scores, np.array([mean_score(column) for column in tables["model"].T])
 
-
 # %% ../../neuro_nbs/20_in_silico_stimuli.ipynb #20a10024
 def open_twin(
     model: Any,  # a trained model of one mouse, the folder of a run, or a folder of weights
@@ -420,7 +400,6 @@ def open_twin(
         state[name] = train._normalise(name, mean[:, None].repeat(model.config.frames, 1)).mean(1)
     offset, scale = (float(np.mean(v)) for v in train._terms["videos"])
     return Twin(model, mouse, screen, (offset, scale), state, train.neurons, scores, each)
-
 
 # %% ../../neuro_nbs/20_in_silico_stimuli.ipynb #20a10025
 @torch.inference_mode()
@@ -488,7 +467,6 @@ def _fitting(film: np.ndarray, twin: Twin) -> np.ndarray:
     if not least <= len(film) <= config.frames:
         raise DataError(f"a film of {len(film)} frames", expected=f"{least} to {config.frames} frames")
     return film
-
 
 # %% ../../neuro_nbs/20_in_silico_stimuli.ipynb #20a10027
 def demo_twin(

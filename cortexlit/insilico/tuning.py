@@ -6,15 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = [
-    "show_gratings",
-    "measured_gratings",
-    "direction_waves",
-    "angle_error",
-    "preferred_value",
-    "grating_tuning",
-    "against_shuffled",
-]
+__all__ = ['show_gratings', 'measured_gratings', 'direction_waves', 'angle_error', 'preferred_value', 'grating_tuning',
+           'against_shuffled']
 
 # %% ../../neuro_nbs/20a_tuning.ipynb #20aa0004
 from collections.abc import Sequence
@@ -26,7 +19,6 @@ import pandas as pd
 from ..core import DataError, MissingError, rng
 from ..evaluation.decoding import p_value
 from .stimuli import Twin, present, render_gratings
-
 
 # %% ../../neuro_nbs/20a_tuning.ipynb #20aa0007
 def show_gratings(
@@ -49,7 +41,6 @@ def show_gratings(
 
     answers = present(twin, films(), batch_size=batch_size, total=len(table) + 1, progress=progress).mean(-1)
     return answers[1:] - answers[0]
-
 
 # %% ../../neuro_nbs/20a_tuning.ipynb #20aa0010
 def measured_gratings(
@@ -88,7 +79,6 @@ def measured_gratings(
     shown["phase"] = shown.groupby(["direction", "temporal_frequency"]).cumcount()
     return shown, responses[slow] - responses[blank].mean(0)
 
-
 # %% ../../neuro_nbs/20a_tuning.ipynb #20aa0014
 def direction_waves(
     direction: Sequence[float] | np.ndarray,  # (D,) degrees, evenly spaced around the circle, five or more
@@ -110,7 +100,6 @@ def direction_waves(
     turn = np.exp(1j * np.deg2rad(direction))
     one, two = (np.tensordot(turn**k, curves, 1) / len(direction) for k in (1, 2))
     return np.mean(curves, 0), one, two
-
 
 # %% ../../neuro_nbs/20a_tuning.ipynb #20aa0016
 def angle_error(
@@ -147,7 +136,6 @@ def preferred_value(
     with np.errstate(divide="ignore", invalid="ignore"):
         top = (x0 + x1) / 2 - left / (2 * bend)
     return 2.0 ** np.where((peak == k) & (bend < 0), np.clip(top, x0, x2), x[peak])
-
 
 # %% ../../neuro_nbs/20a_tuning.ipynb #20aa0020
 def _draws(condition: np.ndarray, draws: int, seed: int) -> np.ndarray:
@@ -210,7 +198,6 @@ def grating_tuning(
     found |= {name: np.minimum(np.abs(wave) / above, 1) for name, wave in (("osi", two), ("dsi", one))}
     found |= {n: preferred_value(over[n].index, over[n].to_numpy()) for n in names[1:] if len(over[n]) > 2}
     return pd.DataFrame(found)
-
 
 # %% ../../neuro_nbs/20a_tuning.ipynb #20aa0022
 def against_shuffled(

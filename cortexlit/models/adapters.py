@@ -14,16 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # %% auto #0
-__all__ = [
-    "TARGETS",
-    "Adapters",
-    "add_adapters",
-    "check_targets",
-    "merged",
-    "tensors_digest",
-    "save_adapters",
-    "load_adapters",
-]
+__all__ = ['TARGETS', 'Adapters', 'add_adapters', 'check_targets', 'merged', 'tensors_digest', 'save_adapters', 'load_adapters']
 
 # %% ../../neuro_nbs/05c_adapters.ipynb #2ab8c045
 import torch
@@ -122,7 +113,6 @@ class Adapters:
             use_rslora=self.rslora,
         )
 
-
 # %% ../../neuro_nbs/05c_adapters.ipynb #5e61bcc1
 def _left(
     like: Tensor,  # gives shape, type and device
@@ -140,7 +130,6 @@ def _through(parts: Sequence[nn.Module], x: Tensor) -> Tensor:
     for part in parts:
         x = part(x)
     return x
-
 
 # %% ../../neuro_nbs/05c_adapters.ipynb #b7aaf207
 @dataclass(frozen=True)
@@ -171,7 +160,6 @@ class _Frozen:
         wide = torch.cat([weight * self.up if self.p else weight, self.scale * b], 1)
         return (self.up * a).to(dtype), wide.to(dtype)
 
-
 # %% ../../neuro_nbs/05c_adapters.ipynb #ba874825
 class _Corrected(torch.autograd.Function):
     "W x + scale B A x of what passes other layers first, with gradients of x, A and B."
@@ -188,7 +176,6 @@ class _Corrected(torch.autograd.Function):
         ctx.frozen = frozen
         ctx.save_for_backward(x, narrow.clone(), a, b)
         return y if frozen.bias is None else y + frozen.bias.detach().to(y.dtype)
-
 
 # %% ../../neuro_nbs/05c_adapters.ipynb #1a6c9d7c
 @once_differentiable
@@ -217,7 +204,6 @@ def _pulled_back(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None
 
 
 _Corrected.backward = staticmethod(_pulled_back)
-
 
 # %% ../../neuro_nbs/05c_adapters.ipynb #e8dc9ced
 class _Lean(lora.Linear):
@@ -257,7 +243,6 @@ def _kept_lean(wrapper: PeftModel) -> PeftModel:
         if type(part) is lora.Linear and isinstance(part.base_layer, nn.Linear):
             part.__class__ = _Lean
     return wrapper
-
 
 # %% ../../neuro_nbs/05c_adapters.ipynb #e72d8632
 def add_adapters(
@@ -329,7 +314,6 @@ def _head(model: nn.Module) -> dict[str, nn.Parameter]:
     "Parameters outside the core."
     return {name: p for name, p in model.named_parameters() if not name.startswith("core.")}
 
-
 # %% ../../neuro_nbs/05c_adapters.ipynb #fddcd46d
 def merged(
     wrapper: PeftModel,  # from `add_adapters`; it keeps its adapters
@@ -346,7 +330,6 @@ def merged(
     """
     plain = copy.deepcopy(wrapper).merge_and_unload()
     return plain.requires_grad_(True)
-
 
 # %% ../../neuro_nbs/05c_adapters.ipynb #8c639649
 _HEAD, _BASE = "head.safetensors", "base.json"  # beside peft's files

@@ -18,8 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 # %% auto #0
-__all__ = ["WEIGHTS_AT_A_TIME", "attention_weights", "share", "attend"]
-
+__all__ = ['WEIGHTS_AT_A_TIME', 'attention_weights', 'share', 'attend']
 
 # %% ../../nbs/10_attention.ipynb #b009db27
 def attention_weights(
@@ -39,7 +38,6 @@ def attention_weights(
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
         scores = scores.masked_fill(later, -torch.inf)
     return scores.softmax(-1)
-
 
 # %% ../../nbs/10_attention.ipynb #d0143cf3
 #| code-fold: true

@@ -18,8 +18,7 @@ from ..core import DataError
 from .viv1t import Saved, _check_sizes, _refuse_unknown
 
 # %% auto #0
-__all__ = ["VAEConfig", "VAEOutput", "Patterns", "VAE"]
-
+__all__ = ['VAEConfig', 'VAEOutput', 'Patterns', 'VAE']
 
 # %% ../../nbs/14_autoencoders.ipynb #7d2cd71c
 #| code-fold: true

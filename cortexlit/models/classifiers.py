@@ -6,16 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = [
-    "CLASSIFIERS",
-    "study_split",
-    "block_mean",
-    "ClassifierConfig",
-    "ClassifierOutput",
-    "ConceptClassifier",
-    "ConceptTrials",
-    "classifier",
-]
+__all__ = ['CLASSIFIERS', 'study_split', 'block_mean', 'ClassifierConfig', 'ClassifierOutput', 'ConceptClassifier',
+           'ConceptTrials', 'classifier']
 
 # %% ../../neuro_nbs/16_classifiers.ipynb #a0b92fa4
 import math
@@ -34,7 +26,6 @@ from transformers.utils import ModelOutput
 from ..core import DataError, rng
 from .viv1t import Saved, _check_sizes, _refuse_unknown
 
-
 # %% ../../neuro_nbs/16_classifiers.ipynb #1b5a2104
 def study_split(
     trials: pd.DataFrame,  # one row per trial
@@ -49,7 +40,6 @@ def study_split(
     """
     order = rng(seed, "7:1:2").permutation(len(trials))
     return np.split(order, [round(0.7 * len(trials)), round(0.8 * len(trials))])
-
 
 # %% ../../neuro_nbs/16_classifiers.ipynb #349b17a9
 def block_mean(
@@ -86,7 +76,6 @@ def block_mean(
     share = np.zeros(means.shape[1])
     share[used] = counts / np.prod(block)
     return means.reshape(*values.shape[:-1], *shape), share.reshape(shape)
-
 
 # %% ../../neuro_nbs/16_classifiers.ipynb #8c766192
 CLASSIFIERS = ("logistic", "mlp", "cnn")
@@ -185,7 +174,6 @@ def _check_options(c: ClassifierConfig) -> None:
         raise DataError(f"channels={c.channels} with norm='group'", expected="multiples of 8, the groups")
     if not 0 <= c.dropout < 1 or not 0 <= c.noise < np.inf:
         raise DataError(f"dropout={c.dropout}, noise={c.noise}", expected="0 <= dropout < 1, 0 <= noise")
-
 
 # %% ../../neuro_nbs/16_classifiers.ipynb #65876310
 @dataclass
@@ -309,7 +297,6 @@ class ConceptTrials:
 
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
         return {self.name: self.inputs[row], "labels": self.labels[row]}
-
 
 # %% ../../neuro_nbs/16_classifiers.ipynb #163e3216
 _SIZED = {

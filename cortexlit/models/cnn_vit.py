@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ["NORMS", "ConvBlock", "CNNViTConfig", "ConvEmbedding", "CNNViT"]
+__all__ = ['NORMS', 'ConvBlock', 'CNNViTConfig', 'ConvEmbedding', 'CNNViT']
 
 # %% ../../neuro_nbs/15_cnn_vit.ipynb #923393a2
 import math
@@ -54,7 +54,6 @@ class ConvBlock(nn.Module):
     ) -> torch.Tensor:  # (B, outputs, x // 2, y // 2, z // 2)
         x = F.relu(self.norm(self.convolve(x)))
         return F.max_pool3d(x if self.inside is None else x * self.inside, 2)
-
 
 # %% ../../neuro_nbs/15_cnn_vit.ipynb #e67ac223
 class CNNViTConfig(ViT3DConfig):
@@ -111,7 +110,6 @@ class CNNViTConfig(ViT3DConfig):
         "The patch in cells of the pooled volume."
         return tuple(p // self.halvings for p in self.patch)
 
-
 # %% ../../neuro_nbs/15_cnn_vit.ipynb #f3f0073c
 class ConvEmbedding(nn.Module):
     """Voxels -> convolutional blocks -> one token for each patch with brain.
@@ -157,7 +155,6 @@ class ConvEmbedding(nn.Module):
     ) -> torch.Tensor:  # (B, tokens, emb_dim)
         box = voxels.new_zeros(len(voxels), math.prod(self.shape)).index_copy(1, self.places, voxels)
         return self.linear(self._patches(self.blocks(box.view(-1, 1, *self.shape)))[:, self.used])
-
 
 # %% ../../neuro_nbs/15_cnn_vit.ipynb #1a32d31f
 class CNNViT(ViT3D):

@@ -19,8 +19,7 @@ from .autoencoders import Patterns, _check_widths, _count, _layers, _whole
 from .viv1t import _refuse_unknown
 
 # %% auto #0
-__all__ = ["DiffusionConfig", "DiffusionOutput", "Diffusion"]
-
+__all__ = ['DiffusionConfig', 'DiffusionOutput', 'Diffusion']
 
 # %% ../../nbs/16_diffusion.ipynb #16a00027
 #| code-fold: true

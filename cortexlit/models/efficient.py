@@ -12,8 +12,7 @@ from torch.nn import functional as F
 from ..core import DataError
 
 # %% auto #0
-__all__ = ["rotary_angles", "rotate", "HiLoAttention"]
-
+__all__ = ['rotary_angles', 'rotate', 'HiLoAttention']
 
 # %% ../../nbs/12_efficient_attention.ipynb #c970e456
 #| code-fold: true
@@ -62,7 +61,6 @@ def rotate(
     first, second = x[..., 0:turned:2], x[..., 1:turned:2]
     pairs = torch.stack([first * cos - second * sin, first * sin + second * cos], -1).flatten(-2)
     return pairs if turned == x.shape[-1] else torch.cat([pairs, x[..., turned:]], -1)
-
 
 # %% ../../nbs/12_efficient_attention.ipynb #15e5a6ad
 #| code-fold: true

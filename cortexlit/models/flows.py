@@ -19,8 +19,7 @@ from .autoencoders import Patterns, _check_widths, _count, _layers, _whole
 from .viv1t import _refuse_unknown
 
 # %% auto #0
-__all__ = ["FlowMatchingConfig", "FlowMatchingOutput", "FlowMatching"]
-
+__all__ = ['FlowMatchingConfig', 'FlowMatchingOutput', 'FlowMatching']
 
 # %% ../../nbs/17_flow_matching.ipynb #271aea25
 #| code-fold: true

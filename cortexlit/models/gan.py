@@ -28,8 +28,7 @@ from cortexlit.models.autoencoders import (
 from .viv1t import _refuse_unknown
 
 # %% auto #0
-__all__ = ["GANConfig", "GANOutput", "GAN"]
-
+__all__ = ['GANConfig', 'GANOutput', 'GAN']
 
 # %% ../../nbs/15_gan.ipynb #15a00030
 #| code-fold: true

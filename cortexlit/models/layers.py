@@ -16,16 +16,7 @@ from ..core import DataError
 from .attention import attend, attention_weights, share
 
 # %% auto #0
-__all__ = [
-    "ACTIVATIONS",
-    "TOKENS_AT_ONCE",
-    "DropPath",
-    "project",
-    "Projection",
-    "ParallelBlock",
-    "Transformer",
-]
-
+__all__ = ['ACTIVATIONS', 'TOKENS_AT_ONCE', 'DropPath', 'project', 'Projection', 'ParallelBlock', 'Transformer']
 
 # %% ../../nbs/11_transformer.ipynb #c4bf7baa
 #| code-fold: true

@@ -14,8 +14,7 @@ from torch.nn import functional as F
 from ..core import DataError
 
 # %% auto #0
-__all__ = ["LOSSES", "mse", "poisson", "correlation", "poisson_correlation", "loss_named"]
-
+__all__ = ['LOSSES', 'mse', 'poisson', 'correlation', 'poisson_correlation', 'loss_named']
 
 # %% ../../nbs/04_losses.ipynb #1c98e137
 #| code-fold: true

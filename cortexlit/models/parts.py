@@ -14,8 +14,7 @@ from ..core import DataError
 from .readouts import Gaussian2dReadout, register_core, register_readout
 
 # %% auto #0
-__all__ = ["CONV", "ConvCore", "FactorisedReadout"]
-
+__all__ = ['CONV', 'ConvCore', 'FactorisedReadout']
 
 # %% ../../neuro_nbs/06c_own_parts.ipynb #0c00001a
 @register_core("conv")
@@ -71,7 +70,6 @@ class ConvCore(nn.Module):
             video = torch.cat([video, everywhere], 1)
         return self.layers(video)
 
-
 # %% ../../neuro_nbs/06c_own_parts.ipynb #0c00001d
 @register_readout("factorised")
 class FactorisedReadout(nn.Module):
@@ -121,7 +119,6 @@ class FactorisedReadout(nn.Module):
         seen = features.flatten(3) @ self.masks.T  # (B, C, T, N)
         raw = torch.einsum("bctn,cn->bnt", seen, self.features) + self.bias[:, None]
         return raw if self.state is None else raw + self.state(state.transpose(1, 2)).transpose(1, 2)
-
 
 # %% ../../neuro_nbs/06c_own_parts.ipynb #0c000020
 CONV = {

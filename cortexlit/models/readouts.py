@@ -20,33 +20,10 @@ from torch.nn import functional as F
 from ..core import CortexlitError, DataError
 
 # %% auto #0
-__all__ = [
-    "OUTPUTS",
-    "MODULATORS",
-    "CORES",
-    "READOUTS",
-    "sample_map",
-    "standard_coordinates",
-    "Gaussian2dReadout",
-    "Shifter",
-    "elu1",
-    "output_named",
-    "initial_bias",
-    "MLPModulator",
-    "MLP2Modulator",
-    "MLP3Modulator",
-    "in_float32",
-    "as_weights",
-    "register_core",
-    "register_readout",
-    "part_named",
-    "check_parts",
-    "parts_told",
-    "own_code",
-    "make_core",
-    "make_readout",
-]
-
+__all__ = ['OUTPUTS', 'MODULATORS', 'CORES', 'READOUTS', 'sample_map', 'standard_coordinates', 'Gaussian2dReadout', 'Shifter',
+           'elu1', 'output_named', 'initial_bias', 'MLPModulator', 'MLP2Modulator', 'MLP3Modulator', 'in_float32',
+           'as_weights', 'register_core', 'register_readout', 'part_named', 'check_parts', 'parts_told', 'own_code',
+           'make_core', 'make_readout']
 
 # %% ../../neuro_nbs/05a_readouts.ipynb #d2866020
 def sample_map(
@@ -81,7 +58,6 @@ def sample_map(
     sampled = F.embedding_bag(rows, table, per_sample_weights=weights, mode="sum")
     return sampled.unflatten(0, points.shape[:2])
 
-
 # %% ../../neuro_nbs/05a_readouts.ipynb #27be12e2
 def standard_coordinates(
     coordinates: np.ndarray | torch.Tensor,  # (neurons, 2 or more) x, y (, depth) in um, or any unit
@@ -104,7 +80,6 @@ def standard_coordinates(
         )
     xy = xy - xy.mean(0, keepdim=True)
     return xy / xy.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-
 
 # %% ../../neuro_nbs/05a_readouts.ipynb #51b3b55e
 class Gaussian2dReadout(nn.Module):
@@ -227,7 +202,6 @@ class Gaussian2dReadout(nn.Module):
                 raw = raw + encoded @ self.features[0]
         return raw.reshape(b, t, -1).transpose(1, 2)
 
-
 # %% ../../neuro_nbs/05a_readouts.ipynb #2a00fdd5
 class Shifter(nn.Module):
     """Moves all reading points of one mouse with the position of its pupil (Lurz et al. 2021).
@@ -254,7 +228,6 @@ class Shifter(nn.Module):
         pupil_center: torch.Tensor,  # (batch, 2, frames), normalised
     ) -> torch.Tensor:  # (batch, 2, frames): (x, y) shift on the map, whose sides are 2 long
         return self.mlp(pupil_center.transpose(1, 2)).transpose(1, 2)
-
 
 # %% ../../neuro_nbs/05a_readouts.ipynb #3d1c4ff0
 def elu1(
@@ -291,7 +264,6 @@ def output_named(
         raise DataError(f"there is no output {name!r}", expected=f"one of {', '.join(OUTPUTS)}")
     return OUTPUTS[name]
 
-
 # %% ../../neuro_nbs/05a_readouts.ipynb #a16968a8
 def initial_bias(
     mean_response: np.ndarray | torch.Tensor,  # (neurons,) mean label in training
@@ -316,7 +288,6 @@ def initial_bias(
     if output == "softplus":
         return mean + torch.log(-torch.expm1(-mean))
     return torch.where(mean > 1, mean - 1, mean.log()) if output == "elu1" else mean.log()
-
 
 # %% ../../neuro_nbs/05a_readouts.ipynb #f61aed3f
 def _history(
@@ -360,7 +331,6 @@ class MLPModulator(nn.Module):
         gain = self.history_encoder(past)[..., 0].sigmoid()
         return raw * gain + self.behavior_encoder(state.transpose(1, 2)).tanh().transpose(1, 2)
 
-
 # %% ../../neuro_nbs/05a_readouts.ipynb #1bc70d90
 class MLP2Modulator(nn.Module):
     """An offset from the recent past of response and state together, one network for all neurons (`mlp-v2`).
@@ -392,7 +362,6 @@ class MLP2Modulator(nn.Module):
         state = _history(state, self.history + 1).transpose(1, 2).flatten(2)  # (B, T, channels x frames)
         hidden = _history(raw, self.history + 1) @ own.T + F.linear(state, shared, first.bias)[:, None]
         return raw + rest(hidden)[..., 0].tanh()
-
 
 # %% ../../neuro_nbs/05a_readouts.ipynb #7bd0980b
 class MLP3Modulator(nn.Module):
@@ -467,7 +436,6 @@ def as_weights(
     """
     dtype = next((weight.dtype for weight in module.parameters()), None)
     return x.to(dtype) if x is not None and dtype in _HALF else x
-
 
 # %% ../../neuro_nbs/05a_readouts.ipynb #5a0c0002
 CORES: dict[str, type[nn.Module]] = {}  # name -> class
@@ -549,7 +517,6 @@ def register_readout(
         return cls
 
     return add
-
 
 # %% ../../neuro_nbs/05a_readouts.ipynb #5a0c0003
 _BUILT_IN = ("vivit", "vit", "gaussian")  # made and checked by their models
@@ -663,7 +630,6 @@ def own_code(
                     text.append(name + part.__code__.co_code.hex() + repr(part.__code__.co_consts))
         found[f"{kind} code"] = hashlib.sha256("".join(text).encode()).hexdigest()[:16]
     return found
-
 
 # %% ../../neuro_nbs/05a_readouts.ipynb #5a0c0005
 def _made(kind: str, config: Any, *given: Any) -> nn.Module:

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from ..core import DataError
 
 # %% auto #0
-__all__ = ["folded", "inverse_deviation", "Tubelets"]
-
+__all__ = ['folded', 'inverse_deviation', 'Tubelets']
 
 # %% ../../neuro_nbs/05b_tubelets.ipynb #b279a6e4
 def folded(
@@ -36,7 +35,6 @@ def folded(
     kernel = (kernel - kernel.mean(1, keepdim=True)).unflatten(1, (-1, *patch))
     constant = linear.bias.float() + weight @ norm.bias.float()
     return kernel[:, 0], kernel[:, 1:].sum((-2, -1)), constant
-
 
 # %% ../../neuro_nbs/05b_tubelets.ipynb #731b31de
 def inverse_deviation(
@@ -64,7 +62,6 @@ def inverse_deviation(
         moments.append(F.avg_pool3d(moment, (patch[0], 1, 1), (stride[0], 1, 1)))
     mean, square = moments
     return torch.rsqrt((square - mean**2).clamp_min(0) + eps)
-
 
 # %% ../../neuro_nbs/05b_tubelets.ipynb #1ede5e29
 class Tubelets(nn.Module):

@@ -6,26 +6,9 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = [
-    "PATCHES",
-    "BEHAVIORS",
-    "SHIFTS",
-    "STRIP",
-    "V1TConfig",
-    "ShiftedCopies",
-    "PatchEmbedding",
-    "attention",
-    "Attention",
-    "behaviour_mlp",
-    "Block",
-    "ViT",
-    "seen_part",
-    "V1TOutput",
-    "V1T",
-    "rollout",
-    "attention_centre",
-    "published_v1t_config",
-]
+__all__ = ['PATCHES', 'BEHAVIORS', 'SHIFTS', 'STRIP', 'V1TConfig', 'ShiftedCopies', 'PatchEmbedding', 'attention', 'Attention',
+           'behaviour_mlp', 'Block', 'ViT', 'seen_part', 'V1TOutput', 'V1T', 'rollout', 'attention_centre',
+           'published_v1t_config']
 
 # %% ../../neuro_nbs/11_v1t.ipynb #22c49e37
 import re
@@ -79,7 +62,6 @@ SHIFTS = {
     "both": 3,
     "both+behavior": 4,  # behaviour, too, moves the image
 }  # name -> published shift_mode
-
 
 # %% ../../neuro_nbs/11_v1t.ipynb #a287ff12
 def _check_options(c: PretrainedConfig) -> None:
@@ -138,7 +120,6 @@ def _check_options(c: PretrainedConfig) -> None:
             )
     if c.pupil_channels not in (0, 2):
         raise DataError(f"pupil_channels={c.pupil_channels}", expected="2 (x, y), or 0: not recorded")
-
 
 # %% ../../neuro_nbs/11_v1t.ipynb #c0746419
 class V1TConfig(PretrainedConfig):
@@ -235,7 +216,6 @@ class V1TConfig(PretrainedConfig):
         "Options that differ from the defaults, as they are saved."
         return parts_told(super().to_diff_dict(), "vit")
 
-
 # %% ../../neuro_nbs/11_v1t.ipynb #c4647c65
 class _TokensLast(nn.Module):
     "(B, C, ...) -> (B, tokens, C)."
@@ -287,7 +267,6 @@ def _projection(c: V1TConfig) -> nn.Sequential:
     parts += [nn.Linear(values, c.emb_dim)]
     return nn.Sequential(*parts, *([nn.LayerNorm(c.emb_dim)] if c.patch_mode == "normalised" else []))
 
-
 # %% ../../neuro_nbs/11_v1t.ipynb #ef01e6e9
 class PatchEmbedding(nn.Module):
     """Image -> tokens: one without a place (CLS), then the patches row by row, with positions added.
@@ -320,7 +299,6 @@ class PatchEmbedding(nn.Module):
         tokens = torch.cat([self.cls_token.expand(len(image), -1, -1).to(patches.dtype), patches], 1)
         return self.dropout(tokens if self.pos_embedding is None else tokens + self.pos_embedding)
 
-
 # %% ../../neuro_nbs/11_v1t.ipynb #790d3c31
 STRIP = 1 << 19  # weights computed at a time; so many stay in a processor core's cache
 
@@ -346,7 +324,6 @@ def _kept(weights: torch.Tensor, dropout: float, draw: torch.Generator) -> torch
         weights.shape
     )  # -32768 to 32767, all equally often
     return (bits >= round(dropout * 2**16) - 2**15).to(weights.dtype).div_(1 - dropout)
-
 
 # %% ../../neuro_nbs/11_v1t.ipynb #147b68ac
 class _StripAttention(torch.autograd.Function):
@@ -407,7 +384,6 @@ class _StripAttention(torch.autograd.Function):
         share(work, len(q), 1)
         return dq, dk, dv, None, None
 
-
 # %% ../../neuro_nbs/11_v1t.ipynb #3ddde150
 def _padded(x: torch.Tensor) -> torch.Tensor:
     "Zeros appended to a head until its width is a multiple of 8, without which GPUs have no fused float32 kernel."
@@ -438,7 +414,6 @@ def attention(
     mask = ~torch.eye(q.shape[-2], dtype=torch.bool, device=q.device) if local else None
     options = {"attn_mask": mask, "dropout_p": dropout, "scale": q.shape[-1] ** -0.5}
     return F.scaled_dot_product_attention(*map(_padded, (q, k, v)), **options)[..., : v.shape[-1]]
-
 
 # %% ../../neuro_nbs/11_v1t.ipynb #4f9189e1
 def _init(module: nn.Module) -> None:
@@ -508,7 +483,6 @@ class Attention(nn.Module):
             scores.diagonal(dim1=-2, dim2=-1).fill_(-torch.inf)
         return scores.softmax(-1)
 
-
 # %% ../../neuro_nbs/11_v1t.ipynb #3ec66e12
 def behaviour_mlp(
     inputs: int,  # behaviour (and pupil) channels
@@ -560,7 +534,6 @@ class Block(nn.Module):
         x = x if state is None else x + state[:, None]
         x = x + self.drop_path(self.mha(x, angles))
         return x + self.drop_path(self.mlp(x))
-
 
 # %% ../../neuro_nbs/11_v1t.ipynb #42e9a98c
 class ViT(nn.Module):
@@ -625,7 +598,6 @@ class ViT(nn.Module):
 
 CORES["vit"] = ViT
 
-
 # %% ../../neuro_nbs/11_v1t.ipynb #c48024c1
 def seen_part(
     image: torch.Tensor,  # (B, 1, H, W)
@@ -650,7 +622,6 @@ def seen_part(
         grid = grid if shifts is None else grid + shifts[:, None, None]
         image = F.grid_sample(image, grid, mode=sampling, align_corners=True)
     return image if resize is None else F.interpolate(image, size=tuple(resize), mode="bilinear")
-
 
 # %% ../../neuro_nbs/11_v1t.ipynb #190fe8bd
 _PARTS = ("shifters", "image_shifters", "readouts", "behaviors")  # where the model keeps each mouse's head
@@ -681,12 +652,10 @@ def _new_head(c: V1TConfig, neurons: int, size: tuple[int, int] = (1, 1)) -> dic
         head["behaviors"] = nn.ModuleList(mlps)
     return head
 
-
 # %% ../../neuro_nbs/11_v1t.ipynb #00381e11
 def _over_images(table: torch.Tensor) -> torch.Tensor:
     "(images, neurons) -> (1, neurons, images)."
     return table.T[None]
-
 
 # %% ../../neuro_nbs/11_v1t.ipynb #a7ca8d04
 @dataclass
@@ -710,7 +679,6 @@ class V1TOutput(ModelOutput):
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
-
 
 # %% ../../neuro_nbs/11_v1t.ipynb #7aedf868
 class V1T(Heads, PreTrainedModel):
@@ -896,7 +864,6 @@ class V1T(Heads, PreTrainedModel):
         maps = maps / maps.sum(-1, keepdim=True)
         return maps.unflatten(-1, self.config.grid)
 
-
 # %% ../../neuro_nbs/11_v1t.ipynb #68a6f4c9
 def rollout(
     maps: torch.Tensor,  # (depth, B, heads, tokens, tokens), rows sum to 1
@@ -948,7 +915,6 @@ def attention_centre(
     )
     total = maps.sum((-2, -1))
     return torch.stack([(maps.sum(-2) * x).sum(-1) / total, (maps.sum(-1) * y).sum(-1) / total], -1)
-
 
 # %% ../../neuro_nbs/11_v1t.ipynb #26416f7b
 _NAMES = {  # pattern in our name -> published
@@ -1005,7 +971,6 @@ def _published_constants(c: V1TConfig) -> dict[str, torch.Tensor]:
             constants[f"image_cropper.image_shifter.{mouse}.max_shift"] = 1 - c.crop
     return {name: torch.as_tensor(value) for name, value in constants.items()}
 
-
 # %% ../../neuro_nbs/11_v1t.ipynb #18fa1610
 _FIXED = {  # options of the published code that have to have one of these values, the first being its default
     "core": ("vit",),
@@ -1057,7 +1022,6 @@ def published_v1t_config(
             str(mouse): int(np.max(shape)) for mouse, shape in args["output_shapes"].items()
         }
     return V1TConfig(**options)
-
 
 # %% ../../neuro_nbs/11_v1t.ipynb #8210ced3
 def _visible_config(weights: Mapping[str, torch.Tensor]) -> V1TConfig:

@@ -6,24 +6,9 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = [
-    "ATTENTION",
-    "TOKEN_POSITIONS",
-    "PATCH_SCALES",
-    "DECODER_LOSSES",
-    "DECODERS",
-    "patch_voxels",
-    "VolumeEmbedding",
-    "ParcelEmbedding",
-    "TwoScales",
-    "SoftmaxAttention",
-    "LinearAttention",
-    "ViT3DConfig",
-    "EncoderBlock",
-    "ViT3DOutput",
-    "ViT3D",
-    "decoder",
-]
+__all__ = ['ATTENTION', 'TOKEN_POSITIONS', 'PATCH_SCALES', 'DECODER_LOSSES', 'DECODERS', 'patch_voxels', 'VolumeEmbedding',
+           'ParcelEmbedding', 'TwoScales', 'SoftmaxAttention', 'LinearAttention', 'ViT3DConfig', 'EncoderBlock',
+           'ViT3DOutput', 'ViT3D', 'decoder']
 
 # %% ../../neuro_nbs/13_vit3d.ipynb #63bf42ac
 import base64
@@ -47,7 +32,6 @@ from .attention import attend, attention_weights
 from .efficient import HiLoAttention, rotary_angles, rotate
 from .v1t import V1T
 from .viv1t import Saved, _check_sizes, _refuse_unknown
-
 
 # %% ../../neuro_nbs/13_vit3d.ipynb #1a5a2f37
 def patch_voxels(
@@ -77,7 +61,6 @@ def patch_voxels(
     members = blocks.transpose(0, 2, 4, 1, 3, 5).reshape(int(np.prod(counts)), int(np.prod(patch)))
     used = (members < beyond).any(1)
     return members[used], np.stack(np.unravel_index(np.flatnonzero(used), counts), 1)
-
 
 # %% ../../neuro_nbs/13_vit3d.ipynb #c8053801
 class VolumeEmbedding(nn.Module):
@@ -134,7 +117,6 @@ class ParcelEmbedding(nn.Module):
     ) -> torch.Tensor:  # (B, tokens, dim)
         parts = zip(voxels[:, self.order].split(self.sizes, 1), self.weight.split(self.sizes), strict=True)
         return torch.stack([x @ weight for x, weight in parts], 1) + self.bias
-
 
 # %% ../../neuro_nbs/13_vit3d.ipynb #13c00002
 def _between(
@@ -209,7 +191,6 @@ class TwoScales(nn.Module):
         share = self.weight(fine, coarse)
         return share * fine + (1 - share) * coarse
 
-
 # %% ../../neuro_nbs/13_vit3d.ipynb #a4d408ab
 class SoftmaxAttention(nn.Module):
     """Mean of the values, weighted by the agreement of query and key.
@@ -275,7 +256,6 @@ class LinearAttention(nn.Module):
         products = (F.elu(q) + 1) @ (F.elu(k) + 1).mT
         return products / products.sum(-1, keepdim=True)
 
-
 # %% ../../neuro_nbs/13_vit3d.ipynb #dee9b8b6
 def _packed(values: np.ndarray | str | None) -> str | None:
     "Small whole numbers as text, for a config file."
@@ -286,7 +266,6 @@ def _packed(values: np.ndarray | str | None) -> str | None:
 
 def _unpacked(text: str) -> np.ndarray:
     return np.frombuffer(zlib.decompress(base64.b64decode(text)), "<u2").astype(int)
-
 
 # %% ../../neuro_nbs/13_vit3d.ipynb #8e3a11dd
 ATTENTION = ("softmax", "local", "linear", "hilo")
@@ -386,7 +365,6 @@ class ViT3DConfig(PretrainedConfig):
         out[members[token, column]] = token
         return out
 
-
 # %% ../../neuro_nbs/13_vit3d.ipynb #ee65617d
 def _check_options(c: ViT3DConfig) -> None:
     "Raise at the first option that no model can be built from."
@@ -471,7 +449,6 @@ def _check_options(c: ViT3DConfig) -> None:
             fix="pad=True, or a smaller patch",
         )
 
-
 # %% ../../neuro_nbs/13_vit3d.ipynb #ddcf151b
 class EncoderBlock(nn.Module):
     """Attention, then feed-forward, each normalised before and added to the stream.
@@ -528,7 +505,6 @@ class EncoderBlock(nn.Module):
         "The weights with which tokens look at tokens."
         q, k, _ = self._project(x, angles)
         return self.attention.weights(q, k, near)
-
 
 # %% ../../neuro_nbs/13_vit3d.ipynb #6f9e7d5b
 @dataclass
@@ -696,7 +672,6 @@ class ViT3D(Saved, PreTrainedModel):
         "One number per token -> the same number for each of its voxels."
         token_of = self.config.token_of
         return np.where(token_of >= 0, np.asarray(values, float)[..., token_of], np.nan)
-
 
 # %% ../../neuro_nbs/13_vit3d.ipynb #dec00002
 DECODERS = ("parcels", "patches", "study")

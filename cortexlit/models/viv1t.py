@@ -6,17 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = [
-    "ViV1TConfig",
-    "ViViT",
-    "Layout",
-    "model_card",
-    "Saved",
-    "Heads",
-    "ViV1TOutput",
-    "ViV1T",
-    "published_viv1t_config",
-]
+__all__ = ['ViV1TConfig', 'ViViT', 'Layout', 'model_card', 'Saved', 'Heads', 'ViV1TOutput', 'ViV1T', 'published_viv1t_config']
 
 # %% ../../neuro_nbs/06_viv1t.ipynb #57fdd199
 import difflib
@@ -71,7 +61,6 @@ from .tubelets import Tubelets
 
 # %% ../../neuro_nbs/06_viv1t.ipynb #d67ae012
 _HEADS = ("shifters", "readouts", "modulators")  # where the model keeps the parts of each mouse's head
-
 
 # %% ../../neuro_nbs/06_viv1t.ipynb #18cdb0d7
 def _check_mice(neurons: Iterable[str]) -> None:
@@ -168,7 +157,6 @@ def _check_options(c: PretrainedConfig) -> None:
         problem = "a state encoder or a modulator, but neither behaviour nor pupil"
         raise DataError(problem, fix="state_encoder=False, modulator=None")
 
-
 # %% ../../neuro_nbs/06_viv1t.ipynb #d7d2fed8
 class ViV1TConfig(PretrainedConfig):
     """The options of a `ViV1T`; the defaults are the published ones.
@@ -263,7 +251,6 @@ class ViV1TConfig(PretrainedConfig):
         "Options that differ from the defaults, as they are saved."
         return parts_told(super().to_diff_dict(), "vivit")
 
-
 # %% ../../neuro_nbs/06_viv1t.ipynb #2555afc1
 class ViViT(nn.Module):
     """The core: tubelets, then attention across space at each moment, then across time at each place.
@@ -321,12 +308,10 @@ class ViViT(nn.Module):
 
 CORES["vivit"] = ViViT
 
-
 # %% ../../neuro_nbs/06_viv1t.ipynb #7b0f14c3
 def _for_mice(config: PretrainedConfig, neurons: Mapping[str, int]) -> PretrainedConfig:
     "A checked copy of a config for other mice."
     return type(config)(**(config.to_dict() | {"neurons": dict(neurons)}))
-
 
 # %% ../../neuro_nbs/06_viv1t.ipynb #a1ay0u7c
 @dataclass(frozen=True)
@@ -361,7 +346,6 @@ class Layout:
     mouse: Callable[[str], str | None]
     described: Callable[[Mapping[str, Any]], PretrainedConfig]
     visible: Callable[[Mapping[str, torch.Tensor]], PretrainedConfig]
-
 
 # %% ../../neuro_nbs/06_viv1t.ipynb #af6a4c5d
 _CARD = "library_name: cortexlit"  # in the head of a card that this library has written
@@ -455,7 +439,6 @@ model = {name}.from_pretrained("here")  # this folder, or owner/name on the hub
 
 {told}
 """
-
 
 # %% ../../neuro_nbs/06_viv1t.ipynb #91aad9b5
 class Saved:
@@ -804,7 +787,6 @@ class Heads(Saved):
                 model.add_mouse(mouse, *((coordinates, None) if count else (len(coordinates), coordinates)))
         return model.eval()
 
-
 # %% ../../neuro_nbs/06_viv1t.ipynb #dd7b5c60
 @dataclass
 class ViV1TOutput(ModelOutput):
@@ -828,7 +810,6 @@ class ViV1TOutput(ModelOutput):
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
-
 
 # %% ../../neuro_nbs/06_viv1t.ipynb #92069750
 class ViV1T(Heads, PreTrainedModel):
@@ -965,7 +946,6 @@ class ViV1T(Heads, PreTrainedModel):
         loss = loss_named(self.config.loss)(responses[..., -frames:], labels[..., -frames:])
         return ViV1TOutput(loss=loss + self._penalty(mouse_id), logits=responses)
 
-
 # %% ../../neuro_nbs/06_viv1t.ipynb #f8a59722
 def _published_name(name: str) -> str:
     "The published name of one of our weights."
@@ -987,7 +967,6 @@ def _published_constants(config: ViV1TConfig) -> dict[str, torch.Tensor]:
             constants |= {f"modulators.{mouse}.{kind}_reg": 0.0 for kind in ("history", "behavior")}
     constants |= {"output_activation.one": 1.0} if config.output == "elu1" else {}
     return {name: torch.tensor(value) for name, value in constants.items()}
-
 
 # %% ../../neuro_nbs/06_viv1t.ipynb #56c827b5
 def _shortened(names: Iterable[str]) -> str:
@@ -1024,7 +1003,6 @@ def _account(
             path=source,
             fix=f"give the options they were made with: config={type(model.config).__name__}(...)",
         )
-
 
 # %% ../../neuro_nbs/06_viv1t.ipynb #e308806c
 _FIXED = {  # options of the published code that have to have one of these values, the first being its default
@@ -1116,7 +1094,6 @@ def published_viv1t_config(
         options["neurons"] = {mouse: shape[0] for mouse, shape in args["output_shapes"].items()}
     return ViV1TConfig(**options | _fed(args))
 
-
 # %% ../../neuro_nbs/06_viv1t.ipynb #0199948b
 def _visible_config(weights: Mapping[str, torch.Tensor]) -> ViV1TConfig:
     "The published options, changed by what the names of the weights tell: mice, neurons, optional parts."
@@ -1157,7 +1134,6 @@ def _read_weights(path: Path) -> dict[str, Any]:
             expected="a file of torch.save holding tensors, containers and numpy scalars",
             fix="compare its size and checksum with the original; do not load pickles you do not trust",
         ) from error
-
 
 # %% ../../neuro_nbs/06_viv1t.ipynb #20fafd11
 def _commit(file: Path) -> str:  # empty: not told
@@ -1201,7 +1177,6 @@ def _download(source: str) -> Path:
             f"copy DIR here, then give DIR/{run}",
         ) from error
 
-
 # %% ../../neuro_nbs/06_viv1t.ipynb #79828d73
 def _open_published(
     source: str | Path | Mapping[str, Any],
@@ -1237,7 +1212,6 @@ def _open_published(
         raise DataError("this is no state dict", path=where, expected="names and tensors")
     weights = layout.published({name.replace("_orig_mod.", ""): value for name, value in source.items()})
     return weights, config or layout.visible(weights), where
-
 
 # %% ../../neuro_nbs/06_viv1t.ipynb #ae2ac8d2
 def _keep_mice(config: PretrainedConfig, mice: Iterable[str] | None, where: str) -> PretrainedConfig:

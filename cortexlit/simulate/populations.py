@@ -6,21 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = [
-    "SUBUNITS",
-    "FOCUS",
-    "two_lobes",
-    "pools",
-    "contrast_energy",
-    "filtered",
-    "drives",
-    "divided",
-    "V1Like",
-    "swept",
-    "tuning",
-    "respond",
-    "v1like_session",
-]
+__all__ = ['SUBUNITS', 'FOCUS', 'two_lobes', 'pools', 'contrast_energy', 'filtered', 'drives', 'divided', 'V1Like', 'swept',
+           'tuning', 'respond', 'v1like_session']
 
 # %% ../../neuro_nbs/02b_second_population.ipynb #291d7599
 from collections.abc import Iterable, Sequence
@@ -89,7 +76,6 @@ def two_lobes(
         out.append((bright - dark) / np.sqrt(((bright - dark) ** 2).sum((1, 2), keepdims=True)))
     return np.stack(out, 1).astype(np.float32)
 
-
 # %% ../../neuro_nbs/02b_second_population.ipynb #066ef882
 def pools(
     neurons: pd.DataFrame,  # from `V1Like.neurons`
@@ -153,7 +139,6 @@ def filtered(
             out[at : at + len(part), ..., to] = seen.reshape(len(part), *many, -1)
     return out
 
-
 # %% ../../neuro_nbs/02b_second_population.ipynb #6a32fe3d
 def _low(x: np.ndarray, seconds: float, rate: float) -> np.ndarray:
     "One-pole low-pass along the last axis but one."
@@ -209,7 +194,6 @@ def divided(
     below = neuron.threshold * (neuron.semisaturation**n + near ** (n / 2))
     return drive ** (n / 2) / (drive ** (n / 2) + below) / (1 + weight * far / (far + near + 1e-3))
 
-
 # %% ../../neuro_nbs/02b_second_population.ipynb #5583d2e2
 _OPTICS = ["amplitude", "baseline", "neuropil", "neuropil_r", "radius", "noise"]
 _NAMED = np.array(["reliable", "unreliable", "silent"])
@@ -261,7 +245,6 @@ def _draw(cells: int, seed: int, options: V1Like) -> pd.DataFrame:
     }
     table |= {f"slip_{k}": 0.06 * period * random.standard_normal(n) for k in range(SUBUNITS)}
     return pd.DataFrame(table).assign(**{k: first[k].to_numpy() for k in _OPTICS})
-
 
 # %% ../../neuro_nbs/02b_second_population.ipynb #933f79ce
 @dataclass(frozen=True)
@@ -379,7 +362,6 @@ class V1Like(Population):
 
 FOCUS = 8.0  # um, sd of the sensitivity along the optical axis
 
-
 # %% ../../neuro_nbs/02b_second_population.ipynb #2cd1bd4a
 def swept(
     population: V1Like,
@@ -450,7 +432,6 @@ def tuning(
             "dsi": (top - opposite) / (top + opposite),
         }
     )
-
 
 # %% ../../neuro_nbs/02b_second_population.ipynb #bff7e5ca
 def respond(

@@ -36,69 +36,15 @@ from cortexlit.core import (
 from ..data.checks import consistent, load_arrays
 
 # %% auto #0
-__all__ = [
-    "SESSION_SIZES",
-    "SESSION_A",
-    "SESSION_B",
-    "FRAME_RATE",
-    "REFRESH",
-    "GRATING_DIRECTIONS",
-    "GRATING_RATES",
-    "STATIC_ORIENTATIONS",
-    "STATIC_FREQUENCIES",
-    "STATIC_PHASES",
-    "WORLD",
-    "DEGREES_PER_PX",
-    "FIELD",
-    "DEGREES_PER_FIELD_PX",
-    "FIELD_OF_VIEW",
-    "UM_PER_PX",
-    "GAZE_STEP",
-    "GAZES",
-    "LATENCY",
-    "MEMORY",
-    "DECAY",
-    "RISE",
-    "GABORS",
-    "Size",
-    "size_named",
-    "protocol",
-    "Timeline",
-    "session_timeline",
-    "resize",
-    "texture",
-    "scene",
-    "natural_movie",
-    "movie_on_field",
-    "natural_scenes",
-    "grating",
-    "Behaviour",
-    "behave",
-    "make_neurons",
-    "receptive_fields",
-    "filter_pictures",
-    "gaze_weights",
-    "linear_drive",
-    "motion_energy",
-    "rate_of",
-    "gain_of",
-    "calcium",
-    "fire",
-    "Population",
-    "shown_pictures",
-    "Stage",
-    "energy_scale",
-    "set_stage",
-    "Cell",
-    "simulate_cell",
-    "movie_responses",
-    "roi_masks",
-    "max_projection",
-    "write_session",
-    "embedded_session",
-    "load_truth",
-]
-
+__all__ = ['SESSION_SIZES', 'SESSION_A', 'SESSION_B', 'FRAME_RATE', 'REFRESH', 'GRATING_DIRECTIONS', 'GRATING_RATES',
+           'STATIC_ORIENTATIONS', 'STATIC_FREQUENCIES', 'STATIC_PHASES', 'WORLD', 'DEGREES_PER_PX', 'FIELD',
+           'DEGREES_PER_FIELD_PX', 'FIELD_OF_VIEW', 'UM_PER_PX', 'GAZE_STEP', 'GAZES', 'LATENCY', 'MEMORY', 'DECAY',
+           'RISE', 'GABORS', 'Size', 'size_named', 'protocol', 'Timeline', 'session_timeline', 'resize', 'texture',
+           'scene', 'natural_movie', 'movie_on_field', 'natural_scenes', 'grating', 'Behaviour', 'behave',
+           'make_neurons', 'receptive_fields', 'filter_pictures', 'gaze_weights', 'linear_drive', 'motion_energy',
+           'rate_of', 'gain_of', 'calcium', 'fire', 'Population', 'shown_pictures', 'Stage', 'energy_scale',
+           'set_stage', 'Cell', 'simulate_cell', 'movie_responses', 'roi_masks', 'max_projection', 'write_session',
+           'embedded_session', 'load_truth']
 
 # %% ../../neuro_nbs/02_synthetic_session.ipynb #d1daa6e3
 @dataclass(frozen=True)
@@ -144,7 +90,6 @@ class Size:
     late: Mapping[str, int]
     first: float
     tail: int
-
 
 # %% ../../neuro_nbs/02_synthetic_session.ipynb #e425b0b4
 _REAL = dict(
@@ -196,7 +141,6 @@ def size_named(
         raise DataError(f"unknown size {size!r}", expected=", ".join(SESSION_SIZES))
     return SESSION_SIZES[size]
 
-
 # %% ../../neuro_nbs/02_synthetic_session.ipynb #e157adcb
 SESSION_A, SESSION_B = "three_session_A", "three_session_B"
 FRAME_RATE = 30.168  # two-photon frames per second
@@ -246,7 +190,6 @@ def protocol(
     ]
     counts = {"static_gratings": list(s.static), "natural_scenes": list(s.scenes), rest: [1], one: [10]}
     return [(name, counts[name].pop(0), 0, grey) for name in order]
-
 
 # %% ../../neuro_nbs/02_synthetic_session.ipynb #9d9c2d1d
 GRATING_DIRECTIONS = np.arange(0.0, 360.0, 45.0)  # degrees
@@ -321,7 +264,6 @@ def _features(stimulus: str, rows: pd.DataFrame, size: str, seed: int) -> pd.Dat
         return table
     return pd.concat([_sweep_features(stimulus, size, seed), table], axis=1)
 
-
 # %% ../../neuro_nbs/02_synthetic_session.ipynb #bc1cc108
 @dataclass(frozen=True)
 class Timeline:
@@ -390,7 +332,6 @@ def session_timeline(
     tables = {name: _features(name, part, size, seed) for name, part in rows.groupby("stimulus")}
     return Timeline(session_type, timestamps, tables, edges.reset_index(drop=True))
 
-
 # %% ../../neuro_nbs/02_synthetic_session.ipynb #8b78a48f
 WORLD = (76, 152)  # px in which movies are made
 DEGREES_PER_PX = 120 / WORLD[1]  # the screen is 120 degrees wide
@@ -452,7 +393,6 @@ def texture(
     picture = np.fft.irfft2(amplitude * np.exp(1j * phase), s=shape, axes=(0, 1))
     picture = np.tanh(1.2 * picture / picture.std())
     return ((picture - picture.mean()) / picture.std()).astype(np.float32)
-
 
 # %% ../../neuro_nbs/02_synthetic_session.ipynb #3c3ed8f7
 def _window(picture: np.ndarray, start: int, n: int, axis: int) -> np.ndarray:
@@ -520,7 +460,6 @@ def scene(
     grey, contrast = random.uniform(95, 140), random.uniform(30, 48)
     return np.clip(np.rint(grey + contrast * movie), 0, 255).astype(np.uint8)
 
-
 # %% ../../neuro_nbs/02_synthetic_session.ipynb #18d97d29
 @lru_cache(maxsize=2)
 def natural_movie(
@@ -577,7 +516,6 @@ def natural_scenes(
     random = rng(seed, "scenes")
     return np.concatenate([scene(random, 1, (120, WORLD[1])) for _ in range(images)])
 
-
 # %% ../../neuro_nbs/02_synthetic_session.ipynb #88901eb8
 def grating(
     orientation: float,  # degrees; direction of motion for drifting gratings
@@ -607,7 +545,6 @@ def _degrees() -> tuple[np.ndarray, np.ndarray]:
     y = -(np.arange(h) - (h - 1) / 2) * DEGREES_PER_FIELD_PX
     x = (np.arange(w) - (w - 1) / 2) * DEGREES_PER_FIELD_PX
     return np.broadcast_to(y[:, None], FIELD), np.broadcast_to(x[None], FIELD)
-
 
 # %% ../../neuro_nbs/02_synthetic_session.ipynb #cd1c2358
 @dataclass(frozen=True)
@@ -686,7 +623,6 @@ def behave(
     for at in np.flatnonzero(random.random(frames) < 0.040 / 9):
         blink[at : at + random.integers(4, 15)] = True
     return Behaviour(running, np.maximum(area, 100), gaze, blink)
-
 
 # %% ../../neuro_nbs/02_synthetic_session.ipynb #06adcc55
 FIELD_OF_VIEW = 512  # px on a side
@@ -773,7 +709,6 @@ def _excitability(kind: np.ndarray, random: np.random.Generator) -> dict[str, np
         "noise": 0.145 * np.exp(0.3 * z[4]),
     }
 
-
 # %% ../../neuro_nbs/02_synthetic_session.ipynb #20e8d3ac
 def receptive_fields(
     neurons: pd.DataFrame,  # from `make_neurons`
@@ -799,7 +734,6 @@ def receptive_fields(
     pair = np.stack([window * np.cos(carrier), window * np.sin(carrier)], 1)
     pair -= window[:, None] * (pair.sum((2, 3)) / window.sum((1, 2))[:, None])[:, :, None, None]
     return (pair / np.sqrt((pair**2).sum((2, 3)).mean(1))[:, None, None, None]).astype(np.float32)
-
 
 # %% ../../neuro_nbs/02_synthetic_session.ipynb #b8c3a217
 GAZE_STEP = 7.0  # degrees between the gaze positions at which receptive fields are computed
@@ -845,7 +779,6 @@ def gaze_weights(
     hat = np.maximum(0, 1 - np.abs(at - np.array([-1.0, 0.0, 1.0])))
     return (hat[:, 1, :, None] * hat[:, 0, None, :]).reshape(-1, 9).astype(np.float32)
 
-
 # %% ../../neuro_nbs/02_synthetic_session.ipynb #a4bff490
 LATENCY = 1  # two-photon frames from the screen to the cortex
 MEMORY = 0.08  # s, decay of each of the two temporal stages
@@ -889,7 +822,6 @@ def motion_energy(
     if neuron.complex_cell:
         return np.abs(preferred) ** 2 + np.abs(opposite) ** 2
     return 4 * np.maximum(0, preferred.real + opposite.real) ** 2
-
 
 # %% ../../neuro_nbs/02_synthetic_session.ipynb #242ce15a
 def rate_of(
@@ -971,7 +903,6 @@ def fire(
     events[hit] = random.gamma(2.0 * count[hit]) / 2.0
     return events
 
-
 # %% ../../neuro_nbs/02_synthetic_session.ipynb #d951a9b0
 def _stimuli(session_type: str, size: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     "Templates (uint8, as stored) and pictures (float32, as neurons see them) of a session."
@@ -998,7 +929,6 @@ def _stimuli(session_type: str, size: str) -> tuple[dict[str, np.ndarray], dict[
 def _session_ids(seed: int, offset: int = 0) -> dict[str, int]:
     first = 900_000_000 + offset + 10 * seed
     return {SESSION_A: first + 1, SESSION_B: first + 2}
-
 
 # %% ../../neuro_nbs/02_synthetic_session.ipynb #4f0d61a2
 @dataclass(frozen=True)
@@ -1059,7 +989,6 @@ class Population:
 
 GABORS = Population()
 
-
 # %% ../../neuro_nbs/02_synthetic_session.ipynb #8f43fa11
 def shown_pictures(
     timeline: Timeline,
@@ -1089,7 +1018,6 @@ def shown_pictures(
         shown[on] = before + what
         before += count
     return shown
-
 
 # %% ../../neuro_nbs/02_synthetic_session.ipynb #381cd96c
 @dataclass(frozen=True)
@@ -1168,7 +1096,6 @@ def energy_scale(
         frames += count
     return total / frames
 
-
 # %% ../../neuro_nbs/02_synthetic_session.ipynb #07d0fce0
 def set_stage(
     session_type: str,  # "three_session_A" or "three_session_B"
@@ -1214,7 +1141,6 @@ def set_stage(
         seed,
         population,
     )
-
 
 # %% ../../neuro_nbs/02_synthetic_session.ipynb #6904eda9
 @dataclass(frozen=True)
@@ -1304,7 +1230,6 @@ def _slow_median(x: np.ndarray) -> np.ndarray:
     centres = np.cumsum([len(p) for p in pieces]) - [len(p) / 2 for p in pieces]
     return np.interp(np.arange(len(x)), centres, [np.median(p) for p in pieces])
 
-
 # %% ../../neuro_nbs/02_synthetic_session.ipynb #de2d02fa
 def movie_responses(
     stage: Stage,
@@ -1331,7 +1256,6 @@ def movie_responses(
     rates = np.stack(rates)
     twice = calcium(np.concatenate([rates, rates], 1) / 30.0, 30.0)[:, rates.shape[1] :]
     return rates, twice * stage.neurons["amplitude"].to_numpy()[:, None]
-
 
 # %% ../../neuro_nbs/02_synthetic_session.ipynb #1fbb6823
 def roi_masks(
@@ -1378,7 +1302,6 @@ def max_projection(
     nucleus = gaussian_filter(masks.sum(0).astype(np.float32), 3.5)
     picture += 150 * np.clip(body - 0.75 * nucleus**2, 0, 1)
     return np.clip(picture + 5 * random.standard_normal(picture.shape), 0, 255).astype(np.uint8)
-
 
 # %% ../../neuro_nbs/02_synthetic_session.ipynb #cc8a8488
 _PIPELINE = "processing/brain_observatory_pipeline"
@@ -1440,7 +1363,6 @@ def _write_behaviour(file: h5py.File, stage: Stage) -> None:
         file[f"{_PIPELINE}/{path}/data"] = _rounded(values, 256)
         file[f"{_PIPELINE}/{path}/timestamps"] = link
 
-
 # %% ../../neuro_nbs/02_synthetic_session.ipynb #d6fb1a6d
 _FEATURES = {
     "drifting_gratings": ["temporal_frequency", "orientation", "blank_sweep"],
@@ -1501,7 +1423,6 @@ def _write_field(file: h5py.File, stage: Stage) -> None:
     picture = max_projection(masks, stage.seed)
     file[f"{plane}/reference_images/maximum_intensity_projection_image/data"] = picture
 
-
 # %% ../../neuro_nbs/02_synthetic_session.ipynb #ffd19229
 def _write_nwb(path: Path, stage: Stage, size: str) -> dict[str, np.ndarray]:
     "Write the NWB file cell by cell; returns the ground truth of the traces."
@@ -1550,7 +1471,6 @@ def _write_nwb(path: Path, stage: Stage, size: str) -> dict[str, np.ndarray]:
         _write_field(file, stage)
     return truth
 
-
 # %% ../../neuro_nbs/02_synthetic_session.ipynb #58ef51c6
 def _truth(stage: Stage, traces: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     "All that is known about a session, as arrays."
@@ -1581,7 +1501,6 @@ def _save_arrays(path: Path, **arrays: np.ndarray) -> None:
                 f"{key}.npy", "w", force_zip64=True
             ) as file:  # dated 1980: same bytes every time
                 np.lib.format.write_array(file, np.ascontiguousarray(value), allow_pickle=False)
-
 
 # %% ../../neuro_nbs/02_synthetic_session.ipynb #7d48e20f
 def _catalogue(stages: list[tuple[int, str, pd.DataFrame]], seed: int, offset: int = 0) -> dict[str, Any]:
@@ -1651,7 +1570,6 @@ _MANIFEST = [
     _entry("EYE_GAZE_DATA", "ophys_eye_gaze_mapping/%d_eyetracking_dlc_to_screen_mapping.h5"),
 ]
 
-
 # %% ../../neuro_nbs/02_synthetic_session.ipynb #722caebd
 def write_session(
     root: str | Path,  # the folder to be made; must not exist
@@ -1700,7 +1618,6 @@ def write_session(
             mark["population"] = asdict(population)
         write_json(folder / "cortexlit.json", mark)
     return Path(root)
-
 
 # %% ../../neuro_nbs/02_synthetic_session.ipynb #d279433d
 def embedded_session(

@@ -40,8 +40,7 @@ from cortexlit.data.things import (
 )
 
 # %% auto #0
-__all__ = ["SUBJECT_SIZES", "ThingsSize", "write_things", "embedded_things", "load_subject_truth"]
-
+__all__ = ['SUBJECT_SIZES', 'ThingsSize', 'write_things', 'embedded_things', 'load_subject_truth']
 
 # %% ../../neuro_nbs/11b_synthetic_subject.ipynb #5a4a8163
 @dataclass(frozen=True)
@@ -106,7 +105,6 @@ _LATENTS, _IMAGE_LATENTS = 6, 8  # dimensions of z and u
 _MEDIAN_CEILING, _SPREAD = 0.012, 1.0  # of the single-trial noise ceiling over visual voxels (log-normal)
 _STRAY = 2.0  # by how much the latents of a trial stray, in units of their sd
 
-
 # %% ../../neuro_nbs/11b_synthetic_subject.ipynb #95cd63a1
 def _design(size: ThingsSize, generator: np.random.Generator) -> pd.DataFrame:
     "Trial table with the columns of the published StimulusMetadata."
@@ -131,7 +129,6 @@ def _design(size: ThingsSize, generator: np.random.Generator) -> pd.DataFrame:
     return table.assign(subject_id=1, trial_id=np.arange(len(table)))[
         ["trial_type", "session", "run", "subject_id", "trial_id", "stimulus", "concept"]
     ]
-
 
 # %% ../../neuro_nbs/11b_synthetic_subject.ipynb #e5962d0a
 def _ratings(concepts: np.ndarray, generator: np.random.Generator) -> pd.DataFrame:
@@ -160,7 +157,6 @@ def _ratings(concepts: np.ndarray, generator: np.random.Generator) -> pd.DataFra
     table["consistency"] = generator.uniform(0.3, 1, len(concepts))
     return table.round(4)
 
-
 # %% ../../neuro_nbs/11b_synthetic_subject.ipynb #3073306b
 def _anatomy(grid: tuple[int, int, int], subject: str) -> tuple[np.ndarray, np.ndarray, pd.DataFrame]:
     "Brain mask (43 % of the box, as in subject 01), affine in mm, and ROIs as 0/1 columns."
@@ -178,7 +174,6 @@ def _anatomy(grid: tuple[int, int, int], subject: str) -> tuple[np.ndarray, np.n
         rois[name] = np.isin(rois.index, members).astype(int)
         free[members] = False
     return mask, affine, rois
-
 
 # %% ../../neuro_nbs/11b_synthetic_subject.ipynb #ba0def9d
 def _smooth_noise(mask: np.ndarray, spacing: int = 3, width: float = 2.0) -> np.ndarray:
@@ -231,7 +226,6 @@ def _loadings(
         "properties": np.array(used),
     }
 
-
 # %% ../../neuro_nbs/11b_synthetic_subject.ipynb #74f71f6c
 def _simulate(
     design: pd.DataFrame,
@@ -271,7 +265,6 @@ def _simulate(
     truth |= {"smooth_noise": smooth, "white_noise": white, "concepts": ratings.index.to_numpy(str)}
     return {"values": values, "mask": mask, "affine": affine, "rois": rois, "scale": scale, "truth": truth}
 
-
 # %% ../../neuro_nbs/11b_synthetic_subject.ipynb #f30030b5
 def _voxel_table(made: dict[str, Any], subject: str, repeats: int) -> pd.DataFrame:
     "The published VoxelMetadata: places, ceilings in percent, ROIs as 0/1."
@@ -295,7 +288,6 @@ def _write_responses(path: Path, values: np.ndarray) -> None:
         group.create_dataset("axis1", data=np.arange(values.shape[1]))
         group.create_dataset("block0_values", data=np.ascontiguousarray(values.T), track_times=False)
         group.create_dataset("block1_values", data=np.arange(values.shape[1])[:, None], track_times=False)
-
 
 # %% ../../neuro_nbs/11b_synthetic_subject.ipynb #24ebda0d
 def _write_tables(root: Path, made: dict[str, Any], design: pd.DataFrame, subject: str, layout: str) -> None:
@@ -363,7 +355,6 @@ def _write_volumes(
             areas[mask] += code * made["rois"][column].to_numpy(np.int16)
     write_nifti(root / f"rois/prf/sub-{subject}/resampled_varea.nii.gz", areas, made["affine"])
 
-
 # %% ../../neuro_nbs/11b_synthetic_subject.ipynb #65a8d3c8
 def _write_ratings(root: Path, ratings: pd.DataFrame) -> None:
     "The same ratings as THINGSplus publishes them, and as the study's own repository does."
@@ -386,7 +377,6 @@ def _write_ratings(root: Path, ratings: pd.DataFrame) -> None:
     pd.DataFrame({"word": ids, "uniqueID": ids, "meanSize": ratings["size"].to_numpy()}).to_csv(
         folder / "size_fixed.csv", sep=";", index=False
     )
-
 
 # %% ../../neuro_nbs/11b_synthetic_subject.ipynb #45169666
 def write_things(

@@ -6,16 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = [
-    "AUGMENTATIONS",
-    "PRETRAINING",
-    "WORTHWHILE",
-    "check_augmentation",
-    "check_worthwhile",
-    "augmenter",
-    "augment",
-    "pretrain_decoder",
-]
+__all__ = ['AUGMENTATIONS', 'PRETRAINING', 'WORTHWHILE', 'check_augmentation', 'check_worthwhile', 'augmenter', 'augment',
+           'pretrain_decoder']
 
 # %% ../../neuro_nbs/13b_augmentation.ipynb #13b00006
 import copy
@@ -109,7 +101,6 @@ def check_worthwhile(
                         fix=f"neuro_nbs/13b_augmentation.ipynb says why; for research, fit_folds(..., augment={name!r}) takes it")  # fmt: skip
     _named("augmentation", name, WORTHWHILE)
 
-
 # %% ../../neuro_nbs/13b_augmentation.ipynb #13b00016
 def _noise(
     x: torch.Tensor, y: torch.Tensor, rows: torch.Tensor, draw: torch.Generator
@@ -138,7 +129,6 @@ def _normal(x: torch.Tensor, y: torch.Tensor) -> Callable[..., torch.Tensor]:
 
     return sample
 
-
 # %% ../../neuro_nbs/13b_augmentation.ipynb #13b00018
 def _network(name: str, inputs: int, labels: int) -> tuple[Patterns, int]:
     "A generator of patterns told labels, and how many steps of 64 trials it is trained."
@@ -158,7 +148,6 @@ def _sampler(name: str, x: torch.Tensor, y: torch.Tensor, seed: int) -> Callable
         model, steps = _network(name, x.shape[1], y.shape[1])
     model.fit(x, y, steps, batch=64, generator=torch.Generator().manual_seed(seed))
     return lambda labels, generator: model.sample(labels, generator=generator)
-
 
 # %% ../../neuro_nbs/13b_augmentation.ipynb #13b00020
 def augmenter(
@@ -231,7 +220,6 @@ def augment(
     check_augmentation(name, ratio, seed)
     return augmenter(name, patterns, labels, seed)(ratio)
 
-
 # %% ../../neuro_nbs/13b_augmentation.ipynb #13b00026
 class _Guess(nn.Module):
     "Features of the tokens that are seen, and places of those that are not -> what is expected there."
@@ -293,7 +281,6 @@ def _learn_hidden(
             for old, now in zip(teacher.parameters(), model.parameters(), strict=True):
                 old.lerp_(now, 1 - average)
     model.zero_grad()
-
 
 # %% ../../neuro_nbs/13b_augmentation.ipynb #13b00027
 def pretrain_decoder(

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ["FoldFits", "fit_folds"]
+__all__ = ['FoldFits', 'fit_folds']
 
 # %% ../../neuro_nbs/13a_decoder_training.ipynb #380ab42d
 import time
@@ -40,7 +40,6 @@ from .augmentation import check_augmentation
 from .features import fingerprint, source
 from .folds import run_folds
 from .trainer import check_options, fit, origin, predict
-
 
 # %% ../../neuro_nbs/13a_decoder_training.ipynb #cede30a4
 class _Part(torch.utils.data.Dataset):
@@ -87,7 +86,6 @@ class _More(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
         return {"voxels": self.patterns[i], "labels": self.labels[i]}
-
 
 # %% ../../neuro_nbs/13a_decoder_training.ipynb #ff3de807
 _COLUMNS = ["fold", "train", "validation", "test", "best epoch", "validation correlation", "slope", "seconds"]

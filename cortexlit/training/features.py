@@ -41,18 +41,8 @@ from ..models.adapters import tensors_digest
 from ..models.readouts import own_code
 
 # %% auto #0
-__all__ = [
-    "STATE",
-    "STAGES",
-    "core_inputs",
-    "fingerprint",
-    "weights_digest",
-    "config_options",
-    "source",
-    "CachedFeatures",
-    "cached_features",
-]
-
+__all__ = ['STATE', 'STAGES', 'core_inputs', 'fingerprint', 'weights_digest', 'config_options', 'source', 'CachedFeatures',
+           'cached_features']
 
 # %% ../../neuro_nbs/06a_features.ipynb #8d2d2d55
 @torch.inference_mode()
@@ -71,7 +61,6 @@ def _frozen(
         return model.encode(*fields, last=last) if stage == "features" else model.embed(*fields)
     finally:
         model.core.train(was)
-
 
 # %% ../../neuro_nbs/06a_features.ipynb #daf4f732
 STATE = ("behavior", "pupil_center")
@@ -116,7 +105,6 @@ def core_inputs(
         names[clip] = known.hexdigest()[:16]
     return [names[clip] for clip in clips]
 
-
 # %% ../../neuro_nbs/06a_features.ipynb #1e91f9d3
 _STORED = {
     "float16": np.float16,
@@ -140,7 +128,6 @@ def _unpack(stored: np.ndarray, dtype: str) -> torch.Tensor:
     "From the numbers on disk to float32."
     return torch.from_numpy(np.array(stored)).view(getattr(torch, dtype)).float()
 
-
 # %% ../../neuro_nbs/06a_features.ipynb #242dd54d
 def fingerprint(
     dataset: Any,  # map-style: len(dataset), dataset[i] -> dict of tensors
@@ -161,7 +148,6 @@ def fingerprint(
             known.update(f"{i} {value.dtype} {value.shape}".encode())
             known.update(value)
     return {name: known.hexdigest()[:16] for name, known in sorted(hashes.items())}
-
 
 # %% ../../neuro_nbs/06a_features.ipynb #c0c00ece
 def weights_digest(
@@ -215,7 +201,6 @@ def _core_options(model: Any) -> dict[str, Any] | None:
         k: v for k, v in given if not k.startswith(_HEAD) and "drop" not in k
     }  # dropout: never here
 
-
 # %% ../../neuro_nbs/06a_features.ipynb #5d2e8c63
 def source(
     dataset: Any,  # of the library, or a part or a change of one; others have no card
@@ -241,7 +226,6 @@ def source(
     files = {name: known for name, known in files.items() if name != "card.md"}
     name = card.get("name") or f"subject {card.get('subject')}"
     return {"name": name, "content": digest(card | {"files": files}), "split_hash": card.get("split_hash")}
-
 
 # %% ../../neuro_nbs/06a_features.ipynb #1cd21f6a
 _AGAIN = "delete the folder; it is made again"
@@ -323,7 +307,6 @@ class CachedFeatures:
             return self.dataset.recorded(i)
         return {name: value for name, value in self.dataset[i].items() if name != "video"}
 
-
 # %% ../../neuro_nbs/06a_features.ipynb #42b967ad
 def _rows(work: Path, dtype: Any, shape: tuple[int, ...]) -> tuple[Any, Any]:
     "The two files of a folder that is being filled; None, None if they are not there, or not as they should be."
@@ -379,7 +362,6 @@ def _build(
     )
     flags.unlink()
     settle(work, path)
-
 
 # %% ../../neuro_nbs/06a_features.ipynb #a8bd9e31
 def _check_card(path: Path, plan: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ["HEAD", "SharedCore", "run_folds", "predict_fold", "fold_predictions"]
+__all__ = ['HEAD', 'SharedCore', 'run_folds', 'predict_fold', 'fold_predictions']
 
 # %% ../../neuro_nbs/08a_all_folds.ipynb #08a00005
 import shutil
@@ -29,7 +29,6 @@ from .features import CachedFeatures, cached_features, core_inputs, source, weig
 from .heads import CONTROLS, fresh_head, train_head
 from .recipes import HEAD_RECIPE
 from .trainer import check_options, fit, model_content, predict
-
 
 # %% ../../neuro_nbs/08a_all_folds.ipynb #08a00012
 class _Reads:
@@ -83,7 +82,6 @@ class SharedCore:
         if weights_digest(model.core) != self.core or not set(names) <= self.place.keys():
             return cached_features(model, dataset, self.folder, self.last, batch_size=8, progress=False)
         return _Reads(dataset, self.cache, [self.place[name] for name in names])
-
 
 # %% ../../neuro_nbs/08a_all_folds.ipynb #08a00015
 def run_folds(
@@ -170,7 +168,6 @@ def predict_fold(
     )
     shutil.rmtree(features, ignore_errors=True)
     return comparable(test, found)
-
 
 # %% ../../neuro_nbs/08a_all_folds.ipynb #08a00017
 HEAD = "ViV1T, head only"

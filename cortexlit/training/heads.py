@@ -6,15 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = [
-    "CONTROLS",
-    "fresh_head",
-    "reverse_correlate",
-    "ShuffledLabels",
-    "train_head",
-    "head_predictions",
-    "at_rate",
-]
+__all__ = ['CONTROLS', 'fresh_head', 'reverse_correlate', 'ShuffledLabels', 'train_head', 'head_predictions', 'at_rate']
 
 # %% ../../neuro_nbs/08_head_training.ipynb #114a97cc
 import hashlib
@@ -35,7 +27,6 @@ from .features import CachedFeatures, cached_features
 from .pretraining import demo_core
 from .recipes import HEAD_RECIPE
 from .trainer import Fit, check_options, fit, predict
-
 
 # %% ../../neuro_nbs/08_head_training.ipynb #2f2da4bd
 def fresh_head(
@@ -95,7 +86,6 @@ def fresh_head(
             model.shifters[name].mlp[-2].bias.zero_()
     return model.eval()
 
-
 # %% ../../neuro_nbs/08_head_training.ipynb #cb8b3cbf
 def _clip_means(model: ViV1T, dataset: Any, last: int) -> tuple[torch.Tensor, torch.Tensor]:
     "Each distinct map of the core (maps, C, T, H, W), from its cache, and the mean response to it (maps, N, T)."
@@ -141,7 +131,6 @@ def _look(readout: torch.nn.Module, wanted: torch.Tensor) -> None:
         optimiser.zero_grad()
         (readout.mu_transform(readout.source_grid) - plane).square().mean().backward()
         optimiser.step()
-
 
 # %% ../../neuro_nbs/08_head_training.ipynb #4b29a330
 def reverse_correlate(
@@ -198,7 +187,6 @@ def reverse_correlate(
         readout.set_bias(torch.log(mean) - (readout.features[0] * seen.mean((0, 2))).sum(0))
     return scale
 
-
 # %% ../../neuro_nbs/08_head_training.ipynb #385fc0ae
 class ShuffledLabels:
     """A dataset whose labels come from other clips: for every clip those of one other clip, repeat by repeat.
@@ -244,7 +232,6 @@ class ShuffledLabels:
 
     def _labels(self, i: int) -> dict[str, torch.Tensor]:
         return {"labels": torch.from_numpy(self.dataset.read(self.source[i], "responses"))}
-
 
 # %% ../../neuro_nbs/08_head_training.ipynb #b403ddd8
 CONTROLS = ("random core", "shuffled labels")

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ["Grid", "clip_folds", "cross_validate"]
+__all__ = ['Grid', 'clip_folds', 'cross_validate']
 
 # %% ../../neuro_nbs/09_lora_grid.ipynb #54182342
 import copy
@@ -36,7 +36,6 @@ from .heads import fresh_head, reverse_correlate, train_head
 from .recipes import HEAD_RECIPE, Recipe
 from .trainer import Fit, best_folder, check_options, fit, model_content, predict
 from .trials import database, holding, open_study, run_trials
-
 
 # %% ../../neuro_nbs/09_lora_grid.ipynb #8ed72605
 def _alone(recipe: Recipe) -> Mapping[str, Any]:
@@ -209,7 +208,6 @@ class Grid:
             found[name, int(seed)] = made_once(path, made_from, make)
             shutil.rmtree(path.parent / "features", ignore_errors=True)
         return found
-
 
 # %% ../../neuro_nbs/09_lora_grid.ipynb #d43ce35b
 def clip_folds(

@@ -6,22 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = [
-    "BEFORE",
-    "SKIP",
-    "Pretraining",
-    "neuron_types",
-    "token_centres",
-    "tiled",
-    "film",
-    "energies",
-    "Simulated",
-    "teachers",
-    "simulate",
-    "held_out_correlation",
-    "pretrain",
-    "demo_core",
-]
+__all__ = ['BEFORE', 'SKIP', 'Pretraining', 'neuron_types', 'token_centres', 'tiled', 'film', 'energies', 'Simulated', 'teachers',
+           'simulate', 'held_out_correlation', 'pretrain', 'demo_core']
 
 # %% ../../neuro_nbs/07_pretraining.ipynb #621d49b3
 import hashlib
@@ -75,7 +61,6 @@ from cortexlit.simulate.session import (
     resize,
     scene,
 )
-
 
 # %% ../../neuro_nbs/07_pretraining.ipynb #6c796ec1
 @dataclass(frozen=True)
@@ -134,7 +119,6 @@ class Pretraining:
             rate=30.0,
         )  # fmt: skip
 
-
 # %% ../../neuro_nbs/07_pretraining.ipynb #994a1fd1
 def neuron_types(
     recipe: Pretraining,
@@ -191,7 +175,6 @@ def tiled(
     altitude, azimuth = (a.ravel() for a in np.meshgrid(*token_centres(config), indexing="ij"))
     population = types.loc[types.index.repeat(len(azimuth))].reset_index(drop=True)
     return population.assign(altitude=np.tile(altitude, len(types)), azimuth=np.tile(azimuth, len(types)))
-
 
 # %% ../../neuro_nbs/07_pretraining.ipynb #54eafc2e
 BEFORE = 60  # frames before a clip, for filters and indicator to settle
@@ -251,7 +234,6 @@ def energies(
         else:
             out[k] = 4 * np.maximum(0, toward.real + against.real) ** 2
     return out
-
 
 # %% ../../neuro_nbs/07_pretraining.ipynb #3eb4c5da
 @dataclass(frozen=True)
@@ -385,7 +367,6 @@ def _simulated(folder: Path, made_from: dict[str, Any]) -> Simulated:
             arrays.append(np.load(path, mmap_mode="r"))
     return Simulated(*arrays)
 
-
 # %% ../../neuro_nbs/07_pretraining.ipynb #97e08300
 def _start(config: ViV1TConfig, seed: int) -> ViV1T:
     "A core with sinusoids in its table of temporal positions."
@@ -439,7 +420,6 @@ def held_out_correlation(
         r = single_trial_correlation(p, y, reduce=None)
         out.append(np.where(y.var(-1) > 1e-4, r, np.nan))
     return np.nanmean(np.stack(out), axis=(0, 2))
-
 
 # %% ../../neuro_nbs/07_pretraining.ipynb #dbca36ce
 def _save_state(path: Path, state: dict[str, Any]) -> None:
@@ -569,7 +549,6 @@ def pretrain(
         (tmp / "README.md").write_text(_card(recipe, seed, len(validation), r, population))
     return out
 
-
 # %% ../../neuro_nbs/07_pretraining.ipynb #e9cd14e3
 def _card(recipe: Pretraining, seed: int, clips: int, r: np.ndarray, population: Population = GABORS) -> str:
     "The model card."
@@ -592,7 +571,6 @@ says nothing about brains; it exists so that head training, adapters and score s
 * Made by: {made}
 * Licence: Apache-2.0
 """
-
 
 # %% ../../neuro_nbs/07_pretraining.ipynb #ad46f2f3
 def demo_core() -> Path:  # folder of a core, with card, README.md, curve.csv and provenance.json

@@ -6,24 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = [
-    "HEAD_RECIPE",
-    "STUDY_HEAD",
-    "STUDY",
-    "FULL",
-    "CORE",
-    "SESSIONS",
-    "SCENE_RECIPE",
-    "CONV_RECIPE",
-    "DECODER_RECIPE",
-    "STUDY_DECODER",
-    "CLASSIFIER_RECIPE",
-    "STUDY_CLASSIFIER",
-    "RECIPES",
-    "Recipe",
-    "lora_recipe",
-    "recipe",
-]
+__all__ = ['HEAD_RECIPE', 'STUDY_HEAD', 'STUDY', 'FULL', 'CORE', 'SESSIONS', 'SCENE_RECIPE', 'CONV_RECIPE', 'DECODER_RECIPE',
+           'STUDY_DECODER', 'CLASSIFIER_RECIPE', 'STUDY_CLASSIFIER', 'RECIPES', 'Recipe', 'lora_recipe', 'recipe']
 
 # %% ../../neuro_nbs/06d_recipes.ipynb #4b3a13b1
 from collections.abc import Mapping
@@ -34,7 +18,6 @@ from ..core import SCALES, DataError, scale
 from ..models.adapters import Adapters
 from ..models.parts import CONV
 from .trainer import check_options
-
 
 # %% ../../neuro_nbs/06d_recipes.ipynb #ea16ba18
 @dataclass(frozen=True)
@@ -110,7 +93,6 @@ class Recipe:
             raise DataError(f"scale {size!r}", expected=f"one of {', '.join(SCALES)}")
         return replace(self.but(**self.demo), demo={}) if size == "demo" else self
 
-
 # %% ../../neuro_nbs/06d_recipes.ipynb #e5475f87
 _HEAD = {"adapt": "head", "loss": "mse", "weight_decay": 0.01, "schedule": "cosine"}
 HEAD_RECIPE = Recipe("head", _HEAD | {"lr": 3e-4, "epochs": 6, "batch_size": 8})
@@ -169,7 +151,6 @@ def lora_recipe(
     own = {(c.fit["adapters"].rank, c.fit["adapters"].targets): c for c in STUDY}
     name = f"r{rank}-{targets if isinstance(targets, str) else '+'.join(targets)}"
     return own.get((rank, adapters.targets)) or _adapted(name, adapters, 0.001, "cosine", 30)
-
 
 # %% ../../neuro_nbs/06d_recipes.ipynb #11d25cea
 CORE = {"patch": 16, "stride": 6, "emb_dim": 48, "heads": 2, "mlp_dim": 192, "depth": 1}  # a small V1T

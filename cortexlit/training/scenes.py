@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ["SCENE_SIZES", "fresh_model", "train_scenes", "simulated_responses", "simulated_core", "locate"]
+__all__ = ['SCENE_SIZES', 'fresh_model', 'train_scenes', 'simulated_responses', 'simulated_core', 'locate']
 
 # %% ../../neuro_nbs/11a_v1t_training.ipynb #d0e8b8f2
 from pathlib import Path
@@ -146,7 +146,6 @@ def train_scenes(
         train = Subset(train, sorted(drawn.tolist()))
     return fit(model, (train, validation), **options)
 
-
 # %% ../../neuro_nbs/11a_v1t_training.ipynb #140a8908
 def _places(
     config: V1TConfig,
@@ -251,7 +250,6 @@ def simulated_core(
                 )
                 rows.append({"step": step, "loss": loss.item(), "correlation": r})
     return model.eval(), pd.DataFrame(rows)
-
 
 # %% ../../neuro_nbs/11a_v1t_training.ipynb #c59be8e9
 @torch.no_grad()

@@ -20,20 +20,8 @@ from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = [
-    "ADAPT",
-    "SCHEDULES",
-    "Diverged",
-    "best_folder",
-    "Fit",
-    "check_options",
-    "audited",
-    "origin",
-    "model_content",
-    "check_trained_on",
-    "fit",
-    "predict",
-]
+__all__ = ['ADAPT', 'SCHEDULES', 'Diverged', 'best_folder', 'Fit', 'check_options', 'audited', 'origin', 'model_content',
+           'check_trained_on', 'fit', 'predict']
 
 # %% ../../neuro_nbs/06b_trainer.ipynb #3d3af665
 import matplotlib.pyplot as plt
@@ -100,7 +88,6 @@ from cortexlit.training.features import (
     weights_digest,
 )
 
-
 # %% ../../neuro_nbs/06b_trainer.ipynb #3d389ec2
 class _Mice:
     "Datasets of several mice as one; an item also says whose it is, if it is a mouse's."
@@ -136,7 +123,6 @@ def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:
         )
     return batch
 
-
 # %% ../../neuro_nbs/06b_trainer.ipynb #22ffaa37
 class _Batches:
     "Shuffled batches of one mouse each: all of them, or one process's equal share of every batch."
@@ -169,7 +155,6 @@ class _Batches:
         for k in draw.permutation(len(batches)):
             yield batches[k][self.share].tolist()
 
-
 # %% ../../neuro_nbs/06b_trainer.ipynb #658e1fa5
 @dataclass(frozen=True)
 class _Spec:
@@ -194,7 +179,6 @@ def _factor(step: int, ends: np.ndarray, schedule: str) -> float:
     start = ends[phase - 1] if phase else 0
     done = (step - start) / (ends[phase] - start)
     return float((1 + math.cos(math.pi * done)) / 2 if schedule == "cosine" else 1 - done)
-
 
 # %% ../../neuro_nbs/06b_trainer.ipynb #c7cf5252
 class Diverged(DataError):
@@ -294,7 +278,6 @@ class _Trainer(Trainer):
         self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
         return metrics
 
-
 # %% ../../neuro_nbs/06b_trainer.ipynb #9fdd2c72
 def _history(state: TrainerState) -> pd.DataFrame:
     "What was logged, one row for each epoch."
@@ -314,7 +297,6 @@ def _finished(state: TrainerState, patience: int | None) -> bool:
     epoch = state.max_steps // state.num_train_epochs
     waited = (state.global_step - (state.best_global_step or 0)) // epoch
     return state.global_step >= state.max_steps or (patience is not None and waited >= patience)
-
 
 # %% ../../neuro_nbs/06b_trainer.ipynb #fb912074
 _MARK = "complete"  # written last, with the hash of every file: a checkpoint without it was cut short
@@ -460,7 +442,6 @@ def best_folder(
     check_card(folder / "best", "best model", fix)
     return folder / "best"
 
-
 # %% ../../neuro_nbs/06b_trainer.ipynb #9ca20895
 @dataclass(frozen=True, repr=False)
 class Fit(Shown):
@@ -537,7 +518,6 @@ class Fit(Shown):
         if len(axes[1].lines) > 2:
             axes[1].legend(frameon=False)
         return fig
-
 
 # %% ../../neuro_nbs/06b_trainer.ipynb #304fb5da
 ADAPT = ("head", "lora", "full")  # what is trained
@@ -641,7 +621,6 @@ def _check(options: Mapping[str, Any]) -> None:
             expected='adapt="lora" together with adapters=Adapters(...)',
         )
 
-
 # %% ../../neuro_nbs/06b_trainer.ipynb #49fe45eb
 def _mice(model: PreTrainedModel, dataset: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     "Training and validation data of each mouse, checked against the model's heads."
@@ -686,7 +665,6 @@ def _mice(model: PreTrainedModel, dataset: Any) -> tuple[dict[str, Any], dict[st
                 fix="leave out what was not measured in all, or name the channels alike",
             )
     return train, validation
-
 
 # %% ../../neuro_nbs/06b_trainer.ipynb #18d21a84
 def audited(
@@ -774,7 +752,6 @@ def _origin(
     }
     return model_content(model) | data
 
-
 # %% ../../neuro_nbs/06b_trainer.ipynb #3ae868d4
 def _claim(folder: Path, options: dict[str, Any], resume: bool, sources: dict[str, Any]) -> None:
     "Write the options of a new run, or compare them with those of the run that is there."
@@ -810,7 +787,6 @@ def check_trained_on(
             expected=f"{own['name']}, content {own['content']}; it has {told.get('name')}, content {told.get('content')}",
             fix="score it on the dataset it was trained on, or train on this one",
         )  # fmt: skip
-
 
 # %% ../../neuro_nbs/06b_trainer.ipynb #8b0c3fcf
 def _repair_best(
@@ -868,7 +844,6 @@ def _train(
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     return trainer.state
 
-
 # %% ../../neuro_nbs/06b_trainer.ipynb #1515a283
 def _set_loss(model: PreTrainedModel, loss: str | None, last: int) -> None:
     "Put the loss into the model's config."
@@ -899,7 +874,6 @@ def _prepared(
             raise DataError(f"{type(model).__name__} has no core to freeze", expected='adapt="full"')
         model.freeze_core()
     return model.save_pretrained
-
 
 # %% ../../neuro_nbs/06b_trainer.ipynb #c5518a35
 def _fits(
@@ -1062,7 +1036,6 @@ def fit(
                     figure.savefig(tmp, format="png")
                 plt.close(figure)
         return done
-
 
 # %% ../../neuro_nbs/06b_trainer.ipynb #ff2cfaad
 @torch.inference_mode()

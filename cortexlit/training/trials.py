@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ["database", "open_storage", "open_study", "fail_lost", "holding", "run_trials"]
+__all__ = ['database', 'open_storage', 'open_study', 'fail_lost', 'holding', 'run_trials']
 
 # %% ../../neuro_nbs/06e_trials.ipynb #06e00007
 import math
@@ -197,7 +197,6 @@ def open_study(
         return optuna.create_study(storage=open_storage(storage), study_name=name, direction="maximize",
                                    sampler=sampler, pruner=pruner, load_if_exists=True)  # fmt: skip
 
-
 # %% ../../neuro_nbs/06e_trials.ipynb #06e00012
 def fail_lost(
     study: optuna.Study,  # in a storage from `open_storage`
@@ -228,7 +227,6 @@ def fail_lost(
                 study._storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
             except UpdateFinishedTrialError:  # another worker has done it
                 continue
-
 
 # %% ../../neuro_nbs/06e_trials.ipynb #06e00014
 _HOLDS = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING, TrialState.WAITING)

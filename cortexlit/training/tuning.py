@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ["SPACES", "SAMPLERS", "PRUNERS", "Choice", "Range", "Space", "Tuning", "tune", "load_best"]
+__all__ = ['SPACES', 'SAMPLERS', 'PRUNERS', 'Choice', 'Range', 'Space', 'Tuning', 'tune', 'load_best']
 
 # %% ../../neuro_nbs/15a_cnn_vit_optuna.ipynb #df4175af
 import dataclasses
@@ -55,7 +55,6 @@ from ..models.adapters import Adapters
 from .features import fingerprint
 from .trainer import audited, best_folder, check_options, fit, origin, predict
 from .trials import database, holding, open_study, run_trials
-
 
 # %% ../../neuro_nbs/15a_cnn_vit_optuna.ipynb #21f74743
 @dataclass(frozen=True)
@@ -234,7 +233,6 @@ def _built(
     with seeded(seed):
         return build(params)
 
-
 # %% ../../neuro_nbs/15a_cnn_vit_optuna.ipynb #8cda0e33
 @dataclass(frozen=True)
 class _Search:
@@ -276,7 +274,6 @@ class _Search:
         "The trial's name in its line."
         values = (f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in params.items())
         return f"trial {trial.number}: {', '.join(values)}"
-
 
 # %% ../../neuro_nbs/15a_cnn_vit_optuna.ipynb #39682692
 @dataclass(frozen=True)
@@ -454,7 +451,6 @@ class Tuning:
                     note_opening(root, self.folder.name, "open_test")
                 write_json(record, wanted | {"sha256": known})
         return load_array(path, known=known)
-
 
 # %% ../../neuro_nbs/15a_cnn_vit_optuna.ipynb #10a0834f
 def tune(
