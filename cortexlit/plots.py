@@ -166,11 +166,12 @@ def save_pages(
     """Write a film that plays again and again; `DataError` for another suffix, or for no pages.
 
     A GIF counts time in hundredths of a second, 20 ms or more, and has 128 colours; a WebP counts in
-    milliseconds and loses nothing.
+    milliseconds and loses nothing. Both keep pages that do not change as one that stays longer.
 
     Examples
     --------
-    >>> path = save_pages(np.zeros((5, 9, 16), np.uint8), tmp_path / "film.webp", comment="dark")
+    >>> pages = [np.full((9, 16), 50 * k, np.uint8) for k in range(5)]
+    >>> path = save_pages(pages, tmp_path / "film.webp", comment="brighter and brighter")
     >>> Image.open(path).n_frames
     5
     """
