@@ -1156,6 +1156,7 @@ def _tell_report(title: str, table: Any, twin: Any, out: Path, as_json: bool) ->
 def insilico_tune(
     run: Run, dataset: Dataset, out: Report, neurons: Neurons = None, trust: Trust = False,
     directions: Annotated[int, typer.Option(help="Directions of drift, evenly spaced.")] = 16,
+    curves: Annotated[bool, typer.Option("--curves", help="Contrast and size, too, by gratings of each neuron's own.")] = False,
     degrees: Degrees = None,
     overwrite: Replace = False, as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -1167,7 +1168,7 @@ def insilico_tune(
     from cortexlit.insilico.reports import tuning_report
 
     twin = _twin(run, dataset, degrees, trust)
-    options = {"directions": directions, "overwrite": overwrite, "progress": not as_json}
+    options = {"directions": directions, "curves": curves, "overwrite": overwrite, "progress": not as_json}
     _tell_report("tuning", tuning_report(twin, out, neurons, **options), twin, out, as_json)
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 from .core import DataError, MissingError
 
 # %% auto #0
-__all__ = ['STIMULUS_COLOURS', 'plot_rois', 'plot_traces', 'plot_timeline', 'draw_flat', 'save_film']
+__all__ = ['STIMULUS_COLOURS', 'plot_rois', 'plot_traces', 'plot_timeline', 'draw_flat', 'save_pages', 'save_film']
 
 # %% ../nbs/00a_plots.ipynb #ebbc186e
 def plot_rois(
@@ -243,14 +243,53 @@ def _flat(ax: Axes, mesh: Any, depth: np.ndarray, found: np.ndarray, colours: Ma
     ax.axis("off")
 
 # %% ../nbs/00a_plots.ipynb #a7f753f0
+def save_pages(
+    pages: Sequence[np.ndarray],  # (H, W) or (H, W, 3) uint8 each, one or more
+    path: str | Path,  # to write, .gif or .webp
+    rate: float = 30.0,  # pages per second, above 0
+    comment: str = "",  # kept in the file: a GIF's comment, a WebP's image description
+) -> Path:
+    """Write a film that plays again and again; `DataError` for another suffix, or for no pages.
+
+    A GIF counts time in hundredths of a second, 20 ms or more, and has 128 colours; a WebP counts in
+    milliseconds and loses nothing. Both keep pages that do not change as one that stays longer.
+
+    Examples
+    --------
+    >>> pages = [np.full((9, 16), 50 * k, np.uint8) for k in range(5)]
+    >>> path = save_pages(pages, tmp_path / "film.webp", comment="brighter and brighter")
+    >>> Image.open(path).n_frames
+    5
+    """
+    path, pages = Path(path), list(pages)
+    if path.suffix not in (".gif", ".webp") or not pages or not rate > 0:
+        raise DataError(f"{path.name}: {len(pages)} pages, {rate} per second",
+                        expected="a name that ends in .gif or .webp (no other kind of film can be written), a page, a rate")  # fmt: skip
+    if path.suffix == ".gif":
+        images = [Image.fromarray(p) if p.ndim == 2 else Image.fromarray(p).quantize(128, dither=Image.Dither.NONE)
+                  for p in pages]  # fmt: skip
+        told = {
+            "duration": max(20, round(100 / rate) * 10),
+        } | ({"comment": comment.encode()} if comment else {})
+    else:
+        images, exif = [Image.fromarray(p).convert("RGB") for p in pages], Image.Exif()
+        exif[0x010E] = comment
+        told = {
+            "duration": [round(1000 * (k + 1) / rate) - round(1000 * k / rate) for k in range(len(pages))]
+        }
+        told |= {"lossless": True, "exif": exif}
+    images[0].save(path, save_all=True, append_images=images[1:], loop=0, **told)
+    return path
+
+# %% ../nbs/00a_plots.ipynb #59801f12
 def save_film(
     film: np.ndarray,  # (frames, H, W), any numbers: the smallest is black, the largest white
     rows: Mapping[str, Mapping[str, np.ndarray]],  # title of a row -> name of a curve -> (frames,)
-    path: str | Path,  # to write, .gif
-    rate: float = 30.0,  # frames of the film per second; the GIF shows every second one
+    path: str | Path,  # to write, .gif or .webp
+    rate: float = 30.0,  # frames of the film per second; every second one is shown
     width: float = 7.2,  # inches, of 80 pixels
 ) -> Path:
-    """Write a film beside curves of the same length as a GIF, with a line that goes along; `DataError` for other shapes.
+    """Write a film beside curves of the same length, with a line that goes along; `DataError` for other shapes.
 
     Examples
     --------
@@ -259,21 +298,10 @@ def save_film(
     >>> Image.open(path).n_frames
     15
     """
-    film, path, curves = (
-        np.asarray(film, float),
-        Path(path),
-        [c for row in rows.values() for c in row.values()],
-    )
-    if (
-        film.ndim != 3
-        or not curves
-        or any(np.shape(c) != film.shape[:1] for c in curves)
-        or path.suffix != ".gif"
-    ):
-        raise DataError(
-            f"{path.name}: a film {film.shape}, curves {sorted({np.shape(c) for c in curves})}",
-            expected="a name that ends in .gif, a film (frames, H, W), and one or more curves (frames,)",
-        )
+    film, curves = np.asarray(film, float), [c for row in rows.values() for c in row.values()]
+    if film.ndim != 3 or not curves or any(np.shape(c) != film.shape[:1] for c in curves):
+        raise DataError(f"a film {film.shape}, curves {sorted({np.shape(c) for c in curves})}",
+                        expected="a film (frames, H, W), and one or more curves (frames,)")  # fmt: skip
     still, screen, axes = _layout(film, rows, rate, width)
     top, left, height, wide = screen
     look = np.ix_(*(np.arange(n) * m // n for n, m in zip((height, wide), film.shape[1:], strict=True)))
@@ -284,10 +312,8 @@ def save_film(
         page[top : top + height, left : left + wide] = grey[t][look][..., None]
         for above, below, start, end in axes:
             page[above:below, round(start + (end - start) * t / max(len(film) - 1, 1))] = 0
-        pages.append(Image.fromarray(page).quantize(128, dither=Image.Dither.NONE))
-    duration = max(20, round(200 / rate) * 10)  # ms, in hundredths of a second
-    pages[0].save(path, save_all=True, append_images=pages[1:], duration=duration, loop=0)
-    return path
+        pages.append(page)
+    return save_pages(pages, path, rate / 2)
 
 # %% ../nbs/00a_plots.ipynb #8ac7297d
 _Box = tuple[int, int, int, int]

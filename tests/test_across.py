@@ -9,6 +9,7 @@ from cortexlit.insilico import excite
 from cortexlit.insilico.across import across_stimuli, simulated_trials
 from cortexlit.insilico.excite import true_cells
 from cortexlit.insilico.stimuli import Screen, grating_table, render_gratings
+from cortexlit.simulate.session import FIELD, embedded_session, load_truth, receptive_fields, resize
 
 SCREEN = Screen(rate=30.168)
 
@@ -36,6 +37,27 @@ def test_the_unit_of_drive_is_found_again(monkeypatch, cells):
     true_cells("tiny", SCREEN)
     monkeypatch.setattr(excite, "energy_scale", None)  # would be called
     assert (true_cells("tiny", SCREEN).scale == cells.scale).all()
+
+
+def test_other_films_give_another_unit(monkeypatch, cells):
+    monkeypatch.setattr(excite, "natural_movie", lambda name, frames: np.zeros((frames, 2, 2), np.uint8))
+    monkeypatch.setattr(excite, "energy_scale", lambda neurons, size: np.ones(len(neurons)))
+    assert (true_cells("tiny", SCREEN).scale == 1).all() and not (cells.scale == 1).any()
+
+
+def test_neurons_of_the_other_session_see_the_middle_of_a_taller_screen():
+    tall = Screen(degrees=(120 * 120 / 152, 120.0))
+    cells = true_cells("tiny", tall, session="B")
+    known = load_truth(embedded_session("tiny"), 900000002)
+    np.testing.assert_allclose(cells.neurons["azimuth"], known["azimuth"], rtol=1e-5)
+    pictures = np.random.default_rng(0).normal(size=(3, 36, 64)).astype(np.float32)
+    middle = resize(resize(pictures, (120, 64))[:, 22:98], FIELD)
+    direct = np.einsum("nkhw,bhw->bnk", receptive_fields(cells.neurons), middle)
+    found = np.einsum("nkhw,bhw->bnk", cells.fields.numpy(), pictures)
+    np.testing.assert_allclose(found, direct, rtol=1e-3, atol=1e-3)
+    for wrong in ({"session": "C"}, {"screen": Screen(degrees=(40.0, 120.0))}):
+        with pytest.raises(DataError, match="60 high or more"):
+            true_cells(**{"size": "tiny", "screen": tall} | wrong)
 
 
 def test_trials_are_noise_around_what_is_expected(cells, films):

@@ -23,7 +23,7 @@ ALLOWED = {
     "models": {"core", "metrics"},
     "training": {"core", "shown", "metrics", "data", "simulate", "models"},
     "evaluation": {"core", "metrics"},
-    "insilico": {"core", "metrics", "data", "simulate", "models", "training", "evaluation"},
+    "insilico": {"core", "metrics", "plots", "data", "simulate", "models", "training", "evaluation"},
     "front": {"core", "metrics", "data", "simulate", "models", "training", "evaluation"},
     "cli": {"core", "metrics", "plots", "data", "simulate", "models", "training", "evaluation", "insilico"},
 }

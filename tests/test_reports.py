@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import cortexlit as cx
 from cortexlit.cli import app
 from cortexlit.core import DataError, MissingError, check_card, read_json, write_json
-from cortexlit.insilico.excite import exciting_films, fix_contrast, true_cells
+from cortexlit.insilico.excite import exciting_films, fix_contrast, save_stimulus, true_cells
 from cortexlit.insilico.fields import gradient_fields
 from cortexlit.insilico.reports import excite_report, fields_report, tuning_report
 from cortexlit.insilico.stimuli import Screen, open_twin, present, screen_of, white_noise
@@ -187,9 +187,17 @@ def test_the_commands_write_the_same(trained, twin, tmp_path):
     direct = fields_report(twin, tmp_path / "direct", [1, 3], pictures=2)
     np.testing.assert_allclose(direct["azimuth"], [row["azimuth"] for row in told["neurons"]], atol=1e-6)
     done = CliRunner().invoke(
-        app, ["insilico", "tune", *words, "--directions", "6", "--out", str(tmp_path / "t")]
+        app, ["insilico", "tune", *words, "--directions", "6", "--curves", "--out", str(tmp_path / "t")]
     )
     assert done.exit_code == 0 and (tmp_path / "t" / "tuning.png").stat().st_size > 1000
+    told = pd.read_csv(tmp_path / "t" / "tuning.csv")
+    assert told["neuron"].tolist() == [1, 3] and {
+        "c50",
+        "c50_low",
+        "diameter",
+        "suppression",
+        "diameter_r2",
+    } <= set(told)
     done = CliRunner().invoke(
         app,
         [
@@ -213,3 +221,58 @@ def test_the_commands_write_the_same(trained, twin, tmp_path):
     )
     assert done.exit_code and isinstance(done.exception, (DataError, MissingError, SystemExit))
     assert not (tmp_path / "n").exists()
+
+
+def test_what_lies_around_climbs_and_what_is_kept_stays(twin):
+    x, y = twin.screen.angles()
+    masks = np.stack([np.hypot(x, y) < 15, np.hypot(x - 10, y) < 10])
+    held = np.broadcast_to(np.where(masks, 0.7, 0.0)[:, None], (2, 1, 36, 64))
+    up, down = (
+        exciting_films(twin, [3, 1], still=True, steps=6, around=(held, masks), suppress=s)
+        for s in (False, True)
+    )
+    for found in (up, down):
+        np.testing.assert_allclose(found.films[0, :, 0][masks], 0.7, atol=1e-6)
+        assert np.abs(found.films[0, :, 0][~masks]).max() > 0.1
+    assert (up.answers > up.climb[0]).all() and (down.answers < down.climb[0]).all()
+    for wrong in (
+        (held[:1], masks),
+        (held, masks.astype(float)),
+        (2 * held, masks),
+        (held[..., :9], masks),
+        (held.repeat(3, 1), masks),
+    ):
+        with pytest.raises(DataError, match="and bool"):
+            exciting_films(twin, [3, 1], still=True, steps=2, around=wrong)
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp"])
+def test_a_film_is_written_as_its_suffix_says_with_the_screen_in_it(tmp_path, suffix):
+    screen = Screen((9, 16), (30.0, 60.0), rate=25.0)
+    film = np.linspace(-1, 1, 6 * 9 * 16).reshape(6, 9, 16)
+    path = save_stimulus(film, tmp_path / f"a{suffix}", screen, "a ramp", enlarge=2)
+    with Image.open(path) as opened:
+        told = opened.info["comment"].decode() if suffix == ".gif" else opened.getexif()[0x010E]
+        assert told.startswith("a ramp; 60 x 30 degrees") and "25 Hz" in told
+        assert (opened.n_frames, opened.size) == (6, (32, 18))
+        opened.seek(3)
+        again = np.asarray(opened.convert("L"), float)[::2, ::2] / 127.5 - 1
+        assert opened.info["duration"] == 40
+    np.testing.assert_allclose(again, film[3], atol=0.005)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a", "a.GIF.txt"])
+def test_other_kinds_of_films_are_refused_by_name(tmp_path, name):
+    with pytest.raises(DataError, match=f"(?s){name}.*ends in .gif or .webp"):
+        save_stimulus(np.zeros((2, 36, 64)), tmp_path / name, Screen())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("film", [np.zeros((36, 64)), np.zeros((2, 9, 64)), np.full((2, 36, 64), 1.5),
+                                  np.full((2, 36, 64), np.nan)])  # fmt: skip
+def test_what_is_not_for_the_screen_is_refused_alike_by_all(twin, tmp_path, film):
+    takers = [lambda: save_stimulus(film, tmp_path / "a.gif", Screen()), lambda: present(twin, [film]),
+              lambda: gradient_fields(twin, film)]  # fmt: skip
+    for taker in takers:
+        with pytest.raises(DataError, match="36, 64"):
+            taker()

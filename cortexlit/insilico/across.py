@@ -41,11 +41,7 @@ def simulated_trials(
     >>> expected.shape, trials.shape
     ((2, 8, 30), (3, 2, 8, 30))
     """
-    films = np.asarray(films, np.float32)
-    if films.ndim != 4 or films.shape[2:] != tuple(cells.screen.size) or not np.abs(films).max() <= 1:
-        raise DataError(
-            f"films of shape {films.shape}", expected=f"(clips, frames, {cells.screen.size}), -1 to 1"
-        )
+    films = cells.screen.checked(films, "clips", "frames")
     if repeats < 1:
         raise DataError(f"{repeats} repeats", expected="one or more")
     with torch.inference_mode():

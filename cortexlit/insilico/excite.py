@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['Answer', 'fix_contrast', 'TrueCells', 'true_cells', 'Excited', 'exciting_films', 'save_gif']
+__all__ = ['Answer', 'fix_contrast', 'TrueCells', 'true_cells', 'Excited', 'exciting_films', 'save_stimulus']
 
 # %% ../../neuro_nbs/22_most_exciting_inputs.ipynb #22aa0004
 from collections.abc import Callable, Sequence
@@ -20,12 +20,15 @@ from tqdm.std import tqdm
 
 from ..core import DataError, digest, generated, made_once, rng
 from .stimuli import Screen, Twin
+from ..plots import save_pages
 from cortexlit.simulate.session import (
     FIELD,
     LATENCY,
     MEMORY,
+    WORLD,
     energy_scale,
     make_neurons,
+    natural_movie,
     receptive_fields,
     resize,
     size_named,
@@ -96,6 +99,12 @@ class TrueCells:
     screen: Screen
     lost: int = 12
 
+    @property
+    def liked(self) -> pd.DataFrame:
+        "What each neuron was built for, (n, 5), in the columns of `grating_table`."
+        names = ["direction", "spatial_frequency", "temporal_frequency", "azimuth", "altitude"]
+        return self.neurons.rename(columns={"frequency": "spatial_frequency"})[names]
+
     def energy(self, films: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
         "(k, frames) drive of neuron `rows[i]` by film i of (k, frames, H, W); 1 is its mean over the session's films."
         return self._energy(torch.einsum("bthw,bkhw->bkt", films, self.fields[list(rows)]), list(rows))
@@ -140,25 +149,43 @@ def _resonate(signal: torch.Tensor, hertz: np.ndarray, rate: float) -> torch.Ten
 
 def true_cells(
     size: str,  # of the embedded session: "tiny", "demo" or "full"
-    screen: Screen,
+    screen: Screen,  # 120 degrees wide, 60 high or more, of which the neurons see the middle
     seed: int = 0,  # the mouse
-) -> TrueCells:  # the neurons of session A, in the order of its `neurons.csv`
+    session: str = "A",  # or "B", that of natural scenes
+) -> TrueCells:  # its neurons, in the order of its `neurons.csv`
     """The simulated neurons of an embedded session; seconds the first time, because its films are made.
 
     >>> cells = true_cells("tiny", Screen())
     >>> len(cells.neurons), tuple(cells.fields.shape)
     (8, (8, 2, 36, 64))
     """
-    count = size_named(size).cells
-    neurons = make_neurons(count, seed)[:count].reset_index(drop=True)
-    down, over = (resize(np.eye(n, dtype=np.float32)[None], (m, n))[0] for n, m in zip(screen.size, FIELD, strict=True))  # fmt: skip
-    fields = down.T @ receptive_fields(neurons) @ over
-    return TrueCells(neurons, torch.from_numpy(fields), torch.from_numpy(_scale(neurons, size)), screen)
+    if session not in ("A", "B") or screen.degrees[0] < 60 or screen.degrees[1] != 120:
+        raise DataError(
+            f"session {session!r} on {screen}", expected='"A" or "B", 120 degrees wide, 60 high or more'
+        )
+    count, every = size_named(size).cells, make_neurons(size_named(size).cells, seed)
+    part = slice(count) if session == "A" else slice(-count, None)
+    down, over = (np.eye(n, dtype=np.float32)[None] for n in screen.size)
+    if (tall := round(WORLD[0] * screen.degrees[0] / 60)) > WORLD[0]:
+        first = (tall - WORLD[0]) // 2
+        down = resize(down, (tall, screen.size[0]))[:, first : first + WORLD[0]]
+    down, over = (resize(x, (m, x.shape[2]))[0] for x, m in zip((down, over), FIELD, strict=True))
+    fields = torch.from_numpy(down.T @ receptive_fields(every[part]) @ over)
+    return TrueCells(
+        every[part].reset_index(drop=True), fields, torch.from_numpy(_scale(every[part], size)), screen
+    )
 
 
 def _scale(neurons: pd.DataFrame, size: str) -> np.ndarray:
     "Mean energy of each neuron over the session's films, which are made once and not again."
-    made_from = {"size": size, "neurons": digest(neurons.drop(columns="kind").to_numpy(float).tolist())}
+    films = {
+        name: natural_movie(name, 2).tolist() for name in size_named(size).movie_frames
+    }  # another simulator: others
+    made_from = {
+        "size": size,
+        "neurons": digest(neurons.drop(columns="kind").to_numpy(float).tolist()),
+        "films": digest(films),
+    }
     path = generated("insilico", f"scale-{digest(made_from)}.npy")
     return made_once(path, made_from, lambda: energy_scale(neurons, size).astype(np.float32))
 
@@ -236,13 +263,17 @@ def exciting_films(
     steps: int = 20,  # at most
     unseen: Twin | None = None,  # a replicate that chooses among the steps; None: the subject itself
     suppress: bool = False,  # True: films for which the answer is lowest
+    around: tuple[np.ndarray, np.ndarray]
+    | None = None,  # (rows, frames, H, W) films and (rows, H, W) where they stay
     batch_size: int = 64,  # films in one pass
     progress: bool = False,  # show a bar
 ) -> Excited:
     """Climb from noise to the film that each neuron answers most (or least), all neurons in one batch.
 
-    The same seed gives the same film, whichever neurons are asked with it. `DataError` for rows, frames or
-    seeds that make no sense, and for an unseen model of other neurons.
+    The same seed gives the same film, whichever neurons are asked with it. With `around`, a film of each
+    neuron is kept where its mask says, and only what lies around it climbs; contrast is then that of a film
+    before the part is put back. `DataError` for rows, frames or seeds that make no sense, and for an
+    unseen model of other neurons.
 
     >>> found = exciting_films(twin, [3, 5], unseen=demo_twin(seed=1))  # doctest: +SKIP
     """
@@ -253,22 +284,38 @@ def exciting_films(
     parts = [pairs[k : k + batch_size] for k in range(0, len(pairs), batch_size)]
     bar = tqdm(desc="climbing", total=len(parts) * steps, unit="step", disable=not progress, leave=False)
     sign, made = (-1.0 if suppress else 1.0), 1 if still else frames
+    kept = _kept(around, (len(rows), made, *subject.screen.size))
     asks = [_answer(s, frames) for s in ((subject,) if unseen is None else (subject, unseen))]
     found = [_climbed(asks, part, _smoother(made, subject.screen), (made, *subject.screen.size),
-                      contrast, steps, sign, bar) for part in parts]  # fmt: skip
+                      contrast, steps, sign, bar, kept([rows.index(r) for _, r in part])) for part in parts]  # fmt: skip
     bar.close()
-    films, answers, other, kept, climb = (np.concatenate(v) for v in zip(*found, strict=True))
+    films, answers, other, at, climb = (np.concatenate(v) for v in zip(*found, strict=True))
     shape = (len(seeds), len(rows))
     other = other if unseen is not None else np.full_like(other, np.nan)
     climb = climb.T.reshape(-1, *shape)
     return Excited(rows, films.reshape(*shape, *films.shape[1:]), answers.reshape(shape),
-                   other.reshape(shape), kept.reshape(shape), climb)  # fmt: skip
+                   other.reshape(shape), at.reshape(shape), climb)  # fmt: skip
 
 
 def _fewest(subject: Twin | TrueCells) -> int:
     "Frames of the shortest film that is answered, or 13 where one would do."
     vivit = not isinstance(subject, TrueCells) and subject.model.config.core == "vivit"
     return int(subject.model.config.patch[0]) if vivit else 13
+
+
+def _kept(
+    around: tuple[np.ndarray, np.ndarray] | None, shape: tuple[int, ...]
+) -> Callable[[list[int]], Callable]:
+    "Positions of rows to what puts the kept part of their films, or a number, back into it."
+    if around is None:
+        return lambda rows: lambda x, put=None: x
+    films, masks = np.asarray(around[0], np.float32), np.asarray(around[1])
+    still = (shape[0], *shape[2:])
+    if films.shape != shape or masks.shape != still or masks.dtype != bool or not np.abs(films).max() <= 1:
+        raise DataError(f"films of shape {films.shape}, masks of shape {masks.shape} and type {masks.dtype}",
+                        expected=f"{shape}, -1 to 1, and bool {still}")  # fmt: skip
+    film, mask = torch.from_numpy(films), torch.from_numpy(masks)[:, None]
+    return lambda rows: lambda x, put=None: torch.where(mask[rows], film[rows] if put is None else put, x)
 
 
 def _check(subject: Twin | TrueCells, rows: tuple[int, ...], frames: int, contrast: float,
@@ -286,12 +333,13 @@ def _check(subject: Twin | TrueCells, rows: tuple[int, ...], frames: int, contra
 
 # %% ../../neuro_nbs/22_most_exciting_inputs.ipynb #22aa0016
 def _climbed(asks: list[Answer], pairs: list[tuple[int, int]], smooth: Callable, shape: tuple[int, ...],
-             contrast: float, steps: int, sign: float, bar: tqdm, every: int = 4, patience: int = 3
+             contrast: float, steps: int, sign: float, bar: tqdm,
+             keep: Callable[[torch.Tensor], torch.Tensor], every: int = 4, patience: int = 3
              ) -> tuple[np.ndarray, ...]:  # fmt: skip
     "Films, answers of both models, the step of each film, and the answers on the way, (k, steps + 1)."
     rows = [row for _, row in pairs]
     noise = np.stack([rng(s, "exciting films", r).standard_normal(shape, np.float32) for s, r in pairs])
-    x = _fixed(smooth(torch.from_numpy(noise)), contrast)
+    x = keep(_fixed(smooth(torch.from_numpy(noise)), contrast))
     best, kept = x.clone(), np.zeros(len(rows), int)
     top, climb, since = np.full(len(rows), -np.inf), np.full((len(rows), steps + 1), np.nan), 0
     for k in range(steps + 1):
@@ -307,38 +355,29 @@ def _climbed(asks: list[Answer], pairs: list[tuple[int, int]], smooth: Callable,
         if k == steps or since >= patience:
             break
         (gradient,) = torch.autograd.grad(sign * answer.sum(), x)
-        gradient = smooth(gradient)
+        gradient = smooth(keep(gradient, torch.zeros(())))
         size = gradient.square().mean((1, 2, 3), keepdim=True).sqrt().clamp_min(1e-20)
-        x = _fixed(x.detach() + contrast * (1 - 0.9 * k / steps) * gradient / size, contrast)
+        x = keep(_fixed(x.detach() + contrast * (1 - 0.9 * k / steps) * gradient / size, contrast))
         bar.update()
     return best.numpy(), climb[np.arange(len(rows)), kept], sign * top, kept, climb
 
 # %% ../../neuro_nbs/22_most_exciting_inputs.ipynb #22aa0039
-def save_gif(
+def save_stimulus(
     film: np.ndarray,  # (frames, H, W) contrast, -1 to 1
-    path: str | Path,  # to write, .gif
+    path: str | Path,  # to write, .gif or .webp
     screen: Screen,
     caption: str = "",  # what it is
-    enlarge: int = 4,  # screen pixels to a side of a GIF pixel
+    enlarge: int = 4,  # sides of a pixel of the screen, in pixels of the file
 ) -> Path:
-    """Write a film as a GIF, the size of the screen and its frame rate in the comment; `DataError` for no film.
+    """Write a film with the size of the screen and its frame rate in the comment, as `save_pages`.
 
-    >>> save_gif(found.films[0, 0], "neuron3.gif", twin.screen, "neuron 3")  # doctest: +SKIP
+    >>> save_stimulus(found.films[0, 0], "neuron3.gif", twin.screen, "neuron 3")  # doctest: +SKIP
     """
-    from PIL import Image
-
-    film, path = np.asarray(film), Path(path)
-    if film.ndim != 3 or film.shape[1:] != tuple(screen.size) or not np.abs(film).max() <= 1:
-        raise DataError(f"a film of shape {film.shape}", expected=f"(frames, {screen.size}), -1 to 1")
-    if path.suffix != ".gif" or enlarge < 1:
-        raise DataError(
-            f"{path.name}, enlarged {enlarge} times", expected="a name that ends in .gif, 1 or more"
-        )
+    film = screen.checked(film, "frames")
+    if enlarge < 1:
+        raise DataError(f"enlarged {enlarge} times", expected="1 or more")
     large = np.round(127.5 * (film + 1)).astype(np.uint8).repeat(enlarge, 1).repeat(enlarge, 2)
-    pages = [Image.fromarray(page) for page in large]
     kind = "warped" if screen.warped else "flat"
     about = (f"{caption}; {screen.degrees[1]:g} x {screen.degrees[0]:g} degrees (width x height, {kind}), "
              f"{len(film)} frames at {screen.rate:.4g} Hz, RMS contrast {film.std():.3f}, grey 0")  # fmt: skip
-    pages[0].save(path, save_all=True, append_images=pages[1:], duration=round(100 / screen.rate) * 10,
-                  loop=0, comment=about.strip("; ").encode())  # fmt: skip
-    return path
+    return save_pages(large, path, screen.rate, about.strip("; "))

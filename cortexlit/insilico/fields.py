@@ -40,9 +40,7 @@ def gradient_fields(
 
     >>> linear, axes = gradient_fields(twin, white_noise(twin.screen, 24))  # doctest: +SKIP
     """
-    pictures = np.asarray(pictures, np.float32)
-    if pictures.ndim != 3 or pictures.shape[1:] != tuple(twin.screen.size) or not np.abs(pictures).max() <= 1:
-        raise DataError(f"pictures of shape {pictures.shape}", expected=f"(n, {twin.screen.size}), -1 to 1")
+    pictures = twin.screen.checked(pictures, "pictures")
     parts = [pictures[k : k + batch_size] for k in range(0, len(pictures), batch_size)]
     if len(pictures) < 2 or any(len(p) > 1 and (p[1:] == p[:1]).all() for p in parts):
         raise DataError("one picture, or the same again and again", expected="two or more that differ")

@@ -14,7 +14,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..core import DataError, atomic_folder, provenance, write_card, write_json
-from .excite import _fewest, exciting_films, save_gif
+from .curves import curve_tuning, own_gratings
+from .excite import _fewest, exciting_films, save_stimulus
 from .fields import fit_gabors, gradient_fields
 from .stimuli import Twin, grating_table, present, white_noise
 from .tuning import grating_tuning, show_gratings
@@ -55,7 +56,7 @@ def _write(
         for name, array in arrays.items():
             np.save(folder / f"{name}.npy", array.astype(np.float32))
         for name, film in (gifs or {}).items():
-            save_gif(film, folder / f"{name}.gif", twin.screen, f"{name.replace('_', ' ')}, by a model")
+            save_stimulus(film, folder / f"{name}.gif", twin.screen, f"{name.replace('_', ' ')}, by a model")
         about = {"kind": kind, "mouse": twin.mouse, "model": type(twin.model).__name__, "shown": shown,
                  "validation correlation": twin.scores, "neurons": len(table)}  # fmt: skip
         write_json(folder / f"{kind}.json", about | {"rows": table.to_dict("records")} | provenance())
@@ -70,10 +71,14 @@ def tuning_report(
     spatial_frequencies: Sequence[float] = (0.02, 0.04, 0.08),  # cycles per degree
     temporal_frequencies: Sequence[float] = (1.0, 2.0, 4.0),  # Hz
     phases: int = 2,  # of each grating
+    curves: bool = False,  # True: contrast and size, too, by gratings of each neuron's own
     overwrite: bool = False,
     progress: bool = False,  # show a bar
 ) -> pd.DataFrame:  # a row for each neuron: neuron, cell_id, validation_correlation, then as `grating_tuning`
     """Show drifting gratings to a model and write what its neurons prefer.
+
+    With `curves`, columns of `curve_tuning` over contrast and diameter follow. Gratings have the direction and
+    the spatial frequency that the model's neuron prefers, and lie where a Gabor fits its gradients.
 
     Examples
     --------
@@ -86,10 +91,33 @@ def tuning_report(
               "temporal_frequency": temporal_frequencies, "phase": np.arange(phases) / phases}  # fmt: skip
     gratings = grating_table(**values)
     answers = show_gratings(twin, gratings, progress=progress)[:, rows]
-    table = _table(twin, rows, grating_tuning(gratings, answers))
+    found = grating_tuning(gratings, answers)
+    if curves:
+        found = found.join(_own_curves(twin, rows, found, gratings["spatial_frequency"].iloc[0], progress))
+    table = _table(twin, rows, found)
     shown = {name: np.asarray(v, float).tolist() for name, v in values.items()}
     _write(out, "tuning", twin, table, shown, _curves(gratings, answers, table), overwrite, answers=answers)
     return table
+
+# %% ../../neuro_nbs/21a_reports.ipynb #d7f8257e
+_OVER = {"contrast": (0.05, 0.1, 0.2, 0.4, 0.8), "diameter": (5.0, 10.0, 20.0, 40.0, 80.0)}
+
+
+def _own_curves(
+    twin: Twin, rows: np.ndarray, found: pd.DataFrame, frequency: float, progress: bool
+) -> pd.DataFrame:
+    "Tuning of each neuron to contrast and to size, by gratings of its own."
+    _, axes = gradient_fields(twin, white_noise(twin.screen, 12), rows=rows.tolist(), progress=progress)
+    own = fit_gabors(axes[:, 0], twin.screen)[["azimuth", "altitude"]].fillna(0.0)
+    own["direction"] = found["direction"]
+    own["spatial_frequency"] = found.get("spatial_frequency", pd.Series(frequency, index=own.index))
+    parts = []
+    for over, values in _OVER.items():
+        shown = {over: values, "phase": (0, 0.5)}
+        gratings, answers = own_gratings(twin, own, rows.tolist(), progress=progress, **shown)
+        fit = curve_tuning(gratings, answers, over)
+        parts.append(fit.rename(columns={"r2": f"{over}_r2", "top": "contrast_top"}))
+    return pd.concat(parts, axis=1)
 
 # %% ../../neuro_nbs/21a_reports.ipynb #21ba0011
 _DRAWN = 12  # neurons in a figure, the best predicted ones

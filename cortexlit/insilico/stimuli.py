@@ -78,6 +78,16 @@ class Screen:
         altitude = np.arctan2(np.broadcast_to(-y[:, None], self.size), np.hypot(1, x))
         return np.rad2deg(azimuth), np.rad2deg(altitude)
 
+    def checked(self, pictures: np.ndarray, *axes: str) -> np.ndarray:
+        "Pictures (*axes, H, W) as float32; `DataError` unless they have the pixels of the screen and contrasts, -1 to 1."
+        pictures = np.asarray(pictures, np.float32)
+        expected = f"({', '.join((*axes, *map(str, self.size)))}), -1 to 1; grey is 0, black -1, white 1"
+        if pictures.ndim != len(axes) + 2 or pictures.shape[-2:] != tuple(self.size):
+            raise DataError(f"a stimulus of shape {pictures.shape}", expected)
+        if not np.abs(pictures).max(initial=0) <= 1:
+            raise DataError("contrasts beyond -1 and 1, or not a number", expected)
+        return pictures
+
     @property
     def finest(self) -> float:
         "The highest spatial frequency that the pixels can carry, cycles per degree."
@@ -455,17 +465,10 @@ def present(
 
 def _fitting(film: np.ndarray, twin: Twin) -> np.ndarray:
     "A film that the model can be shown, or `DataError`."
-    least, most = (
-        (twin.model.config.patch[0] if twin.model.config.core == "vivit" else 1),
-        twin.model.config.frames,
-    )
-    if film.ndim != 3 or film.shape[1:] != tuple(twin.screen.size) or not least <= len(film) <= most:
-        raise DataError(
-            f"a film of shape {film.shape}",
-            expected=f"({least} to {most} frames, {twin.screen.size[0]}, {twin.screen.size[1]})",
-        )
-    if not np.abs(film).max() <= 1:
-        raise DataError("contrasts beyond -1 and 1, or not a number", expected="grey 0, black -1, white 1")
+    film, config = twin.screen.checked(film, "frames"), twin.model.config
+    least = config.patch[0] if config.core == "vivit" else 1
+    if not least <= len(film) <= config.frames:
+        raise DataError(f"a film of {len(film)} frames", expected=f"{least} to {config.frames} frames")
     return film
 
 # %% ../../neuro_nbs/20_in_silico_stimuli.ipynb #20a10027
