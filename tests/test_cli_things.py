@@ -16,7 +16,7 @@ from cortexlit.data.things import ThingsDataset, build_things, load_properties, 
 from cortexlit.evaluation.decoding import score_subject
 from cortexlit.evaluation.scores import ScoreSheet
 from cortexlit.simulate.subject import write_things
-from cortexlit.training.decoders import fold_tiers
+from cortexlit.training.decoders import decoding_tiers
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 
@@ -103,7 +103,7 @@ def test_a_search_stays_within_its_fold(study, cache, tmp_path, capsys, monkeypa
     assert code == 0 and found["best"]["layers"] in (1, 2) and len(found["trials"]) == 2, found
     data = ThingsDataset(cache, load_properties(study / "ratings"), "visual")
     seen, split = read_json(tmp_path / "search" / "marks.json"), split_by_concept(data.trials, 3, 0)
-    train, validation, test = fold_tiers(data, split, 1)
+    train, validation, test = decoding_tiers(data, split, 1)
     assert not set(sample_marks(test)) & set(seen)
     assert set(sample_marks(train)) | set(sample_marks(validation)) == set(seen)
     for wrong, told in ((["--fold", "3"], "0 to 2"), (["--set", "depth=1,2"], "layers, noise, mixing")):

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['FoldFits', 'fit_folds', 'fold_tiers']
+__all__ = ['FoldFits', 'fit_folds', 'decoding_tiers']
 
 # %% ../../neuro_nbs/13a_decoder_training.ipynb #380ab42d
 import time
@@ -314,7 +314,7 @@ def _standardised(data: Any, rows: list[np.ndarray], k: int) -> tuple[list[_Part
     return [_Part(data, r, mean, spread) for r in rows], mean, spread
 
 
-def fold_tiers(
+def decoding_tiers(
     data: Any,  # trials with ratings, as for `fit_folds`
     split: Split,
     k: int = 0,  # the fold
@@ -326,7 +326,7 @@ def fold_tiers(
     `brain`, a subject with ratings from `open_dataset`:
 
     >>> import cortexlit as cx
-    >>> train, validation, test = fold_tiers(brain, cx.split_by_concept(brain.trials))
+    >>> train, validation, test = decoding_tiers(brain, cx.split_by_concept(brain.trials))
     >>> len(train) + len(validation) + len(test) == len(brain)
     True
     """

@@ -57,7 +57,7 @@ from ..data.scenes import ScenesDataset
 from ..data.splits import Split
 from ..models.adapters import Adapters
 from ..models.vit3d import decoder
-from .decoders import fold_tiers
+from .decoders import decoding_tiers
 from .features import fingerprint
 from .recipes import DECODER_RECIPE, SCENE_RECIPE, Recipe
 from .scenes import first_model
@@ -654,7 +654,7 @@ def tune_decoder(
     seed: int = 0,  # of the search, the weights and the order of trials
     **options: Any,  # of `tune`, `fit` and `decoder`, in place of those of `DECODER_RECIPE`
 ) -> Tuning:
-    """Search on one fold of a subject; `fold_tiers(data, split, k)[2]` is what `Tuning.open_test` takes.
+    """Search on one fold of a subject; `decoding_tiers(data, split, k)[2]` is what `Tuning.open_test` takes.
 
     Examples
     --------
@@ -674,5 +674,5 @@ def tune_decoder(
     def build(parameters: dict[str, Any]) -> PreTrainedModel:
         return decoder(data, model, **{**own, **parameters})()
 
-    tiers = fold_tiers(data, split, k)[:2]
+    tiers = decoding_tiers(data, split, k)[:2]
     return tune(build, tiers, space, seed=seed, **_given_once(DECODER_RECIPE.fit, space, options))
