@@ -504,7 +504,6 @@ def test_checkpointing_changes_nothing_but_memory(make):
     [{}, {"attention": "local", "mask": brain()}, {"attention": "hilo"}, {"token_positions": "rotary", "emb_dim": 24},
      {"scales": "two"}, {"scales": "fused"}, {"mixing": 0.4, "noise": 1.0},
      {"grid": (8, 8, 8), "patch": (4, 4, 4), "channels": (4,)}],
-    ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
 def test_bfloat16_weights_answer_and_learn_nearly_as_float32(options, given):
