@@ -52,6 +52,18 @@ def test_loss_is_cross_entropy_and_gradients_reach_every_weight(kind):
     assert all(p.grad.abs().sum() > 0 for p in model.parameters() if p.ndim > 1)
 
 
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+def test_bfloat16_weights_answer_and_learn(kind):
+    made = small(kind).eval()
+    volume, labels = torch.randn(4, 1, 5, 6, 4), torch.tensor([0, 1, 0, 1])
+    with torch.no_grad():
+        full = made(volume=volume).logits
+        half = made.to(torch.bfloat16)(volume=volume).logits
+    assert (half.float() - full).norm() < 0.05 * full.norm()
+    made.train()(volume=volume, labels=labels).loss.backward()
+    assert all(torch.isfinite(weight.grad).all() for weight in made.parameters())
+
+
 def test_published_architecture():
     paper = ConceptClassifier(ClassifierConfig.study("cnn", (8, 8, 8), NAMES))
     convolutions = [m.out_channels for m in paper.modules() if isinstance(m, torch.nn.Conv3d)]

@@ -416,3 +416,13 @@ def test_an_empty_stack_is_the_identity():
     x = numbers(1, 2, 16)
     assert Transformer(0, **SIZES)(x) is x
     assert isinstance(Transformer(1, **SIZES).blocks, nn.ModuleList)
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_frozen_projection_does_not_keep_its_input(learns):
+    project, x, kept = Projection(6, 4).requires_grad_(learns), torch.randn(2, 5, 6, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        y = project(x)
+    assert (x.numel() in kept) == learns
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(grad, project.weight.sum(0).expand_as(x))

@@ -24,7 +24,7 @@ from cortexlit.metrics import single_trial_correlation
 from cortexlit.models.adapters import Adapters, load_adapters
 from cortexlit.models.losses import LOSSES
 from cortexlit.models.viv1t import ViV1T, ViViT
-from cortexlit.training.trainer import Fit, _Batches, _last_checkpoint, fit, predict
+from cortexlit.training.trainer import Fit, _Batches, _collate, _last_checkpoint, fit, predict
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 CURVES = Fit.curves
@@ -550,3 +550,14 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
         assert read_json(two.folder / "provenance.json")["seed"] == 0
         columns = [c for c in one.history if c != "seconds"]
         np.testing.assert_allclose(two.history[columns], one.history[columns], rtol=1e-3, atol=1e-4)
+
+
+def test_a_batch_of_one_sample_is_its_tensors_and_no_copy():
+    item = {"labels": torch.rand(2, 3), "features": torch.rand(4), "mouse_id": "A", "weight": 0.5}
+    batch, joined = _collate([item]), _collate([item, item])
+    for name, value in joined.items():
+        if name == "mouse_id":
+            assert batch[name] == value == "A"
+        else:
+            torch.testing.assert_close(batch[name], value[:1])
+    assert batch["features"].data_ptr() == item["features"].data_ptr()

@@ -497,3 +497,29 @@ def test_checkpointing_changes_nothing_but_memory(make):
     for a, b in zip(before, after, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
     assert little < much / 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"attention": "local", "mask": brain()}, {"attention": "hilo"}, {"token_positions": "rotary", "emb_dim": 24},
+     {"scales": "two"}, {"scales": "fused"}, {"mixing": 0.4, "noise": 1.0},
+     {"grid": (8, 8, 8), "patch": (4, 4, 4), "channels": (4,)}],
+)  # fmt: skip
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+def test_bfloat16_weights_answer_and_learn_nearly_as_float32(options, given):
+    torch.manual_seed(0)
+    hybrid = "channels" in options
+    made = (
+        CNNViT(CNNViTConfig(**SMALL | options)) if hybrid else ViT3D(ViT3DConfig(**SMALL | options))
+    ).eval()
+    volume, labels = torch.randn(3, 1, *made.config.grid), torch.rand(3, 3)
+    with torch.no_grad():
+        full = made(volume=volume).logits
+        half = made.to(torch.bfloat16)(volume=volume.to(given)).logits
+    assert (half.float() - full).norm() < 0.05 * full.norm()
+    before = [weight.detach().clone() for weight in made.train().parameters()]
+    optimizer = torch.optim.AdamW(made.parameters(), lr=0.1)
+    made(volume=volume.to(given), labels=labels).loss.backward()
+    optimizer.step()
+    for old, weight in zip(before, made.parameters(), strict=True):
+        assert torch.isfinite(weight).all() and not torch.equal(old, weight)

@@ -24,6 +24,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..core import DataError, rng
+from .readouts import as_weights
 from .viv1t import Saved, _check_sizes, _refuse_unknown
 
 # %% ../../neuro_nbs/16_classifiers.ipynb #1b5a2104
@@ -255,7 +256,7 @@ class ConceptClassifier(Saved, PreTrainedModel):
             raise DataError(f"{name}: {found}", expected=f"(batch, {', '.join(map(str, expected))})")
         if self.training and self.config.noise:
             x = x + self.config.noise * torch.randn_like(x) * (x != 0)
-        logits = self.layers(x)
+        logits = self.layers(as_weights(self, x))
         return ClassifierOutput(None if labels is None else F.cross_entropy(logits, labels), logits)
 
     @staticmethod

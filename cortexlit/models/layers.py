@@ -75,7 +75,8 @@ def project(
     [[[3.0], [3.0]]]
     """
     plain = x.device.type == "cpu" and x.dtype == torch.float32 and x.ndim == 3
-    if not plain or torch.is_autocast_enabled("cpu"):
+    frozen = torch.is_grad_enabled() and not weight.requires_grad  # a convolution would keep x all the same
+    if not plain or frozen or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight)
     image = x.transpose(1, 2).unsqueeze(2)  # (samples, inputs, 1, tokens): a view, channels last in memory
     return F.conv2d(image, weight[..., None, None]).squeeze(2).transpose(1, 2)

@@ -30,6 +30,7 @@ from transformers.utils import ModelOutput
 from ..core import DataError, need_memory
 from .attention import attend, attention_weights
 from .efficient import HiLoAttention, rotary_angles, rotate
+from .readouts import as_weights
 from .v1t import V1T
 from .viv1t import Saved, _check_sizes, _refuse_unknown
 
@@ -607,7 +608,7 @@ class ViT3D(Saved, PreTrainedModel):
         voxels = self._voxels(volume, voxels)
         if self.training and self.config.noise:
             voxels = voxels + self.config.noise * torch.randn_like(voxels)
-        x = self.embedding(voxels)
+        x = self.embedding(as_weights(self.embedding, voxels))
         x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1)
         return self.dropout(x + self.positions if self.config.token_positions == "learned" else x)
 

@@ -730,9 +730,10 @@ class Heads(Saved):
         mode: bool = True,  # False: evaluation
     ) -> Heads:
         "Switch dropout and sampling on or off; a core without trainable parameters stays in evaluation mode."
-        super().train(mode)
-        if mode and not any(parameter.requires_grad for parameter in self.core.parameters()):
-            self.core.eval()
+        self.training = mode
+        learns = mode and any(parameter.requires_grad for parameter in self.core.parameters())
+        for part in self.children():
+            part.train(learns if part is self.core else mode)
         return self
 
     def freeze_core(self) -> Heads:  # the model itself

@@ -114,7 +114,13 @@ class _Mice:
 def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     "A batch of samples of one mouse."
     mouse = {"mouse_id": items[0]["mouse_id"]} if "mouse_id" in items[0] else {}
-    batch = default_collate(items) | mouse
+    if len(items) == 1:  # nothing to join: no copy
+        batch = {
+            k: v[None] if isinstance(v, torch.Tensor) else default_collate([v]) for k, v in items[0].items()
+        }
+    else:
+        batch = default_collate(items)
+    batch |= mouse
     if not torch.isfinite(batch.get("labels", torch.zeros(1))).all():
         raise DataError(
             "labels: values that are not finite (NaN or infinity), in this batch of training or validation samples",
