@@ -654,7 +654,7 @@ def tune_decoder(
     seed: int = 0,  # of the search, the weights and the order of trials
     **options: Any,  # of `tune`, `fit` and `decoder`, in place of those of `DECODER_RECIPE`
 ) -> Tuning:
-    """Search on one fold of a subject; `decoding_tiers(data, split, k)[2]` is what `Tuning.open_test` takes.
+    """Search on one fold of a subject; `decoding_tiers(data, split, k)[2]` is its test.
 
     Examples
     --------
