@@ -88,7 +88,7 @@ def _show(title: str, rows: pd.DataFrame | list[dict[str, Any]]) -> None:
 
 
 def _print_json(obj: Any) -> None:
-    print(json.dumps(core._plain(obj), indent=1, allow_nan=False))
+    print(json.dumps(core.plain_values(obj), indent=1, allow_nan=False))
 
 
 def _tell_card(folder: Path, as_json: bool, *fields: str) -> None:
@@ -1236,7 +1236,7 @@ def clear_demo(out: Path) -> None:
     folders = [*_sheets_of(out).values(), *_demo_folders(out).values()]
     core.check_out(out)
     for folder in folders:
-        ScoreSheet._replaceable(folder)
+        ScoreSheet.check_replaceable(folder)
     for folder in folders:
         for name in ("scores.json", "scores.csv", "scores.png"):
             (folder / name).unlink(missing_ok=True)
