@@ -385,7 +385,12 @@ Epochs = Annotated[int | None, typer.Option(help="In place of those of the recip
 Rate = Annotated[float | None, typer.Option(help="Highest learning rate, likewise.")]
 Batch = Annotated[int | None, typer.Option(help="Samples in a step, likewise.")]
 Resume = Annotated[bool, typer.Option(help="Go on with a run that is in the folder.")]
-Last = Annotated[int, typer.Option(help="Frames at the end of each clip that are fitted and scored.")]
+Last = Annotated[
+    int | None,
+    typer.Option(
+        help="Frames at the end of each clip that are fitted and scored; default 66 of 140, in proportion."
+    ),
+]
 
 
 def _options(scale: str | None, core_given: str | None) -> tuple[str, dict]:
@@ -424,7 +429,7 @@ def fit_command(
         Path | None, typer.Option(help="Run folder; default one in _runs named after all options.")
     ] = None,
     scale: Scale = None,
-    last: Last = 66,
+    last: Last = None,
     epochs: Epochs = None,
     lr: Rate = None,
     batch_size: Batch = None,
@@ -501,7 +506,7 @@ def grid(
         typer.Option(help="Database URL, or journal:///FILE, shared by workers; default SQLite in --out."),
     ] = None,
     scale: Scale = None,
-    last: Last = 66,
+    last: Last = None,
     resume: Annotated[bool, typer.Option(help="Go on with a grid that is in --out.")] = True,
     as_json: Json = False,
 ) -> None:
@@ -581,7 +586,7 @@ def folds(
     ] = False,
     core_folder: Core = None,
     scale: Scale = None,
-    last: Last = 66,
+    last: Last = None,
     out: Annotated[Path | None, typer.Option(help="Folder for scores.csv and scores.json.")] = None,
     as_json: Json = False,
 ) -> None:

@@ -13,8 +13,8 @@ import numpy as np
 from .core import DataError
 
 # %% auto #0
-__all__ = ['CONSTANT', 'mean_score', 'single_trial_correlation', 'flattened_correlation', 'correlation_to_average',
-           'explainable_variance', 'feve', 'cc_norm', 'r2_er']
+__all__ = ['CONSTANT', 'scored_frames', 'mean_score', 'single_trial_correlation', 'flattened_correlation',
+           'correlation_to_average', 'explainable_variance', 'feve', 'cc_norm', 'r2_er']
 
 # %% ../neuro_nbs/04_metrics.ipynb #a653b101
 def scored_window(last: int | None, **arrays: np.ndarray) -> list[np.ndarray]:
@@ -42,6 +42,19 @@ def scored_window(last: int | None, **arrays: np.ndarray) -> list[np.ndarray]:
 CONSTANT = (
     1e-12  # a trace whose variance is at most this share of its neuron's mean square counts as constant
 )
+
+# %% ../neuro_nbs/04_metrics.ipynb #502c0f30
+def scored_frames(
+    frames: int,  # of a clip
+) -> int:
+    """Frames at the end of a clip that are scored if nothing is said: 66 of 140, in proportion for other lengths.
+
+    Examples
+    --------
+    >>> scored_frames(140), scored_frames(70)
+    (66, 33)
+    """
+    return round(66 / 140 * frames)
 
 # %% ../neuro_nbs/04_metrics.ipynb #98997a38
 def require_finite(nan: bool = False, **arrays: np.ndarray) -> None:

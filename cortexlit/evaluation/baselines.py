@@ -27,13 +27,14 @@ from cortexlit.metrics import (
     flattened_correlation,
     mean_score,
     r2_er,
+    scored_frames,
     single_trial_correlation,
 )
 
 # %% auto #0
 __all__ = ['ALPHAS', 'WINDOWS', 'BASELINES', 'REFERENCES', 'ORACLE', 'TRUTH', 'SPLIT_HALVES', 'train_mean', 'repeat_mean',
            'blind_mean', 'validated_ridge', 'behaviour_ridge', 'gabor_bank', 'motion_energy_ridge', 'clip_baselines',
-           'scored_frames', 'score_dataset', 'true_response']
+           'score_dataset', 'true_response']
 
 # %% ../../neuro_nbs/05_baseline.ipynb #d137e960
 def train_mean(
@@ -418,19 +419,6 @@ def _pooled_baselines(root: str | Path, names: Iterable[str]) -> dict[str, np.nd
     each = [clip_baselines(folder, names) for folder in fold_folders(root)]
     none = {name: next((e[name] for e in each if isinstance(e[name], str)), None) for name in each[0]}
     return {name: pool(root, [e[name] for e in each]) if why is None else why for name, why in none.items()}
-
-
-def scored_frames(
-    frames: int,  # of a clip
-) -> int:
-    """Frames at the end of a clip that are scored if nothing is said: 66 of 140, in proportion for other lengths.
-
-    Examples
-    --------
-    >>> scored_frames(140), scored_frames(70)
-    (66, 33)
-    """
-    return round(66 / 140 * frames)
 
 
 def score_dataset(
