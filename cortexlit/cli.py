@@ -298,6 +298,8 @@ def _with_interval(row: Any) -> str:
     "Score and interval of one row, or why there is none."
     if isnan(row.value):
         return "none: " + row.note.split(":")[0]
+    if isnan(row.low):
+        return f"{row.value:.4f} (no interval)"
     return f"{row.value:.4f} ({row.low:.3f} to {row.high:.3f})"
 
 # %% ../neuro_nbs/19_cli.ipynb #9fff2885

@@ -9,6 +9,7 @@ from torch.utils.data import ConcatDataset, Subset
 from toy_training import FRAMES, tiny_model
 from toys import toy_recording
 
+import cortexlit as cx
 from cortexlit.core import DataError
 from cortexlit.data.clips import MouseDataset, build_dataset, load_tier
 from cortexlit.data.exchange import import_arrays
@@ -221,6 +222,16 @@ def test_nobody_has_to_say_how_many_frames_count(inputs, tmp_path):
     assert predict(head.model, test).shape[-1] == 9
     full = Recipe("full", {"adapt": "full", "lr": 0.01, "schedule": "cosine", "epochs": 1})
     assert Grid(inputs[0], [full], [0], core=inputs[1], out=tmp_path / "grid").last == 9
+
+
+def test_a_core_that_skips_frames_is_not_scored_as_if_it_answered_all(inputs, tmp_path):
+    core = tiny_model(core_state=False, stride=(2, 3, 3))
+    core.save_core(tmp_path / "core")
+    head = train_head(
+        inputs[0], tmp_path / "core", last=6, epochs=1, batch_size=4, out=tmp_path / "head", progress=False
+    )
+    with pytest.raises(DataError, match="one frame in 2"):
+        cx.score(inputs[0], head)
 
 
 # --- pictures
