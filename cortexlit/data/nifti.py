@@ -20,7 +20,6 @@ from cortexlit.data.things import (
     Things,
     ThingsLayout,
     TrialIndex,
-    identifier,
     needs_columns,
     on_grid,
     one_valued,
@@ -28,6 +27,7 @@ from cortexlit.data.things import (
     read_nifti,
     read_text_table,
     trial_index,
+    with_underscores,
 )
 
 # %% auto #0
@@ -160,7 +160,9 @@ def _trials_of(table: pd.DataFrame, root: Path) -> tuple[np.ndarray, TrialIndex]
     if "volume" not in rows:
         rows["volume"] = rows.groupby("file").cumcount()
     rows["image"] = rows["image"].astype(str)
-    rows["concept"] = (rows["concept"].astype(str) if "concept" in rows else rows["image"]).map(identifier)
+    rows["concept"] = (rows["concept"].astype(str) if "concept" in rows else rows["image"]).map(
+        with_underscores
+    )
     rows["role"] = rows["role"] if "role" in rows else "train"
     for name, low in (("session", 1), ("run", 1), ("volume", 0)):
         rows[name] = whole(name, rows[name] if name in rows else np.ones(len(rows), int), low=low, path=root)

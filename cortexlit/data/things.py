@@ -36,7 +36,7 @@ from cortexlit.core import (
 from .checks import finite, load_arrays, same_length, shaped, unique, whole
 from .folder import check_folder, finish_folder, finite_file
 from .opendata import OpenFile, fetch
-from .splits import Split, identifier
+from .splits import Split, with_underscores
 from ..shown import Shown, picture_html
 
 # %% auto #0
@@ -111,7 +111,7 @@ def concept_of(
     'dog'
     """
     name = image.replace("\\", "/").rsplit("/", 1)[-1]
-    return identifier(name.rsplit(".", 1)[0].rsplit("_", 1)[0])
+    return with_underscores(name.rsplit(".", 1)[0].rsplit("_", 1)[0])
 
 # %% ../../neuro_nbs/12_things.ipynb #8c537e64
 _NIFTI = "a complete NIfTI file (.nii or .nii.gz), gzip intact"
@@ -306,11 +306,11 @@ def load_properties(
     table = read_text_table(files[0])
     needs_columns(table, ["uniqueID"], files[0])
     table = table.rename(columns=_canonical)
-    table.index = pd.Index([identifier(c) for c in table["uniqueID"]], name="concept")
+    table.index = pd.Index([with_underscores(c) for c in table["uniqueID"]], name="concept")
     if "size" not in table and (sizes := files[0].with_name("size_fixed.csv")).is_file():
         extra = read_text_table(sizes)
         needs_columns(extra, ["uniqueID", "meanSize"], sizes)
-        extra.index = [identifier(c) for c in extra["uniqueID"]]
+        extra.index = [with_underscores(c) for c in extra["uniqueID"]]
         table["size"] = _numeric(extra, ["meanSize"], sizes)["meanSize"][~extra.index.duplicated()].reindex(
             table.index
         )
@@ -457,7 +457,7 @@ def index_from_table(path: Path) -> TrialIndex:
     image = table["stimulus"].str.rsplit("/", n=1).str[-1]
     rows = table.assign(volume=table["trial_id"], image=image, role=table["trial_type"])
     files = dict.fromkeys(zip(table["session"], table["run"], strict=True), path)
-    return trial_index(rows.assign(concept=table["concept"].map(identifier)), files)
+    return trial_index(rows.assign(concept=table["concept"].map(with_underscores)), files)
 
 
 def _conditions(path: Path) -> pd.DataFrame:
