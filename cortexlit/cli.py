@@ -89,7 +89,7 @@ def _show(title: str, rows: pd.DataFrame | list[dict[str, Any]]) -> None:
 
 
 def _print_json(obj: Any) -> None:
-    print(json.dumps(core._plain(obj), indent=1, allow_nan=False))
+    print(json.dumps(core.plain_values(obj), indent=1, allow_nan=False))
 
 
 def _tell_card(folder: Path, as_json: bool, *fields: str) -> None:
@@ -299,6 +299,8 @@ def _with_interval(row: Any) -> str:
     "Score and interval of one row, or why there is none."
     if isnan(row.value):
         return "none: " + row.note.split(":")[0]
+    if isnan(row.low):
+        return f"{row.value:.4f} (no interval)"
     return f"{row.value:.4f} ({row.low:.3f} to {row.high:.3f})"
 
 # %% ../neuro_nbs/19_cli.ipynb #9fff2885
@@ -399,7 +401,12 @@ Storage = Annotated[
     typer.Option(help="Database URL of the search; workers may share it. Default SQLite in --out."),
 ]
 Resume = Annotated[bool, typer.Option(help="Go on with a run that is in the folder.")]
-Last = Annotated[int, typer.Option(help="Frames at the end of each clip that are fitted and scored.")]
+Last = Annotated[
+    int | None,
+    typer.Option(
+        help="Frames at the end of each clip that are fitted and scored; default 66 of 140, in proportion."
+    ),
+]
 
 
 def _options(scale: str | None, core_given: str | None) -> tuple[str, dict]:
@@ -460,7 +467,7 @@ def fit_command(
         Path | None, typer.Option(help="Run folder; default one in _runs named after all options.")
     ] = None,
     scale: Scale = None,
-    last: Last = 66,
+    last: Last = None,
     epochs: Epochs = None,
     lr: Rate = None,
     batch_size: Batch = None,
@@ -537,7 +544,7 @@ def grid(
         typer.Option(help="Database URL, or journal:///FILE, shared by workers; default SQLite in --out."),
     ] = None,
     scale: Scale = None,
-    last: Last = 66,
+    last: Last = None,
     resume: Annotated[bool, typer.Option(help="Go on with a grid that is in --out.")] = True,
     as_json: Json = False,
 ) -> None:
@@ -617,7 +624,7 @@ def folds(
     ] = False,
     core_folder: Core = None,
     scale: Scale = None,
-    last: Last = 66,
+    last: Last = None,
     out: Annotated[Path | None, typer.Option(help="Folder for scores.csv and scores.json.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -1358,7 +1365,7 @@ def clear_demo(out: Path) -> None:
     folders = [*_sheets_of(out).values(), *_demo_folders(out).values()]
     core.check_out(out)
     for folder in folders:
-        ScoreSheet._replaceable(folder)
+        ScoreSheet.check_replaceable(folder)
     for folder in folders:
         for name in ("scores.json", "scores.csv", "scores.png"):
             (folder / name).unlink(missing_ok=True)

@@ -898,15 +898,15 @@ def _try(here: Path, folder: Path) -> None:
         raise OSError(error.errno, error.strerror, str(here)) from error
 
 # %% ../nbs/00_core.ipynb #b254260c
-def _plain(obj: Any) -> Any:
+def plain_values(obj: Any) -> Any:
     if isinstance(obj, dict):
-        return {str(k): _plain(v) for k, v in obj.items()}
+        return {str(k): plain_values(v) for k, v in obj.items()}
     if isinstance(obj, (list, tuple)):
-        return [_plain(v) for v in obj]
+        return [plain_values(v) for v in obj]
     if isinstance(obj, np.ndarray):
-        return _plain(obj.tolist())
+        return plain_values(obj.tolist())
     if isinstance(obj, np.generic):
-        return _plain(obj.item())
+        return plain_values(obj.item())
     if isinstance(obj, float) and not np.isfinite(obj):
         return None
     if isinstance(obj, Path):
@@ -932,7 +932,7 @@ def write_json(
 
 
 def _json(obj: Any) -> str:
-    return json.dumps(_plain(obj), indent=1, sort_keys=True, allow_nan=False) + "\n"
+    return json.dumps(plain_values(obj), indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
 def read_json(
@@ -969,7 +969,7 @@ def digest(
     >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
     True
     """
-    text = json.dumps(_plain(obj), sort_keys=True, allow_nan=False)
+    text = json.dumps(plain_values(obj), sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -1003,7 +1003,7 @@ def claim(
     >>> read_json(tmp_path / "config.json")
     {'seed': 0}
     """
-    folder, content = Path(folder), _plain(content)
+    folder, content = Path(folder), plain_values(content)
     path = folder / name
     with named_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -1254,7 +1254,7 @@ def made_once(
     >>> made_once(tmp_path / "a.npy", {"n": 3}, lambda: np.zeros(9))  # it is there: not made again
     array([0, 1, 2])
     """
-    path, made_from = Path(path), _plain(made_from)
+    path, made_from = Path(path), plain_values(made_from)
     record = path.with_suffix(".json")
     with locked(path):
         if path.is_file() and record.is_file():

@@ -13,16 +13,11 @@ import numpy as np
 from .core import DataError
 
 # %% auto #0
-__all__ = ['CONSTANT', 'mean_score', 'single_trial_correlation', 'flattened_correlation', 'correlation_to_average',
-           'explainable_variance', 'feve', 'cc_norm', 'r2_er']
+__all__ = ['CONSTANT', 'scored_frames', 'mean_score', 'single_trial_correlation', 'flattened_correlation',
+           'correlation_to_average', 'explainable_variance', 'feve', 'cc_norm', 'r2_er']
 
-# %% ../neuro_nbs/04_metrics.ipynb #eaa9d504
-CONSTANT = (
-    1e-12  # a trace whose variance is at most this share of its neuron's mean square counts as constant
-)
-
-
-def _window(last: int | None, **arrays: np.ndarray) -> list[np.ndarray]:
+# %% ../neuro_nbs/04_metrics.ipynb #a653b101
+def scored_window(last: int | None, **arrays: np.ndarray) -> list[np.ndarray]:
     "The named (samples, neurons, frames) arrays, checked, cut to their last frames (views)."
     out = []
     for name, value in arrays.items():
@@ -43,8 +38,26 @@ def _window(last: int | None, **arrays: np.ndarray) -> list[np.ndarray]:
         raise DataError(f"last={last} with {frames} frames", expected=f"None or 2 to {frames}")
     return [value[..., frames - (last or frames) :] for value in out]
 
+# %% ../neuro_nbs/04_metrics.ipynb #eaa9d504
+CONSTANT = (
+    1e-12  # a trace whose variance is at most this share of its neuron's mean square counts as constant
+)
+
+# %% ../neuro_nbs/04_metrics.ipynb #502c0f30
+def scored_frames(
+    frames: int,  # of a clip
+) -> int:
+    """Frames at the end of a clip that are scored if nothing is said: 66 of 140, in proportion for other lengths.
+
+    Examples
+    --------
+    >>> scored_frames(140), scored_frames(70)
+    (66, 33)
+    """
+    return round(66 / 140 * frames)
+
 # %% ../neuro_nbs/04_metrics.ipynb #98997a38
-def _require_finite(nan: bool = False, **arrays: np.ndarray) -> None:
+def require_finite(nan: bool = False, **arrays: np.ndarray) -> None:
     "Raise at the first value that is not a number (unless `nan` allows those) or infinite."
     for name, value in arrays.items():
         for sample, traces in enumerate(value):
@@ -113,7 +126,7 @@ def _moments(
             else:
                 means[both], squares[both], products[at] = _sums(pair)
     if not np.isfinite(squares).all():
-        _require_finite(skip, predictions=predictions, labels=labels)
+        require_finite(skip, predictions=predictions, labels=labels)
         raise DataError("the squares of these values overflow float64", fix="rescale predictions and labels")
     return count, means, squares, products
 
@@ -172,7 +185,7 @@ def single_trial_correlation(
     """
     if missing not in ("raise", "skip"):
         raise DataError(f"missing={missing!r}", expected="'raise' or 'skip'")
-    predictions, labels = _window(last, predictions=predictions, labels=labels)
+    predictions, labels = scored_window(last, predictions=predictions, labels=labels)
     count, means, squares, products = _moments(predictions, labels, missing == "skip")
     return _reduced(_pearson(squares, products, _constant(count, means, squares)), reduce)
 
@@ -246,7 +259,7 @@ def flattened_correlation(
     """
     if missing not in ("raise", "skip"):
         raise DataError(f"missing={missing!r}", expected="'raise' or 'skip'")
-    predictions, labels = _window(last, predictions=predictions, labels=labels)
+    predictions, labels = scored_window(last, predictions=predictions, labels=labels)
     groups = _grouped(np.arange(len(labels)) if clip is None else clip, len(labels))
     moments = _moments(predictions, labels, missing == "skip")
 
@@ -257,7 +270,7 @@ def flattened_correlation(
     return _reduced(_flattened(*moments), reduce, shares)
 
 # %% ../neuro_nbs/04_metrics.ipynb #c403ef4c
-def _repeats(clip: Sequence | np.ndarray, samples: int) -> list[np.ndarray]:
+def repeats_of(clip: Sequence | np.ndarray, samples: int) -> list[np.ndarray]:
     "Sample indices of each clip; every clip must have two or more."
     return _grouped(clip, samples, fewest=2)
 
@@ -286,9 +299,9 @@ def correlation_to_average(
     >>> round(correlation_to_average(truth, truth + noise, clip=[0, 0, 1, 1]), 3)
     1.0
     """
-    predictions, labels = _window(last, predictions=predictions, labels=labels)
-    _require_finite(predictions=predictions, labels=labels)
-    groups = _repeats(clip, len(labels))
+    predictions, labels = scored_window(last, predictions=predictions, labels=labels)
+    require_finite(predictions=predictions, labels=labels)
+    groups = repeats_of(clip, len(labels))
     moments = _average_moments(predictions, labels, groups)
 
     def score(clips: np.ndarray) -> np.ndarray:
@@ -326,9 +339,9 @@ def explainable_variance(
     >>> explainable_variance(np.repeat(shown, 2, axis=0), clip=[0, 0, 1, 1]).round(3).tolist()
     [1.0, 1.0, 1.0]
     """
-    (labels,) = _window(last, labels=labels)
-    _require_finite(labels=labels)
-    total, noise, varies = _variances(*_label_parts(labels, _repeats(clip, len(labels))))
+    (labels,) = scored_window(last, labels=labels)
+    require_finite(labels=labels)
+    total, noise, varies = _variances(*_label_parts(labels, repeats_of(clip, len(labels))))
     return np.where(varies, (total - noise) / np.where(varies, total, 1), np.nan)
 
 # %% ../neuro_nbs/04_metrics.ipynb #ccfedfb2
@@ -360,9 +373,9 @@ def feve(
     """
     if not 0 <= threshold < 1:
         raise DataError(f"threshold={threshold}", expected="0 or more, below 1")
-    predictions, labels = _window(last, predictions=predictions, labels=labels)
-    _require_finite(predictions=predictions, labels=labels)
-    groups = _repeats(clip, len(labels))
+    predictions, labels = scored_window(last, predictions=predictions, labels=labels)
+    require_finite(predictions=predictions, labels=labels)
+    groups = repeats_of(clip, len(labels))
     pairs = zip(predictions, labels, strict=True)
     errors = np.stack([np.square(np.subtract(p, y, dtype=float)).mean(-1) for p, y in pairs])
     parts = (np.stack([errors[g].mean(0) for g in groups]), *_label_parts(labels, groups))
@@ -417,9 +430,9 @@ def cc_norm(
     >>> round(cc_norm(5 * labels, labels, clip=[0, 0, 1, 1]), 3)  # like any correlation blind to scale
     1.0
     """
-    predictions, labels = _window(last, predictions=predictions, labels=labels)
-    _require_finite(predictions=predictions, labels=labels)
-    groups = _repeats(clip, len(labels))
+    predictions, labels = scored_window(last, predictions=predictions, labels=labels)
+    require_finite(predictions=predictions, labels=labels)
+    groups = repeats_of(clip, len(labels))
     parts = (_noise_power(labels, groups), *_average_moments(predictions, labels, groups))
 
     def score(clips: np.ndarray) -> np.ndarray:
@@ -460,9 +473,9 @@ def r2_er(
     >>> round(r2_er(5 * labels, labels, clip=[0, 0, 1, 1]), 3)
     1.0
     """
-    predictions, labels = _window(last, predictions=predictions, labels=labels)
-    _require_finite(predictions=predictions, labels=labels)
-    groups = _repeats(clip, len(labels))
+    predictions, labels = scored_window(last, predictions=predictions, labels=labels)
+    require_finite(predictions=predictions, labels=labels)
+    groups = repeats_of(clip, len(labels))
     moments = _average_moments(predictions, labels, groups)
     variance = _projection_noise(predictions, labels, groups, _merged(*moments)[1][0])
     parts = (variance, _noise_power(labels, groups), *moments)

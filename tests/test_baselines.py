@@ -80,11 +80,11 @@ def test_r2_er_and_feve_speak_of_the_same_neurons():
     signal, clip = g.normal(size=(6, 5, 20)), np.repeat(np.arange(6), 3)
     y = signal[clip] + np.array([0.3, 0.5, 4, 8, 0.4])[:, None] * g.normal(size=(18, 5, 20))
     data = SimpleNamespace(labels=y, clip=clip)
-    tables = {m: v[0] for m, v in baselines._metrics(signal[clip], data, 20).items()}
+    tables = {m: v[0] for m, v in baselines.clip_metrics(signal[clip], data, 20).items()}
     assert np.array_equal(np.isnan(tables["FEVE"]), np.isnan(tables["r2_ER"]))
     assert 0 < np.isnan(tables["FEVE"][0]).sum() < 5
     assert np.nanmean(tables["r2_ER"]) == pytest.approx(1, abs=0.1)
-    once = baselines._metrics(signal, SimpleNamespace(labels=signal, clip=np.arange(6)), 20)
+    once = baselines.clip_metrics(signal, SimpleNamespace(labels=signal, clip=np.arange(6)), 20)
     assert [m for m, v in once.items() if v is None] == ["correlation to average", "FEVE", "r2_ER"]
 
 

@@ -280,7 +280,7 @@ def test_responses_of_voxels(part, tmp_path, value, layout, call):
         path = one(root, "sub-01_*run-01_betas.nii.gz")
         values, affine = things.read_nifti(path)
         values = values.astype(float)
-        mask = things._read_mask(one(root, "sub-01*brainmask*"), None, root)[0]
+        mask = things.read_mask(one(root, "sub-01*brainmask*"), None, root)[0]
         values[tuple(np.argwhere(mask)[5])] = value  # in all volumes of the run
         things.write_nifti(path, values, affine)
     opened = things.open_things(root, "01", layout)

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import sys
 import traceback
 from graphlib import CycleError, TopologicalSorter
@@ -94,6 +95,53 @@ def test_no_module_imports_itself_by_a_detour():
         TopologicalSorter({name: imports(name) for name in modules()}).prepare()
     except CycleError as error:
         pytest.fail("modules import each other in a circle: " + " <- ".join(error.args[1]))
+
+
+PAGES = sorted(p for part in ("nbs", "neuro_nbs", ".") for p in (ROOT / part).glob("*.ipynb"))
+
+
+def code_of(path: Path) -> str:
+    "A module, or the cells of a page that are no part of a module."
+    if path.suffix == ".py":
+        return path.read_text("utf-8")
+    cells = [c for c in json.loads(path.read_text("utf-8"))["cells"] if c["cell_type"] == "code"]
+    lines = [line for c in cells if "#| export" not in "".join(c["source"]) for line in [*c["source"], "\n"]]
+    return "".join("\n" if line.lstrip().startswith(("%", "!")) else line for line in lines)
+
+
+def taken_in_private(code: str) -> set[str]:
+    "Names with an underscore that code takes from a module of the library, or from what it imported of it."
+    found, ours, tree = set(), set(), ast.parse(code)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("cortexlit")):
+            ours |= {a.asname or a.name for a in node.names}
+            found |= {a.name for a in node.names}
+        elif isinstance(node, ast.Import):
+            ours |= {a.asname for a in node.names if a.name.startswith("cortexlit") and a.asname}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ours:
+            found.add(node.attr)
+    return {name for name in found if name.startswith("_") and not name.startswith("__")}
+
+
+@pytest.mark.parametrize("path", [*modules().values(), *PAGES], ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_a_name_with_an_underscore_stays_in_its_module(path):
+    """What two modules need has a name without one; if it is no part of the interface, in a cell `#| exporti`."""
+    assert not taken_in_private(code_of(path))
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("from cortexlit.core import _plain", {"_plain"}),
+        ("from .clips import _Tier, TIERS", {"_Tier"}),
+        ("from cortexlit import core\ncore._plain(1)", {"_plain"}),
+        ("import cortexlit.core as c\nc._plain(1)\nc.__name__", {"_plain"}),
+        ("from os import _exit\nimport numpy as np\nnp._core", set()),
+    ],
+)
+def test_a_private_name_is_noticed(code, found):
+    assert taken_in_private(code) == found
 
 
 def without_allensdk(names: list[str]) -> None:

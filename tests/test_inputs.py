@@ -4,21 +4,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torch.utils.data import ConcatDataset, Subset
 from toy_training import FRAMES, tiny_model
 from toys import toy_recording
 
+import cortexlit as cx
 from cortexlit.core import DataError
 from cortexlit.data.clips import MouseDataset, build_dataset, load_tier
 from cortexlit.data.exchange import import_arrays
 from cortexlit.data.inputs import InputScheme, check_inputs, comparable, open_for, scheme_of
+from cortexlit.metrics import scored_frames
 from cortexlit.models.v1t import V1T, V1TConfig, published_v1t_config
 from cortexlit.models.viv1t import ViV1T, ViV1TConfig, published_viv1t_config
 from cortexlit.training.features import cached_features
 from cortexlit.training.heads import at_rate, fresh_head, train_head
 from cortexlit.training.lora import Grid, clip_folds
 from cortexlit.training.recipes import Recipe
-from cortexlit.training.trainer import fit, predict
+from cortexlit.training.trainer import fit, last_frames, predict
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 
@@ -207,6 +210,28 @@ def test_nothing_that_trains_opens_a_folder_past_the_model():
     files = [*(root / "training").glob("*.py"), root / "cli.py"]
     found = {path.name: path.read_text(encoding="utf-8").count("MouseDataset(") for path in files}
     assert {name: n for name, n in found.items() if n} == known
+
+
+def test_nobody_has_to_say_how_many_frames_count(inputs, tmp_path):
+    "As many as a sheet scores: 66 of 140, in proportion for other lengths."
+    assert last_frames(None, [{"labels": torch.zeros(3, 140)}]) == 66
+    assert last_frames(5, []) == 5 and last_frames(None, [{"labels": torch.zeros(3)}]) == 66
+    head = train_head(*inputs, epochs=1, batch_size=4, out=tmp_path / "head", progress=False)
+    assert head.model.config.loss_frames == scored_frames(FRAMES) == 9
+    test = open_for(head.model, inputs[0], "test")
+    assert predict(head.model, test).shape[-1] == 9
+    full = Recipe("full", {"adapt": "full", "lr": 0.01, "schedule": "cosine", "epochs": 1})
+    assert Grid(inputs[0], [full], [0], core=inputs[1], out=tmp_path / "grid").last == 9
+
+
+def test_a_core_that_skips_frames_is_not_scored_as_if_it_answered_all(inputs, tmp_path):
+    core = tiny_model(core_state=False, stride=(2, 3, 3))
+    core.save_core(tmp_path / "core")
+    head = train_head(
+        inputs[0], tmp_path / "core", last=6, epochs=1, batch_size=4, out=tmp_path / "head", progress=False
+    )
+    with pytest.raises(DataError, match="one frame in 2"):
+        cx.score(inputs[0], head)
 
 
 # --- pictures

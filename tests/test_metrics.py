@@ -352,9 +352,9 @@ def test_signal_power_is_unbiased_for_slow_noise():
     truth = signal.transpose(1, 0, 2).ravel().var()
     noise = np.cumsum(g.normal(size=(9, 4000, 20)), -1) * 0.3 + g.normal(size=(9, 4000, 1))
     y = signal[clip] + noise
-    from cortexlit.metrics import _average_moments, _merged, _noise_power, _power, _repeats
+    from cortexlit.metrics import _average_moments, _merged, _noise_power, _power, repeats_of
 
-    groups = _repeats(clip, 9)
+    groups = repeats_of(clip, 9)
     average = loop_average(y, clip).transpose(1, 0, 2).reshape(4000, -1).var(1)
     moments = _average_moments(y, y, groups)
     count, _, squares, _ = _merged(*moments)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -216,6 +217,23 @@ def test_recording_is_honest():
     assert meta["file"]["sha256"] == REGISTRY[NAME].sha256
     assert "knock-out" not in text
     assert "knock-out" in " ".join(open_recording("park_230803").metadata["warnings"])
+
+
+@needs_files
+def test_another_file_of_the_kind_opens_by_its_path(tmp_path):
+    "Same content, another name: everything but what only the registry knows."
+    known, path = open_recording(NAME), tmp_path / "990101_other_fov1_grat-000_data.mat"
+    shutil.copy(data_home() / REGISTRY[NAME].path, path)
+    recording = open_recording(path)
+    assert recording.name == "990101_other_fov1"
+    np.testing.assert_array_equal(recording.traces, known.traces)
+    assert "not registered" in " ".join(recording.metadata["warnings"])
+    assert recording.metadata["file"]["sha256"] == REGISTRY[NAME].sha256
+    with pytest.raises(MissingError, match="no such file"):
+        open_recording(tmp_path / "nothing.mat")
+    (tmp_path / "broken.mat").write_bytes(b"no such thing")
+    with pytest.raises(DataError, match="broken.mat"):
+        open_recording(tmp_path / "broken.mat")
 
 
 @needs_files

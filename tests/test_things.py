@@ -782,7 +782,7 @@ def test_the_real_trial_table():
         pytest.skip(f"no {', '.join(absent)} in CORTEXLIT_DATA (make data)")
     path = things_table("sub-01_StimulusMetadata.csv")
     ratings = load_properties(things_table("animacy.csv"), [*PROPERTIES, "arousal", "size"])
-    stimuli = module._index_from_table(path).stimuli
+    stimuli = module.index_from_table(path).stimuli
     assert len(stimuli) == 9840 and stimuli["role"].value_counts().to_dict() == {"train": 8640, "test": 1200}
     assert stimuli["concept"].nunique() == 720 and stimuli["image"].nunique() == 8740
     assert (stimuli["image"].map(concept_of) == stimuli["concept"]).all()

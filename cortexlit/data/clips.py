@@ -159,11 +159,8 @@ def frame_index(
         )
     return index
 
-# %% ../../neuro_nbs/03_dataset.ipynb #cc886498
-TIERS = ("train", "validation", "test")
-
-
-def _check_fractions(fractions: Sequence[float]) -> None:
+# %% ../../neuro_nbs/03_dataset.ipynb #934e6aad
+def check_fractions(fractions: Sequence[float]) -> None:
     if len(fractions) != 3 or not all(f > 0 for f in fractions) or not abs(sum(fractions) - 1) < 1e-6:
         raise DataError(
             f"fractions {tuple(fractions)}",
@@ -171,10 +168,13 @@ def _check_fractions(fractions: Sequence[float]) -> None:
         )
 
 
-def _shares(n: int, fractions: Sequence[float]) -> list[str]:
+def tier_shares(n: int, fractions: Sequence[float]) -> list[str]:
     "n things in order: train, then validation, then test; each tier gets at least one."
     val, test = (max(1, round(f * n)) for f in fractions[1:])
     return ["train"] * (n - val - test) + ["validation"] * val + ["test"] * test
+
+# %% ../../neuro_nbs/03_dataset.ipynb #cc886498
+TIERS = ("train", "validation", "test")
 
 
 def _repeat_split(
@@ -187,7 +187,7 @@ def _repeat_split(
                 f"{movie} was shown {repeats} times", expected="at least 3 repeats", fix='use split="stimuli"'
             )
         for start in range(0, frames - clip_frames + 1, clip_frames):
-            rows += [(movie, start, r, tier) for r, tier in enumerate(_shares(repeats, fractions))]
+            rows += [(movie, start, r, tier) for r, tier in enumerate(tier_shares(repeats, fractions))]
     return rows
 
 # %% ../../neuro_nbs/03_dataset.ipynb #acb7af25
@@ -196,7 +196,7 @@ def _stretches(frames: int, clip_frames: int, gap: int, fractions: Sequence[floa
     n = (frames - 2 * gap) // clip_frames
     if n < 5:
         return []
-    tiers = _shares(n, fractions)
+    tiers = tier_shares(n, fractions)
     return [(k * clip_frames + TIERS.index(tier) * gap, tier) for k, tier in enumerate(tiers)]
 
 
@@ -215,7 +215,7 @@ def _stimulus_split(
             expected=f"a movie of at least {5 * clip_frames + 2 * gap} frames, or three movies",
             fix='shorten clip_frames, or use split="repeats"',
         )
-    tiers = _shares(len(short), fractions) if len(short) >= 3 else ["train"] * len(short)
+    tiers = tier_shares(len(short), fractions) if len(short) >= 3 else ["train"] * len(short)
     for movie, tier in zip(rng(seed, "held-out movies").permutation(short), tiers, strict=True):
         clips += [
             (str(movie), start, tier) for start in range(0, lengths[movie][0] - clip_frames + 1, clip_frames)
@@ -243,7 +243,7 @@ def split_clips(
     """
     whole("clip_frames", [clip_frames], low=1)
     whole("gap", [gap])
-    _check_fractions(fractions)
+    check_fractions(fractions)
     if split == "repeats":
         rows = _repeat_split(lengths, clip_frames, fractions)
     elif split == "stimuli":
@@ -303,6 +303,10 @@ def _number_clips(samples: pd.DataFrame) -> pd.DataFrame:
     clip = samples.groupby(["movie", "start"], sort=False).ngroup()
     return samples.assign(clip=clip)[["clip", "movie", "start", "repeat", "tier"]].reset_index(drop=True)
 
+# %% ../../neuro_nbs/03_dataset.ipynb #294d9b2b
+def tier_order(tier: str) -> int:
+    return TIERS.index(tier) if tier in TIERS else len(TIERS)
+
 # %% ../../neuro_nbs/03_dataset.ipynb #167dc37b
 def audit_samples(
     samples: pd.DataFrame,  # columns clip, movie, start, tier
@@ -321,7 +325,7 @@ def audit_samples(
     """
     clips = samples.drop_duplicates(["clip", "tier"])
     rows = []
-    for a, b in combinations(sorted(clips["tier"].unique(), key=_tier_order), 2):
+    for a, b in combinations(sorted(clips["tier"].unique(), key=tier_order), 2):
         in_a, in_b = clips[clips["tier"] == a], clips[clips["tier"] == b]
         pairs = in_a.merge(in_b, on="movie")
         distance = (pairs["start_x"] - pairs["start_y"]).abs() - clip_frames
@@ -341,10 +345,6 @@ def audit_samples(
             }
         )
     return pd.DataFrame(rows, columns=["tiers", "shared_frames", "of", "same_clips", "gap"])
-
-
-def _tier_order(tier: str) -> int:
-    return TIERS.index(tier) if tier in TIERS else len(TIERS)
 
 
 def _movie_frames(clips: pd.DataFrame, clip_frames: int) -> set[tuple[str, int]]:
@@ -434,13 +434,13 @@ def _card_text(card: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _identical_clips(videos: np.ndarray) -> dict[int, int]:
+def identical_clips(videos: np.ndarray) -> dict[int, int]:
     "Clip -> a number shared by clips whose pixels are all equal."
     seen: dict[str, int] = {}
     return {i: seen.setdefault(content_hash(video), i) for i, video in enumerate(videos)}
 
 # %% ../../neuro_nbs/03_dataset.ipynb #394e643a
-def _complete(
+def complete_folder(
     folder: Path,
     arrays: Mapping[str, np.ndarray],
     samples: pd.DataFrame,
@@ -489,7 +489,7 @@ def _recorded_apart(samples: pd.DataFrame) -> None:
     shown = {
         t: (p["first_frame"].to_numpy(int), p["last_frame"].to_numpy(int)) for t, p in samples.groupby("tier")
     }
-    for a, b in combinations(sorted(shown, key=_tier_order), 2):
+    for a, b in combinations(sorted(shown, key=tier_order), 2):
         if same := same_frames(shown[a], shown[b]):
             raise SplitLeak(
                 f"{same} samples of {b} are read from two-photon frames of {a}",
@@ -519,10 +519,10 @@ def _check_arrays(arrays: Mapping[str, np.ndarray], samples: pd.DataFrame) -> No
                 raise SplitLeak(
                     what, expected="each recorded trial in one tier", fix="remove the copy of the trial"
                 )
-    _measured_tiers(arrays["responses"], samples["tier"].to_numpy())
+    check_measured(arrays["responses"], samples["tier"].to_numpy())
 
 
-def _measured_tiers(responses: np.ndarray, tiers: np.ndarray) -> None:
+def check_measured(responses: np.ndarray, tiers: np.ndarray) -> None:
     "A tier of zeros was withheld by whoever published it: it is no measurement."
     for tier in np.unique(tiers):
         if not any(responses[i].any() for i in np.flatnonzero(tiers == tier)):
@@ -543,7 +543,7 @@ def _refuse_leak(audit: pd.DataFrame, gap: int, shared_ok: bool) -> None:
         )
 
 # %% ../../neuro_nbs/03_dataset.ipynb #6697e695
-def _choose_movies(recording: Recording, movies: Sequence[str] | None) -> list[str]:
+def chosen_movies(recording: Recording, movies: Sequence[str] | None) -> list[str]:
     if movies is None:
         movies = recording.movies()
     for movie in movies:
@@ -559,7 +559,7 @@ def _choose_movies(recording: Recording, movies: Sequence[str] | None) -> list[s
     return list(movies)
 
 
-def _origin(
+def origin_card(
     recording: Recording, options: dict[str, Any], measured: Mapping[str, tuple[np.ndarray, list[str]]]
 ) -> dict[str, Any]:
     "What the card of a folder says of where it comes from."
@@ -575,7 +575,7 @@ def _origin(
     }
 
 
-def _behaviour(recording: Recording, pupil: str) -> dict[str, tuple[np.ndarray, list[str]]]:
+def behaviour_of(recording: Recording, pupil: str) -> dict[str, tuple[np.ndarray, list[str]]]:
     "field -> ((channels, T), channel names) of what was measured and is wanted."
     if pupil not in ("if-present", "required", "ignore"):
         raise DataError(f"pupil {pupil!r}", expected='"if-present", "required" or "ignore"')
@@ -695,11 +695,11 @@ def build_dataset(
     >>> sorted(path.name for path in folder.iterdir())[:3]
     ['behavior.npy', 'card.json', 'card.md']
     """
-    out, movies = Path(out), _choose_movies(recording, movies)
+    out, movies = Path(out), chosen_movies(recording, movies)
     whole("size", size, low=1)
     samples, frames, notes = _plan(recording, movies, clip_frames, split, alignment, gap, seed)
     keep = _keep_neurons(recording, frames[(samples["tier"] == "train").to_numpy()], constant_neurons)
-    measured = _behaviour(recording, pupil)
+    measured = behaviour_of(recording, pupil)
     clips = samples.drop_duplicates("clip")
     shapes = {"videos": (len(clips), clip_frames, *size), "responses": (len(samples), len(keep), clip_frames)}
     shapes |= {name: (len(samples), len(labels), clip_frames) for name, (_, labels) in measured.items()}
@@ -737,10 +737,10 @@ def build_dataset(
             "pupil": pupil,
             "seed": seed,
         }
-        card = _origin(recording, options, measured)
+        card = origin_card(recording, options, measured)
         card["warnings"] += notes
         shared_ok = allow_shared_stimuli or (isinstance(split, str) and split == "repeats")
-        _complete(folder, arrays, samples, recording.neurons.iloc[keep], card, shared_ok)
+        complete_folder(folder, arrays, samples, recording.neurons.iloc[keep], card, shared_ok)
     return out
 
 # %% ../../neuro_nbs/03_dataset.ipynb #52f8cec2
@@ -817,11 +817,11 @@ def _frame_terms(name: str, x: np.ndarray, weight: np.ndarray, scheme: str) -> t
         )
     return offset.astype(np.float32), scale.astype(np.float32)
 
-# %% ../../neuro_nbs/03_dataset.ipynb #4ee42aed
-_AGAIN = "build the dataset again (overwrite=True)"
+# %% ../../neuro_nbs/03_dataset.ipynb #86ba44cd
+BUILD_AGAIN = "build the dataset again (overwrite=True)"
 
 
-class _Tier(Shown):
+class TierOfFolder(Shown):
     "One tier of a dataset folder: its tables, its memory-mapped arrays, its items as tensors."
 
     _seen, _unit, _key = (
@@ -887,7 +887,7 @@ class _Tier(Shown):
     def sibling(
         self,
         tier: str,  # another tier of the same folder
-    ) -> _Tier:
+    ) -> TierOfFolder:
         "The same dataset of another tier; nothing is read again."
         other = copy.copy(self)
         other.tier, other.samples = (
@@ -962,8 +962,8 @@ class _Tier(Shown):
         item = {name: self.read(i, name) for name in names} | {"labels": self.read(i, "responses")}
         return {k: torch.from_numpy(v) for k, v in item.items()}
 
-
-class MouseDataset(_Tier):
+# %% ../../neuro_nbs/03_dataset.ipynb #4ee42aed
+class MouseDataset(TierOfFolder):
     """One tier of a dataset folder as float32 tensors, for a `torch.utils.data.DataLoader`; files are memory-mapped.
 
     Examples
@@ -987,7 +987,7 @@ class MouseDataset(_Tier):
         self.root, self.tier, self.normalisation = Path(root), tier, normalisation
         self.card = check_folder(root, "clips")
         samples = self._open(tier)
-        with reading(self.root / "statistics.json", "mean, spread and range of each array", _AGAIN):
+        with reading(self.root / "statistics.json", "mean, spread and range of each array", BUILD_AGAIN):
             train = samples[samples["tier"] == "train"]
             self._terms = {name: self._fit(name, train) for name in self._arrays}
             self._check_terms()

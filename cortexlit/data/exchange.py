@@ -35,9 +35,9 @@ from cortexlit.data.checks import (
     told_gaps,
     whole,
 )
-from .clips import MouseDataset, _complete, _tier_order
+from .clips import MouseDataset, complete_folder, tier_order
 from .folder import check_folder, content_hash
-from .scenes import _LAYOUT, ScenesDataset, _unique, _write, split_images
+from .scenes import SENSORIUM2022, ScenesDataset, split_images, unique_pictures, write_scenes
 
 # %% auto #0
 __all__ = ['export_tree', 'import_tree', 'export_sensorium2022', 'import_sensorium2022', 'import_arrays', 'import_folder']
@@ -108,7 +108,7 @@ def export_tree(
     if layout not in writers:
         raise DataError(f"layout {layout!r}", expected=f"one of {sorted(writers)}")
     card = check_folder(root, "clips")
-    tiers = sorted(load_table(Path(root) / "samples.csv", ["tier"])["tier"].unique(), key=_tier_order)
+    tiers = sorted(load_table(Path(root) / "samples.csv", ["tier"])["tier"].unique(), key=tier_order)
     with atomic_folder(out, overwrite) as folder:
         writers[layout]({t: MouseDataset(root, t) for t in tiers}, folder)
         shutil.copy(Path(root) / "neurons.csv", folder / "neurons.csv")
@@ -329,7 +329,7 @@ def _tree_samples(
         theirs = load_table(path, ["sample", "movie", "start", "repeat", "tier"])
         by = "sample" if layout == "sensorium" else "tier"
         theirs = theirs.sort_values(
-            by, key=None if by == "sample" else lambda t: t.map(_tier_order), kind="stable"
+            by, key=None if by == "sample" else lambda t: t.map(tier_order), kind="stable"
         )
         if len(theirs) <= rows.max() or theirs["tier"].iloc[rows].tolist() != tiers:
             fix = "remove the table, or take it from the folder that the trials are from"
@@ -437,7 +437,7 @@ def import_tree(
             if isinstance(array, np.memmap):
                 array.flush()
         neurons = _tree_neurons(tree, arrays["responses"].shape[1])
-        _complete(folder, arrays, samples, neurons, card, allow_shared_stimuli)
+        complete_folder(folder, arrays, samples, neurons, card, allow_shared_stimuli)
     return Path(out)
 
 # %% ../../neuro_nbs/10b_exchange.ipynb #293653d0
@@ -478,7 +478,7 @@ def export_sensorium2022(
     samples = load_table(root / "samples.csv", ["tier"])
     fields = {k: np.asarray(a) for k, a in data._arrays.items()}
     stats = {k: dict(s) for k, s in data.statistics.items()}
-    for name, wanted in _LAYOUT.items():
+    for name, wanted in SENSORIUM2022.items():
         names, values = card["channels"].get(name, []), fields.get(name)
         if values is not None:  # gaps as `ScenesDataset` fills them: published code knows no gaps
             values = np.where(np.isfinite(values), values, np.float32(data.statistics[name]["mean"]))
@@ -529,7 +529,7 @@ def _trial_arrays(folder: Path) -> tuple[np.ndarray, dict[str, list[Path]]]:
             expected=f"{len(tiers)} images, one for each trial of tiers.npy",
         )
     files = {"images": images, "responses": _same_names(images, folder / "data/responses")}
-    for name in _LAYOUT:
+    for name in SENSORIUM2022:
         if (folder / "data" / name).is_dir():
             files[name] = _same_names(images, folder / "data" / name)
     for name in files:
@@ -594,7 +594,7 @@ def import_sensorium2022(
         )
     images, image, scene = _numbered(folder, pictures, rows)
     arrays, channels = {"images": images, "responses": responses}, {}
-    for name, names in _LAYOUT.items():
+    for name, names in SENSORIUM2022.items():
         if name in files:
             values = _stacked(name, [files[name][i] for i in rows]).reshape(len(rows), -1)
             if values.shape[1] != len(names):
@@ -624,7 +624,7 @@ def import_sensorium2022(
         "warnings": [*known.get("warnings", []), *notes],
     }
     neurons = _tree_neurons(folder, responses.shape[1])
-    return _write(
+    return write_scenes(
         Path(out), arrays, samples, neurons, card, allow_shared_stimuli, constant_neurons, overwrite
     )
 
@@ -633,7 +633,7 @@ def _numbered(
     folder: Path, pictures: np.ndarray, rows: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Distinct pictures in the order of the folder's ids, which of them each trial shows, and the ids."
-    images, image = _unique(pictures)
+    images, image = unique_pictures(pictures)
     names = ("frame_image_id", "colorframeprojector_image_id")
     path = next((p for p in (folder / f"meta/trials/{n}.npy" for n in names) if p.is_file()), None)
     if path is None:
@@ -779,7 +779,7 @@ def import_arrays(
     pictures = _shaped("images", pictures, (None, None, None), "pictures, H, W")
     scene = _shown_pictures(image_id, len(pictures), n)
     shown, position = np.unique(scene, return_inverse=True)
-    stored, number = _unique(np.ascontiguousarray(pictures[shown], np.float32))
+    stored, number = unique_pictures(np.ascontiguousarray(pictures[shown], np.float32))
     image = number[position]
     arrays, channels = {"images": stored, "responses": values}, {}
     if behavior is not None:
@@ -826,7 +826,7 @@ def import_arrays(
     }
     shared_ok = allow_shared_stimuli or (isinstance(split, str) and split == "presentations")
     neurons = _described(cells, coordinates, cell_ids)
-    return _write(Path(out), arrays, samples, neurons, card, shared_ok, constant_neurons, overwrite)
+    return write_scenes(Path(out), arrays, samples, neurons, card, shared_ok, constant_neurons, overwrite)
 
 
 def _described(cells: int, coordinates: Any, cell_ids: Any) -> pd.DataFrame:

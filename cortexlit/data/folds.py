@@ -24,9 +24,9 @@ from .checks import load_array, load_table, whole
 from cortexlit.data.clips import (
     MouseDataset,
     TierArrays,
-    _choose_movies,
-    _complete,
     build_dataset,
+    chosen_movies,
+    complete_folder,
     frame_index,
 )
 from .folder import check_folder, finish_folder, never_changes
@@ -159,7 +159,7 @@ def _write_fold(
                 fix="shorten clip_frames, or ask for fewer folds",
             )
     neurons = load_table(whole_folder / "neurons.csv", exact=True)
-    _complete(folder, arrays, samples, neurons, card, False, grey)
+    complete_folder(folder, arrays, samples, neurons, card, False, grey)
 
 # %% ../../neuro_nbs/03b_folds.ipynb #03b00022
 def _summary(samples: pd.DataFrame, card: Mapping[str, Any]) -> str:
@@ -219,7 +219,7 @@ def build_folds(
     >>> cx.open_dataset(folder, "0/test").tier
     'test'
     """
-    movies = _choose_movies(recording, movies)
+    movies = chosen_movies(recording, movies)
     index = {movie: frame_index(recording, movie, alignment) for movie in movies}
     clips = fold_clips({m: i.shape[::-1] for m, i in index.items()}, clip_frames, folds, gap)
     if constant_neurons not in ("error", "drop"):

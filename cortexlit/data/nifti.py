@@ -20,14 +20,14 @@ from cortexlit.data.things import (
     Things,
     ThingsLayout,
     TrialIndex,
-    _identifier,
-    _index,
-    _needs,
-    _on_grid,
-    _one_valued,
-    _read_mask,
-    _read_table,
+    needs_columns,
+    on_grid,
+    one_valued,
+    read_mask,
     read_nifti,
+    read_text_table,
+    trial_index,
+    with_underscores,
 )
 
 # %% auto #0
@@ -56,7 +56,7 @@ class NiftiSubject(Things):
         self.voxels = pd.DataFrame(place, columns=["voxel_x", "voxel_y", "voxel_z"])
         self.voxels.insert(0, "voxel_id", np.arange(len(place)))
         found = {
-            name: _on_grid(*_one_valued(Path(p)), self.mask, self.affine, Path(p)) for name, p in rois.items()
+            name: on_grid(*one_valued(Path(p)), self.mask, self.affine, Path(p)) for name, p in rois.items()
         }
         self.rois = pd.DataFrame(found, index=np.arange(len(place)))
 
@@ -122,7 +122,7 @@ def open_nifti(
     """
     root = Path(root)
     where = None if isinstance(trials, pd.DataFrame) else root / trials
-    table = trials if where is None else _read_table(where)
+    table = trials if where is None else read_text_table(where)
     if absent := [name for name in ("file", "image") if name not in table]:
         raise DataError(f"the table of trials has no column {absent[0]}", "file and image", path=where)
     return NiftiSubject(table, mask, subject, dict(rois or {}), root)
@@ -141,7 +141,7 @@ class _AnyIndex(TrialIndex):
 def _mask_of(mask: Any, root: Path) -> tuple[np.ndarray, np.ndarray]:
     "Mask and affine of a file or of a masker."
     if not hasattr(mask, "transform"):
-        return _read_mask(root / mask, None, root)
+        return read_mask(root / mask, None, root)
     image = getattr(mask, "mask_img_", None)
     if image is None:
         raise DataError("a masker without mask_img_", "a fitted NiftiMasker", "masker.fit()")
@@ -160,7 +160,9 @@ def _trials_of(table: pd.DataFrame, root: Path) -> tuple[np.ndarray, TrialIndex]
     if "volume" not in rows:
         rows["volume"] = rows.groupby("file").cumcount()
     rows["image"] = rows["image"].astype(str)
-    rows["concept"] = (rows["concept"].astype(str) if "concept" in rows else rows["image"]).map(_identifier)
+    rows["concept"] = (rows["concept"].astype(str) if "concept" in rows else rows["image"]).map(
+        with_underscores
+    )
     rows["role"] = rows["role"] if "role" in rows else "train"
     for name, low in (("session", 1), ("run", 1), ("volume", 0)):
         rows[name] = whole(name, rows[name] if name in rows else np.ones(len(rows), int), low=low, path=root)
@@ -168,7 +170,7 @@ def _trials_of(table: pd.DataFrame, root: Path) -> tuple[np.ndarray, TrialIndex]
     if (twice := rows.duplicated(["file", "volume"])).any():
         row = rows[twice].iloc[0]
         raise DataError(f"volume {row['volume']} is listed twice", "each trial once", path=row["file"])
-    kept = _index(rows, {}, _AnyIndex)
+    kept = trial_index(rows, {}, _AnyIndex)
     return rows["file"].to_numpy(), kept
 
 # %% ../../neuro_nbs/12e_own_fmri.ipynb #ow000016
@@ -226,8 +228,8 @@ def _events_of(path: Path, root: Path, column: str) -> pd.DataFrame:
     if len(found) != 1:
         problem = f"{len(found)} files {name} for the responses {path.name}"
         raise MissingError(problem, "one", "name events=, the folder of the events", root)
-    table = _read_table(found[0])
-    _needs(table, ["onset", column], found[0])
+    table = read_text_table(found[0])
+    needs_columns(table, ["onset", column], found[0])
     table = table[~table[column].fillna("").astype(str).isin(["n/a", "nan", ""])].sort_values(
         "onset", kind="stable"
     )

@@ -261,13 +261,25 @@ def _warnings(entry: OpenFile) -> list[str]:
         "Running and pupil are rescaled to about 0 to 1, and the pupil is a diameter: neither cm/s nor px².",
         "The traces are dF/F after the names in the scripts of the study; values below -1 occur. No coordinates, no pupil centre.",
     ]
+    if not entry.url:
+        notes.append("The file is not registered: animal, group and licence are not known.")
     if "knock-out" in entry.facts["group"]:
         notes.append(f"{entry.facts['animal']} is a {entry.facts['group']} animal, not a control.")
     return notes
 
 # %% ../../neuro_nbs/02a_open_recordings.ipynb #818379ee
+def _unregistered(path: Path) -> OpenFile:
+    "What is known of a file of the study that is not in the registry: its content."
+    return OpenFile(
+        name=path.stem.removesuffix("_grat-000_data"), path=path.name, url="", sha256=sha256(path),
+        bytes=path.stat().st_size, licence="not known", citation=PARK, description="not registered",
+        facts={"animal": path.stem, "group": "not known"},
+    )  # fmt: skip
+
+
 def open_recording(
-    name: str = "park_230809",  # a name of `REGISTRY`; the default has the best tuned cells
+    name: str
+    | Path = "park_230809",  # a name of `REGISTRY`, or another file of such a study; the default has the best tuned cells
     spatial_frequency: float = 0.04,  # cycles per degree, assumed
     temporal_frequency: float = 2.0,  # Hz, assumed
     contrast: float = 0.8,  # assumed
@@ -275,7 +287,7 @@ def open_recording(
     size: tuple[int, int] = (36, 64),  # (H, W) pixels of the movies
     field_of_view: tuple[float, float] = (95.0, 120.0),  # deg, assumed
 ) -> Recording:  # movies `grating_000` to `grating_315`; doubts in `metadata["warnings"]`
-    """Fetch a registered recording and read it as a `Recording`; errors as `fetch`.
+    """Fetch a registered recording, or read another file of its kind, as a `Recording`; errors as `fetch`.
 
     Examples
     --------
@@ -285,7 +297,13 @@ def open_recording(
     >>> park = cx.open_recording("park_230809")  # doctest: +SKIP
     >>> park.n_neurons  # doctest: +SKIP
     """
-    path, entry = fetch(name), REGISTRY[name]
+    own = Path(name)
+    if str(name) not in REGISTRY and own.suffix == ".mat":
+        if not own.is_file():
+            raise MissingError("no such file", "a name of `REGISTRY`, or a file of its kind", path=own)
+        path, entry = own, _unregistered(own)
+    else:
+        path, entry = fetch(str(name)), REGISTRY[str(name)]
     park = _read_park(path)
     t, direction = park["t"], park["direction"]
     onsets = _GREY + (_GREY + _ON) * np.arange(len(direction))
@@ -307,7 +325,7 @@ def open_recording(
         )
     n = len(park["traces"])
     return Recording(
-        name=name,
+        name=entry.name,
         source="park",
         traces=park["traces"].reshape(n, -1).astype(np.float32),
         timestamps=(onsets[:, None] + t).ravel(),

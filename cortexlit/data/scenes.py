@@ -41,18 +41,18 @@ from cortexlit.data.checks import (
     whole,
 )
 from cortexlit.data.clips import (
-    _AGAIN,
+    BUILD_AGAIN,
     TIERS,
-    _behaviour,
-    _check_fractions,
-    _identical_clips,
-    _measured_tiers,
-    _origin,
-    _shares,
-    _Tier,
-    _tier_order,
+    TierOfFolder,
     audit_samples,
+    behaviour_of,
+    check_fractions,
+    check_measured,
+    identical_clips,
+    origin_card,
     resize_frames,
+    tier_order,
+    tier_shares,
 )
 from cortexlit.data.folder import (
     Moments,
@@ -132,6 +132,13 @@ def window_means(
         means[:, channel] = np.divide(total, good.sum(1), out=np.full(len(part), np.nan), where=good.any(1))
     return means
 
+# %% ../../neuro_nbs/10_scenes.ipynb #6dea354a
+def unique_pictures(pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    "Distinct pictures in order of first appearance, and which of them each given one is."
+    same = identical_clips(pictures)
+    keep = np.array([i for i, j in same.items() if i == j])
+    return pictures[keep], np.searchsorted(keep, [same[i] for i in range(len(pictures))])
+
 # %% ../../neuro_nbs/10_scenes.ipynb #cb268457
 GREY = 128.0  # grey level of the screen between stimuli
 
@@ -147,13 +154,6 @@ def _pictures(
         x = picture[None] if via is None else resize_frames(picture[None], via, resample)
         small[i] = resize_frames(x, size, resample)[0]
     return small
-
-
-def _unique(pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    "Distinct pictures in order of first appearance, and which of them each given one is."
-    same = _identical_clips(pictures)
-    keep = np.array([i for i, j in same.items() if i == j])
-    return pictures[keep], np.searchsorted(keep, [same[i] for i in range(len(pictures))])
 
 # %% ../../neuro_nbs/10_scenes.ipynb #f6046c3a
 def split_images(
@@ -186,9 +186,9 @@ def split_images(
         return tiers
     if split not in ("images", "presentations"):
         raise DataError(f"split {split!r}", expected='"images", "presentations", or a list of tier names')
-    _check_fractions(fractions)
+    check_fractions(fractions)
     units = np.setdiff1d(image, train_only) if split == "images" else np.arange(len(image))
-    tiers = _shares(len(units), fractions) if len(units) >= 3 else []
+    tiers = tier_shares(len(units), fractions) if len(units) >= 3 else []
     if "train" not in tiers:
         raise DataError(
             f"{len(units)} {split} cannot be split {tuple(fractions)}", expected="enough for three tiers"
@@ -299,7 +299,7 @@ def _one_tier_each(arrays: Mapping[str, np.ndarray], samples: pd.DataFrame) -> N
                 raise SplitLeak(what, expected="each presentation in one tier", fix="remove the copy")
 
 # %% ../../neuro_nbs/10_scenes.ipynb #d50d45fb
-def _write(
+def write_scenes(
     out: Path,
     arrays: dict[str, np.ndarray],
     samples: pd.DataFrame,
@@ -315,7 +315,7 @@ def _write(
     described(neurons, arrays["responses"].shape[1])
     known_tiers(samples["tier"])
     _one_tier_each(arrays, samples)
-    _measured_tiers(arrays["responses"], samples["tier"].to_numpy())
+    check_measured(arrays["responses"], samples["tier"].to_numpy())
     if constant not in ("error", "drop"):
         raise DataError(f"constant_neurons {constant!r}", expected='"error" or "drop"')
     stats = _statistics(arrays, samples)
@@ -334,7 +334,7 @@ def _write(
     counts = {"neurons": len(neurons), "pictures": len(arrays["images"])}
     counts |= {
         f"presentations in {t}": int((samples["tier"] == t).sum())
-        for t in sorted(set(samples["tier"]), key=_tier_order)
+        for t in sorted(set(samples["tier"]), key=tier_order)
     }
     need_space(out, sum(a.nbytes for a in arrays.values()))
     with atomic_folder(out, overwrite) as folder:
@@ -353,18 +353,18 @@ def _write(
     return out
 
 # %% ../../neuro_nbs/10_scenes.ipynb #cf8c36e6
-_LAYOUT = {"behavior": ["pupil_area", "pupil_area_change", "running"], "pupil_center": ["x", "y"]}
+SENSORIUM2022 = {"behavior": ["pupil_area", "pupil_area_change", "running"], "pupil_center": ["x", "y"]}
 
 
 def _measured(recording: Recording, pupil: str) -> dict[str, tuple[np.ndarray, list[str]]]:
     "field -> ((channels, T), names) of what was measured and is wanted, in the order of Sensorium 2022."
-    found = _behaviour(recording, pupil)
+    found = behaviour_of(recording, pupil)
     if "behavior" in found:
         series = dict(zip(found["behavior"][1], found["behavior"][0], strict=True))
         if "pupil_area" in series:
             change = np.gradient(series["pupil_area"], recording.timestamps)  # px² per s
             series["pupil_area_change"] = change.astype(np.float32)
-        names = [n for n in _LAYOUT["behavior"] if n in series]
+        names = [n for n in SENSORIUM2022["behavior"] if n in series]
         found["behavior"] = (np.stack([series[n] for n in names]), names)
     return found
 
@@ -414,7 +414,7 @@ def build_scenes(
     grey = len(pictures)
     if (scene == -1).any():
         pictures = np.concatenate([pictures, np.full((1, *size), GREY, np.float32)])
-    images, number = _unique(pictures)
+    images, number = unique_pictures(pictures)
     image = number[np.where(scene == -1, grey, np.searchsorted(shown, scene))]
     blank = number[grey:].tolist()
     samples = samples.assign(
@@ -437,10 +437,12 @@ def build_scenes(
         "pupil": pupil,
         "seed": seed,
     }
-    card = _origin(recording, options, measured)
+    card = origin_card(recording, options, measured)
     card["warnings"] += notes + _overlap_note(samples, recording)
     shared_ok = allow_shared_stimuli or (isinstance(split, str) and split == "presentations")
-    return _write(Path(out), arrays, samples, recording.neurons, card, shared_ok, constant_neurons, overwrite)
+    return write_scenes(
+        Path(out), arrays, samples, recording.neurons, card, shared_ok, constant_neurons, overwrite
+    )
 
 
 def _unbroken(samples: pd.DataFrame, recording: Recording) -> tuple[pd.DataFrame, list[str]]:
@@ -476,7 +478,7 @@ def _overlap_note(samples: pd.DataFrame, recording: Recording) -> list[str]:
 SCENE_NORMALISATION = "standardised"  # pictures and pupil (x - mean) / std, behaviour and responses x / std
 
 
-class ScenesDataset(_Tier):
+class ScenesDataset(TierOfFolder):
     """One tier of a static dataset folder as float32 tensors, for a `torch.utils.data.DataLoader`; memory-mapped.
 
     Examples
@@ -501,7 +503,7 @@ class ScenesDataset(_Tier):
         self._rows = {
             k: self.samples["image" if k == "images" else "sample"].to_numpy() for k in self.statistics
         }
-        with reading(self.root / "statistics.json", "mean and spread of each array", _AGAIN):
+        with reading(self.root / "statistics.json", "mean and spread of each array", BUILD_AGAIN):
             self._terms = {k: self._fit(k) for k in self.statistics}
             self._check_terms()
 
@@ -540,7 +542,7 @@ class ScenesDataset(_Tier):
         return out[..., self._in_order[name]] if name in self._in_order else out
 
     def _wanted(self) -> Sequence[str]:  # the order of Sensorium 2022, whatever that of the folder
-        return _LAYOUT["behavior"]
+        return SENSORIUM2022["behavior"]
 
 # %% ../../neuro_nbs/10_scenes.ipynb #1e9b1848
 @dataclass(frozen=True)

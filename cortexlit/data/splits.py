@@ -24,14 +24,14 @@ from .folds import fold_folders
 __all__ = ['UNITS', 'audit_units', 'Split', 'split_by_concept', 'split_by_session', 'split_of']
 
 # %% ../../neuro_nbs/03d_splits.ipynb #03d00007
-def _identifier(name: str) -> str:
+def with_underscores(name: str) -> str:
     "Ids are joined by underscores; one public table has blanks instead."
     return re.sub(r"\s+", "_", str(name).strip())
 
 
 def _plain(name: str) -> str:
     "A name without capitals and stray blanks: how two names are compared."
-    return _identifier(name).casefold()
+    return with_underscores(name).casefold()
 
 # %% ../../neuro_nbs/03d_splits.ipynb #03d00008
 def audit_units(

@@ -36,7 +36,7 @@ from cortexlit.core import (
 from .checks import finite, load_arrays, same_length, shaped, unique, whole
 from .folder import check_folder, finish_folder, finite_file
 from .opendata import OpenFile, fetch
-from .splits import Split, _identifier
+from .splits import Split, with_underscores
 from ..shown import Shown, picture_html
 
 # %% auto #0
@@ -111,7 +111,7 @@ def concept_of(
     'dog'
     """
     name = image.replace("\\", "/").rsplit("/", 1)[-1]
-    return _identifier(name.rsplit(".", 1)[0].rsplit("_", 1)[0])
+    return with_underscores(name.rsplit(".", 1)[0].rsplit("_", 1)[0])
 
 # %% ../../neuro_nbs/12_things.ipynb #8c537e64
 _NIFTI = "a complete NIfTI file (.nii or .nii.gz), gzip intact"
@@ -182,7 +182,7 @@ _TEXT = ("uniqueID", "Word", "word", "concept", "stimulus", "image_filename", "t
 _MISSING = ("", "-", "--", "NA", "N/A", "n/a", "NaN", "nan", "NULL", "null", "None", "#N/A")
 
 
-def _read_table(path: Path) -> pd.DataFrame:
+def read_text_table(path: Path) -> pd.DataFrame:
     """A delimited table, whichever delimiter and decimal sign it has; `DataError` if it does not parse.
 
     Names stay text: a concept may be called "NA" or "null". Numbers may be missing.
@@ -233,7 +233,7 @@ def _read_table(path: Path) -> pd.DataFrame:
     return table
 
 
-def _needs(table: pd.DataFrame, columns: Sequence[str], path: Path) -> None:
+def needs_columns(table: pd.DataFrame, columns: Sequence[str], path: Path) -> None:
     "`DataError` if a column is missing, or a name in it."
     if missing := [c for c in columns if c not in table]:
         raise DataError(
@@ -303,14 +303,14 @@ def load_properties(
         raise MissingError(
             "no property ratings", path=source, expected="_property-ratings.tsv (THINGSplus) or animacy.csv"
         )
-    table = _read_table(files[0])
-    _needs(table, ["uniqueID"], files[0])
+    table = read_text_table(files[0])
+    needs_columns(table, ["uniqueID"], files[0])
     table = table.rename(columns=_canonical)
-    table.index = pd.Index([_identifier(c) for c in table["uniqueID"]], name="concept")
+    table.index = pd.Index([with_underscores(c) for c in table["uniqueID"]], name="concept")
     if "size" not in table and (sizes := files[0].with_name("size_fixed.csv")).is_file():
-        extra = _read_table(sizes)
-        _needs(extra, ["uniqueID", "meanSize"], sizes)
-        extra.index = [_identifier(c) for c in extra["uniqueID"]]
+        extra = read_text_table(sizes)
+        needs_columns(extra, ["uniqueID", "meanSize"], sizes)
+        extra.index = [with_underscores(c) for c in extra["uniqueID"]]
         table["size"] = _numeric(extra, ["meanSize"], sizes)["meanSize"][~extra.index.duplicated()].reindex(
             table.index
         )
@@ -438,7 +438,7 @@ def _locate(places: Mapping[tuple[int, int, int], int], count: int, key: tuple[i
     return places[tuple(key)]
 
 # %% ../../neuro_nbs/12_things.ipynb #c34076e3
-def _index(
+def trial_index(
     rows: pd.DataFrame, files: Mapping[tuple[int, int], Path], kind: type[TrialIndex] = TrialIndex
 ) -> TrialIndex:
     "Number the stimuli of each run, in the order of the rows."
@@ -448,22 +448,22 @@ def _index(
     return kind(rows.assign(trial=trial.astype(int))[columns].reset_index(drop=True), files)
 
 
-def _index_from_table(path: Path) -> TrialIndex:
+def index_from_table(path: Path) -> TrialIndex:
     "From StimulusMetadata: one row per column of the responses."
-    table = _read_table(path)
-    _needs(table, ["trial_type", "session", "run", "trial_id", "stimulus", "concept"], path)
+    table = read_text_table(path)
+    needs_columns(table, ["trial_type", "session", "run", "trial_id", "stimulus", "concept"], path)
     table = _in_order(table, "trial_id", path, "trial_id")
     table = table.assign(**{k: whole(k, table[k], low=1, path=path) for k in ("session", "run")})
     image = table["stimulus"].str.rsplit("/", n=1).str[-1]
     rows = table.assign(volume=table["trial_id"], image=image, role=table["trial_type"])
     files = dict.fromkeys(zip(table["session"], table["run"], strict=True), path)
-    return _index(rows.assign(concept=table["concept"].map(_identifier)), files)
+    return trial_index(rows.assign(concept=table["concept"].map(with_underscores)), files)
 
 
 def _conditions(path: Path) -> pd.DataFrame:
     "conditions.tsv of a run: volume (position on the fourth axis, its column without a name) and image, in order."
-    table = _read_table(path)
-    _needs(table, ["image_filename"], path)
+    table = read_text_table(path)
+    needs_columns(table, ["image_filename"], path)
     first = table.columns[0]
     if not first.startswith("Unnamed"):  # what pandas calls a column without a name
         raise DataError(
@@ -494,7 +494,7 @@ def _index_from_conditions(runs: Sequence[tuple[int, int, Path, Path]]) -> Trial
         rows.groupby("image")["session"].transform("nunique") == sessions, "test", "train"
     )
     rows.loc[rows["image"].str.match(r"catch\d+\.\w+$"), "role"] = "catch"
-    return _index(rows, {(session, run): path for session, run, _, path in runs})
+    return trial_index(rows, {(session, run): path for session, run, _, path in runs})
 
 # %% ../../neuro_nbs/12_things.ipynb #34e6546e
 @dataclass(frozen=True)
@@ -606,10 +606,10 @@ def find_layout(
     )
 
 # %% ../../neuro_nbs/12_things.ipynb #cbf5a881
-_PRF_AREAS = ("V1", "V2", "V3", "hV4", "VO1", "VO2", "LO1", "LO2", "TO1", "TO2", "V3b", "V3a")
+PRF_AREAS = ("V1", "V2", "V3", "hV4", "VO1", "VO2", "LO1", "LO2", "TO1", "TO2", "V3b", "V3a")
 
 
-def _roi_name(column: str) -> str:
+def roi_name(column: str) -> str:
     "ROI names without line breaks, blanks and the remark (prf): 'glasser-p9-46v', 'LO1'."
     return re.sub(r"\s+|\(prf\)", "", column)
 
@@ -635,7 +635,7 @@ def _places(table: pd.DataFrame, path: Path) -> np.ndarray:  # (voxels, 3)
     return place
 
 
-def _one_valued(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def one_valued(path: Path) -> tuple[np.ndarray, np.ndarray]:
     "A mask (x, y, z) of true and false, and its affine. Outside is 0 or NaN, inside one number."
     values, affine = read_nifti(path)
     if values.ndim == 4 and values.shape[3] == 1:
@@ -653,7 +653,7 @@ def _one_valued(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.nan_to_num(values) != 0, affine
 
 
-def _read_mask(path: Path | None, place: np.ndarray | None, root: Path) -> tuple[np.ndarray, np.ndarray]:
+def read_mask(path: Path | None, place: np.ndarray | None, root: Path) -> tuple[np.ndarray, np.ndarray]:
     "Brain mask and affine, checked against voxel coordinates where those are known."
     if path is None:
         if place is None:
@@ -669,7 +669,7 @@ def _read_mask(path: Path | None, place: np.ndarray | None, root: Path) -> tuple
         mask = np.zeros(box, bool)
         mask[tuple(place.T)] = True
         return mask, np.full((4, 4), np.nan)
-    mask, affine = _one_valued(path)
+    mask, affine = one_valued(path)
     if not mask.any():
         raise DataError("the mask is empty", "voxels of a brain", "fetch it again", path)
     if place is not None and not np.array_equal(np.argwhere(mask), place):
@@ -696,10 +696,10 @@ def _mask_rois(root: Path, subject: str, mask: np.ndarray, affine: np.ndarray) -
     rois: dict[str, np.ndarray] = {}
     for path in _volumes(root, f"category_localizer/sub-{subject}/*_parcels/sub-{subject}_*"):
         name = re.sub(r"\.nii(\.gz)?$", "", path.name).split("_", 1)[1]
-        rois[name] = _on_grid(*_one_valued(path), mask, affine, path)
+        rois[name] = on_grid(*one_valued(path), mask, affine, path)
     for path in _volumes(root, f"prf/sub-{subject}/resampled_varea"):
         codes, own = read_nifti(path)
-        codes = _on_grid(
+        codes = on_grid(
             codes[..., 0] if codes.ndim == 4 and codes.shape[3] == 1 else codes, own, mask, affine, path
         )
         if (wrong := np.isfinite(codes) & (abs(codes - np.rint(codes)) > 1e-3)).any():
@@ -712,11 +712,11 @@ def _mask_rois(root: Path, subject: str, mask: np.ndarray, affine: np.ndarray) -
                 path,
             )
         codes = np.rint(codes)
-        rois |= {name: codes == k for k, name in enumerate(_PRF_AREAS, 1) if (codes == k).any()}
+        rois |= {name: codes == k for k, name in enumerate(PRF_AREAS, 1) if (codes == k).any()}
     return pd.DataFrame(rois, index=np.arange(mask.sum()))
 
 
-def _on_grid(
+def on_grid(
     volume: np.ndarray, own: np.ndarray, mask: np.ndarray, affine: np.ndarray, path: Path
 ) -> np.ndarray:  # (voxels,)
     "The in-mask values of a volume, looked up at the same place in mm; its axes may be stored in another direction."
@@ -772,7 +772,7 @@ class Things(Shown):
                     expected=f"{missing[0][3].name} beside {missing[0][2].name}",
                     fix="fetch it from the archive of the betas: it says which image each volume belongs to",
                 )
-            self.mask, self.affine = _read_mask(layout.files["mask"], None, self.root)
+            self.mask, self.affine = read_mask(layout.files["mask"], None, self.root)
             self.index = _index_from_conditions(layout.runs)
             place = np.argwhere(self.mask)
             self.voxels = pd.DataFrame(place, columns=["voxel_x", "voxel_y", "voxel_z"])
@@ -780,14 +780,14 @@ class Things(Shown):
             self.rois = _mask_rois(self.root, self.subject, self.mask, self.affine)
         else:
             path = layout.files["voxels"]
-            table = _read_table(path)
-            _needs(table, ["voxel_id", "voxel_x", "voxel_y", "voxel_z"], path)
+            table = read_text_table(path)
+            needs_columns(table, ["voxel_id", "voxel_x", "voxel_y", "voxel_z"], path)
             table = _in_order(table, "voxel_id", path, "voxel_id")
             place = _places(table, path)
             self.rois = _table_rois(table, path)
-            self.voxels = table.drop(columns=[c for c in table if _roi_name(c) in self.rois])
-            self.mask, self.affine = _read_mask(layout.files["mask"], place, self.root)
-            self.index = _index_from_table(layout.files["stimuli"])
+            self.voxels = table.drop(columns=[c for c in table if roi_name(c) in self.rois])
+            self.mask, self.affine = read_mask(layout.files["mask"], place, self.root)
+            self.index = index_from_table(layout.files["stimuli"])
 
     def __len__(self) -> int:
         return len(self.index)
@@ -880,8 +880,8 @@ _YES, _NO = ("yes", "true", "y"), ("no", "false", "n")
 
 def _known_roi(column: str) -> bool:
     "A name of a region in the published tables, with or without its side."
-    name = _roi_name(column)
-    known = {*_PRF_AREAS, "IT", "LOC", "EBA", "FFA", "OFA", "STS", "PPA", "RSC", "TOS"}
+    name = roi_name(column)
+    known = {*PRF_AREAS, "IT", "LOC", "EBA", "FFA", "OFA", "STS", "PPA", "RSC", "TOS"}
     return name in known or name[1:] in known or name.startswith("glasser-")
 
 
@@ -918,8 +918,8 @@ def _table_rois(table: pd.DataFrame, path: Path) -> pd.DataFrame:  # (voxels, RO
                 f"{Path(path).name}: column {column!r} is not 0 and 1 and is taken for a measure, not for a region (ROI)",
                 stacklevel=2,
             )
-    unique("ROI", [_roi_name(c) for c in rois], path)
-    return pd.DataFrame(rois, index=table.index).rename(columns=_roi_name)
+    unique("ROI", [roi_name(c) for c in rois], path)
+    return pd.DataFrame(rois, index=table.index).rename(columns=roi_name)
 
 
 def _labels(data: h5py.Dataset) -> list[str] | None:
@@ -1054,7 +1054,7 @@ def select_rois(
     inside = np.zeros(len(rois), bool)
     for name in [names] if isinstance(names, str) else names:
         members = ROI_SETS.get(name, (name,))
-        found = [c for m in members for c in (_roi_name(m), f"l{m}", f"r{m}") if c in rois]
+        found = [c for m in members for c in (roi_name(m), f"l{m}", f"r{m}") if c in rois]
         if not found:
             near = difflib.get_close_matches(name, list(rois.columns), 4, 0.4)
             raise DataError(

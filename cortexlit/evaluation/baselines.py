@@ -27,13 +27,14 @@ from cortexlit.metrics import (
     flattened_correlation,
     mean_score,
     r2_er,
+    scored_frames,
     single_trial_correlation,
 )
 
 # %% auto #0
 __all__ = ['ALPHAS', 'WINDOWS', 'BASELINES', 'REFERENCES', 'ORACLE', 'TRUTH', 'SPLIT_HALVES', 'train_mean', 'repeat_mean',
            'blind_mean', 'validated_ridge', 'behaviour_ridge', 'gabor_bank', 'motion_energy_ridge', 'clip_baselines',
-           'scored_frames', 'score_dataset', 'true_response']
+           'score_dataset', 'true_response']
 
 # %% ../../neuro_nbs/05_baseline.ipynb #d137e960
 def train_mean(
@@ -96,11 +97,8 @@ def blind_mean(
     """
     return np.broadcast_to(train.labels.mean(0, dtype=np.float64).astype(np.float32), target.labels.shape)
 
-# %% ../../neuro_nbs/05_baseline.ipynb #d768483f
-ALPHAS = tuple(float(a) for a in np.logspace(0, 7, 8))
-
-
-def _ridges(
+# %% ../../neuro_nbs/05_baseline.ipynb #c3422142
+def weighted_ridges(
     x: np.ndarray,  # (rows, features)
     y: np.ndarray,  # (rows, neurons)
     weight: np.ndarray,  # (rows,)
@@ -121,6 +119,9 @@ def _ridges(
                 solved = solve(gram, target, assume_a="sym")
         weights = a.T @ solved if dual else solved
         yield alpha, weights, my - mx @ weights
+
+# %% ../../neuro_nbs/05_baseline.ipynb #d768483f
+ALPHAS = tuple(float(a) for a in np.logspace(0, 7, 8))
 
 
 def validated_ridge(
@@ -145,7 +146,7 @@ def validated_ridge(
     x, x_val, x_test = (np.asarray(scaler.transform(a), np.float32) for a in (x, x_val, x_test))
     best, chosen = np.full(y.shape[1], np.inf), np.zeros(y.shape[1])
     predicted = np.zeros((len(x_test), y.shape[1]), np.float32)
-    for alpha, weights, intercept in _ridges(x, y, weight, alphas):
+    for alpha, weights, intercept in weighted_ridges(x, y, weight, alphas):
         error = np.average((x_val @ weights + intercept - y_val) ** 2, axis=0, weights=val_weight)
         better = error < best
         predicted[:, better] = x_test @ weights[:, better] + intercept[better]
@@ -250,7 +251,7 @@ def _leaky(x: np.ndarray, pole: complex | float) -> np.ndarray:
     return lfilter(gain, np.array([1, -pole], dtype=np.result_type(x, pole)), x, axis=1, zi=start)[0]
 
 
-def _energy_features(videos: np.ndarray, rate: float, temporal_frequency: float, decay: float) -> np.ndarray:
+def energy_features(videos: np.ndarray, rate: float, temporal_frequency: float, decay: float) -> np.ndarray:
     "(clips, frames, H, W) -> (clips, frames, features) float32"
     bank = gabor_bank(videos.shape[2:])
     flat = (videos - videos.mean()).reshape(*videos.shape[:2], -1).astype(np.complex64)
@@ -291,7 +292,7 @@ def motion_energy_ridge(
     """
     if not len(train.videos):
         raise DataError("there is no video")
-    features = _energy_features(train.videos, rate, temporal_frequency, decay)
+    features = energy_features(train.videos, rate, temporal_frequency, decay)
     frames = features.shape[1]
 
     def rows(data: TierArrays) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -328,7 +329,7 @@ def _oracle(parts: dict[str, TierArrays], tier: str) -> np.ndarray | None:
     )
 
 
-def _within(x: np.ndarray, fold: np.ndarray) -> np.ndarray:
+def less_fold_means(x: np.ndarray, fold: np.ndarray) -> np.ndarray:
     "(samples, neurons, frames) less each neuron's mean over the samples of a fold: folds have levels of their own."
     out = np.empty(x.shape)
     for k in np.unique(fold):
@@ -341,13 +342,17 @@ def _within(x: np.ndarray, fold: np.ndarray) -> np.ndarray:
 _REPEATED = ("correlation to average", "FEVE", "r2_ER")  # metrics that need repeats
 
 
-def _metrics(
+def clip_metrics(
     predictions: np.ndarray, data: TierArrays, last: int, fold: np.ndarray | None = None
 ) -> dict[str, tuple[np.ndarray, np.ndarray] | None]:
     "metric -> (rows, neurons) table and the clip of each row; None where the tier has no repeats."
     y, clip = data.labels[..., -predictions.shape[-1] :], data.clip
     each, shown = np.unique(clip, return_counts=True)
-    p, z = (predictions, y) if fold is None else (_within(a[..., -last:], fold) for a in (predictions, y))
+    p, z = (
+        (predictions, y)
+        if fold is None
+        else (less_fold_means(a[..., -last:], fold) for a in (predictions, y))
+    )
     found: dict[str, tuple[np.ndarray, np.ndarray] | None] = {
         "single-trial correlation": (single_trial_correlation(predictions, y, last, reduce=None), clip),
         "flattened correlation": (flattened_correlation(p, z, last, reduce="table", clip=clip), each),
@@ -416,19 +421,6 @@ def _pooled_baselines(root: str | Path, names: Iterable[str]) -> dict[str, np.nd
     return {name: pool(root, [e[name] for e in each]) if why is None else why for name, why in none.items()}
 
 
-def scored_frames(
-    frames: int,  # of a clip
-) -> int:
-    """Frames at the end of a clip that are scored if nothing is said: 66 of 140, in proportion for other lengths.
-
-    Examples
-    --------
-    >>> scored_frames(140), scored_frames(70)
-    (66, 33)
-    """
-    return round(66 / 140 * frames)
-
-
 def score_dataset(
     root: str | Path,  # a dataset folder, or one by `build_folds`: predictions of all folds, pooled
     last: int
@@ -484,7 +476,7 @@ def _halves(
         ("correlation to average", test.labels, test.clip, None),
     ):
         if np.unique(c, return_counts=True)[1].min() > 1:
-            y = y if fold is None else _within(y[..., -last:], fold)
+            y = y if fold is None else less_fold_means(y[..., -last:], fold)
             found[metric] = split_half_ceiling(y, c, last=last, repeats=repeats)
     return found
 
@@ -500,7 +492,8 @@ def _sheet(
     "Rows for all predictions; a text in place of a prediction says why there is none."
     test = parts["test"]
     tables = {
-        label: p if isinstance(p, str) else _metrics(p, test, last, fold) for label, p in predictions.items()
+        label: p if isinstance(p, str) else clip_metrics(p, test, last, fold)
+        for label, p in predictions.items()
     }
     means = {
         label: None if isinstance(t, str) else {m: mean_score(v[0]) for m, v in t.items() if v is not None}

@@ -11,10 +11,10 @@ import numpy as np
 
 from ..core import DataError, rng
 from cortexlit.metrics import (
-    _repeats,
-    _require_finite,
-    _window,
     flattened_correlation,
+    repeats_of,
+    require_finite,
+    scored_window,
     single_trial_correlation,
 )
 
@@ -35,10 +35,10 @@ def leave_one_out_oracle(
     >>> leave_one_out_oracle(labels, clip=[0, 0, 0]).round(3).tolist()
     [[1.0], [1.0], [1.0]]
     """
-    (labels,) = _window(last, labels=labels)
-    _require_finite(labels=labels)
+    (labels,) = scored_window(last, labels=labels)
+    require_finite(labels=labels)
     out = np.empty(labels.shape[:2])
-    for members in _repeats(clip, len(labels)):
+    for members in repeats_of(clip, len(labels)):
         traces = labels[members].astype(float)
         others = (traces.sum(0) - traces) / (len(members) - 1)
         out[members] = single_trial_correlation(others, traces, reduce=None)
@@ -75,9 +75,9 @@ def _halved(
     seed: int,
 ) -> tuple[Iterator[np.ndarray], float]:
     "Means of two halves of each clip's repeats, (2, clips, neurons, frames) for each split; repeats wanted over repeats in a half."
-    (labels,) = _window(last, labels=labels)
-    _require_finite(labels=labels)
-    groups = _repeats(clip, len(labels))
+    (labels,) = scored_window(last, labels=labels)
+    require_finite(labels=labels)
+    groups = repeats_of(clip, len(labels))
     fewest = min(len(members) for members in groups)
     repeats = fewest if repeats is None else repeats
     if repeats < 1 or splits < 1:

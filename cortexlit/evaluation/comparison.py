@@ -15,14 +15,14 @@ from matplotlib.figure import Figure
 
 from ..core import DataError, rng
 from cortexlit.evaluation.intervals import (
-    _FEW,
-    _FIXED,
+    FEW_DIRECTIONS,
+    KNOWN_DIRECTIONS,
     MIN_CLIPS,
     Spread,
-    _error,
-    _half_widths,
-    _require_shared,
     contributions,
+    error_of_squares,
+    half_widths,
+    require_shared,
     spread,
 )
 
@@ -32,7 +32,7 @@ __all__ = ['Comparison', 'compare']
 # %% ../../neuro_nbs/04c_comparison.ipynb #e777b43c
 def _held(square: np.ndarray, freedom: int) -> np.ndarray:
     "Mean squares (..., pairs): with few degrees of freedom, none is less than that of all pairs on average."
-    return np.maximum(square, square.mean(-1, keepdims=True)) if freedom < _FEW else square
+    return np.maximum(square, square.mean(-1, keepdims=True)) if freedom < FEW_DIRECTIONS else square
 
 
 def _largest_ratio(found: Spread, models: int, level: float, seed: int, draws: int = 4000) -> float:
@@ -49,19 +49,19 @@ def _largest_ratio(found: Spread, models: int, level: float, seed: int, draws: i
     true, seen = [], []
     for size, part, freedom in found.parts:
         own = np.full((draws, 1), np.diag(part).mean() / 2)
-        if freedom < _FEW:
+        if freedom < FEW_DIRECTIONS:
             own *= freedom * (models - 1) / draw.chisquare(freedom * (models - 1), own.shape)
         square = np.full(away.shape, 2.0)
-        if freedom <= _FIXED:
+        if freedom <= KNOWN_DIRECTIONS:
             square = np.zeros(away.shape)
             for _ in range(freedom):
                 effect = draw.normal(size=(draws, models))
                 square += (effect[:, a] - effect[:, b]) ** 2 / freedom
         true.append((size, own))
         seen.append((size, own * _held(square, freedom)))
-    if not _error(true).any():
+    if not error_of_squares(true).any():
         return 0.0
-    return float(np.quantile((np.abs(away) * _error(true) / _error(seen)).max(1), level))
+    return float(np.quantile((np.abs(away) * error_of_squares(true) / error_of_squares(seen)).max(1), level))
 
 # %% ../../neuro_nbs/04c_comparison.ipynb #f54becf2
 @dataclass(frozen=True)
@@ -162,11 +162,11 @@ def compare(
     for name, v in values.items():
         if not np.isfinite(v).any():
             raise DataError(f"no score of {name} is defined", expected="one or more finite numbers")
-    shared = _require_shared(values)
+    shared = require_shared(values)
     parts = {name: contributions(np.where(shared, v, np.nan), clip) for name, v in values.items()}
     order = sorted(parts, key=lambda name: parts[name][0], reverse=True)
     score, each = np.array([parts[n][0] for n in order]), np.stack([parts[n][1] for n in order])
-    half = _half_widths(each, level, 2000, seed)
+    half = half_widths(each, level, 2000, seed)
     a, b = np.triu_indices(len(order), 1)
     wide, runs = _pair_widths(each[a] - each[b], len(order), level, seed), [values[n] for n in order]
     gap = score[a] - score[b]
@@ -183,7 +183,7 @@ def compare(
 def _pair_widths(each: np.ndarray, models: int, level: float, seed: int) -> np.ndarray:
     "Half widths of the intervals of all pairs at once; NaN with too few clips."
     if models == 2 or each.shape[2] < MIN_CLIPS:
-        return _half_widths(each, level, 4000, seed)
+        return half_widths(each, level, 4000, seed)
     found = spread(each)
-    error = _error([(size, _held(np.diag(part), freedom)) for size, part, freedom in found.parts])
+    error = error_of_squares([(size, _held(np.diag(part), freedom)) for size, part, freedom in found.parts])
     return _largest_ratio(found, models, level, seed) * error

@@ -30,9 +30,9 @@ from ..data.clips import TierArrays, load_tier
 from ..data.folder import check_folder
 from ..data.folds import fold_folders
 from cortexlit.evaluation.baselines import (
-    _within,
     behaviour_ridge,
     blind_mean,
+    less_fold_means,
     motion_energy_ridge,
     scored_frames,
 )
@@ -349,7 +349,7 @@ def _by_sample(
     predictions: np.ndarray, train: TierArrays, last: int, block: np.ndarray
 ) -> dict[str, np.ndarray]:
     "Score -> (samples, neurons): what each sample adds, because repeats of a clip differ, too."
-    p, y = (_within(a[..., -last:], block) for a in (predictions, train.labels))
+    p, y = (less_fold_means(a[..., -last:], block) for a in (predictions, train.labels))
     return {
         SCORES[0]: single_trial_correlation(predictions, train.labels, last, reduce=None),
         SCORES[1]: flattened_correlation(p, y, reduce="table"),

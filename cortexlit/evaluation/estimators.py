@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.linalg import solve
 from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from ..core import DataError
+from .baselines import weighted_ridges
 from cortexlit.evaluation.decoding import (
     DECODING_ALPHAS,
     best_constant,
@@ -82,13 +82,14 @@ class GroupRidge(MultiOutputMixin, RegressorMixin, BaseEstimator):
         self.alpha_ = np.asarray(self.alphas, float)[alpha]
         self.mixture_ = shares[mixture]
         coefficients = np.empty((targets.shape[1], X.shape[1]))
-        mean_x, mean_y = X.mean(0), targets.mean(0)
+        intercept = np.empty(targets.shape[1])
         for m, a in set(zip(mixture, alpha, strict=True)):
             used = np.flatnonzero((mixture == m) & (alpha == a))
-            scaled = (X - mean_x) * weights[m]
-            solved = _ridge(scaled, targets[:, used] - mean_y[used], float(self.alphas[a]))
+            scaled, rows = X * weights[m], targets[:, used]
+            ((_, solved, intercept[used]),) = weighted_ridges(
+                scaled, rows, np.ones(len(X)), [float(self.alphas[a])]
+            )
             coefficients[used] = (solved * weights[m][:, None]).T
-        intercept = mean_y - coefficients @ mean_x
         self.coef_ = coefficients if y.ndim == 2 else coefficients[0]
         self.intercept_ = intercept if y.ndim == 2 else float(intercept[0])
         return self
@@ -128,13 +129,6 @@ def _folds(groups: np.ndarray | None, n: int) -> np.ndarray:
     if groups.shape != (n,) or len(np.unique(groups)) < 2:
         raise DataError(f"groups of shape {groups.shape}", expected=f"({n},), two or more different groups")
     return np.unique(groups, return_inverse=True)[1]
-
-
-def _ridge(x: np.ndarray, y: np.ndarray, alpha: float) -> np.ndarray:
-    "Weights (features, targets) of centred rows, by the smaller of the two systems."
-    if len(x) < x.shape[1]:
-        return x.T @ solve(x @ x.T + alpha * np.eye(len(x)), y, assume_a="pos")
-    return solve(x.T @ x + alpha * np.eye(x.shape[1]), x.T @ y, assume_a="pos")
 
 # %% ../../neuro_nbs/12d_estimators.ipynb #12d00015
 class ConstantRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):

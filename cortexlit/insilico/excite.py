@@ -252,6 +252,12 @@ def _smoother(frames: int, screen: Screen) -> Callable[[torch.Tensor], torch.Ten
     shape, dims = (frames, *screen.size), (-3, -2, -1)
     return lambda x: torch.fft.irfftn(torch.fft.rfftn(x, dim=dims) * weight, s=shape, dim=dims)
 
+# %% ../../neuro_nbs/22_most_exciting_inputs.ipynb #e6d650ee
+def fewest_frames(subject: Twin | TrueCells) -> int:
+    "Frames of the shortest film that is answered, or 13 where one would do."
+    vivit = not isinstance(subject, TrueCells) and subject.model.config.core == "vivit"
+    return int(subject.model.config.patch[0]) if vivit else 13
+
 # %% ../../neuro_nbs/22_most_exciting_inputs.ipynb #22aa0015
 def exciting_films(
     subject: Twin | TrueCells,  # whose neurons
@@ -278,7 +284,7 @@ def exciting_films(
     >>> found = exciting_films(twin, [3, 5], unseen=demo_twin(seed=1))  # doctest: +SKIP
     """
     rows = tuple(range(len(subject.neurons)) if rows is None else (int(r) for r in rows))
-    frames = _fewest(subject) if frames is None else frames
+    frames = fewest_frames(subject) if frames is None else frames
     _check(subject, rows, frames, contrast, seeds, steps, unseen)
     pairs = [(seed, row) for seed in seeds for row in rows]
     parts = [pairs[k : k + batch_size] for k in range(0, len(pairs), batch_size)]
@@ -295,12 +301,6 @@ def exciting_films(
     climb = climb.T.reshape(-1, *shape)
     return Excited(rows, films.reshape(*shape, *films.shape[1:]), answers.reshape(shape),
                    other.reshape(shape), at.reshape(shape), climb)  # fmt: skip
-
-
-def _fewest(subject: Twin | TrueCells) -> int:
-    "Frames of the shortest film that is answered, or 13 where one would do."
-    vivit = not isinstance(subject, TrueCells) and subject.model.config.core == "vivit"
-    return int(subject.model.config.patch[0]) if vivit else 13
 
 
 def _kept(
@@ -323,7 +323,7 @@ def _check(subject: Twin | TrueCells, rows: tuple[int, ...], frames: int, contra
     count = len(subject.neurons)
     if not rows or min(rows) < 0 or max(rows) >= count:
         raise DataError(f"neurons {list(rows)}", expected=f"one or more, 0 to {count - 1}")
-    least = _fewest(subject)
+    least = fewest_frames(subject)
     most = 10_000 if isinstance(subject, TrueCells) else subject.model.config.frames
     if not least <= frames <= most or not 1 <= steps <= 10_000 or not len(seeds) or not 0 < contrast <= 0.7:
         raise DataError(f"frames={frames}, steps={steps}, seeds={list(seeds)}, contrast={contrast}",

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from ..core import DataError, atomic_folder, provenance, write_card, write_json
 from .curves import curve_tuning, own_gratings
-from .excite import _fewest, exciting_films, save_stimulus
+from .excite import exciting_films, fewest_frames, save_stimulus
 from .fields import fit_gabors, gradient_fields
 from .stimuli import Twin, grating_table, present, white_noise
 from .tuning import grating_tuning, show_gratings
@@ -227,7 +227,7 @@ def excite_report(
         "contrast": contrast,
         "suppress": suppress,
     }
-    frames = _fewest(twin)
+    frames = fewest_frames(twin)
     found = exciting_films(twin, rows.tolist(), frames, unseen=unseen, progress=progress, **options)
     judged = found.answers if unseen is None else found.unseen
     best, at = (-judged if suppress else judged).argmax(0), np.arange(len(rows))

@@ -15,10 +15,67 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..core import DataError
-from .viv1t import Saved, _check_sizes, _refuse_unknown
+from .viv1t import Saved, check_sizes, refuse_unknown
 
 # %% auto #0
 __all__ = ['VAEConfig', 'VAEOutput', 'Patterns', 'VAE']
+
+# %% ../../nbs/14_autoencoders.ipynb #1a535c26
+def whole_option(name: str, value: object, least: int) -> None:
+    "Raise unless the value is a whole number, `least` or more."
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
+        raise DataError(f"{name}={value!r}", expected=f"a whole number, {least} or more")
+
+
+def check_widths(c: PretrainedConfig, layers: Sequence[int], **least: int) -> None:
+    "Raise unless these options and the hidden layers are whole numbers, large enough and no larger than a model can be."
+    for name, low in least.items():
+        whole_option(name, getattr(c, name), low)
+    for value in layers:
+        whole_option("a hidden layer", value, 1)
+    check_sizes(c)
+
+
+def check_training(trials: int, steps: int, batch: int, rate: float, average: float) -> None:
+    "Raise unless a model of responses can be trained with these options of `fit`."
+    whole_option("steps", steps, 1)
+    whole_option("batch", batch, 1)
+    if not (0 < rate < np.inf and 0 <= average < 1 and trials):
+        raise DataError(f"rate={rate!r}, average={average!r}, {trials} trials",
+                        expected="a rate above 0, an average from 0 to below 1, one trial or more")  # fmt: skip
+
+
+class MovingAverage:
+    "Moving average of weights, of which each step keeps a share; at the end they are put in their place."
+
+    def __init__(self, parameters: Iterable[nn.Parameter], keep: float):
+        self.parameters, self.keep = list(parameters), keep
+        self.mean = [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for kept, now in zip(self.mean, self.parameters, strict=True):
+            kept.lerp_(now, 1 - self.keep)
+
+    @torch.no_grad()
+    def put(self) -> None:
+        for kept, now in zip(self.mean, self.parameters, strict=True):
+            now.copy_(kept)
+
+
+def how_many(count: int | None, given: torch.Tensor | None) -> int:
+    "How many responses are asked for: a number, or one for each row of what is given."
+    count = len(given) if count is None and given is not None else count
+    whole_option("count", count, 1)
+    return count
+
+
+def linear_layers(*widths: int, between: type[nn.Module] = nn.ELU) -> nn.Sequential:
+    "Linear layers of these widths with a nonlinearity between them."
+    layers: list[nn.Module] = []
+    for a, b in zip(widths, widths[1:], strict=False):
+        layers += [nn.Linear(a, b), between()]
+    return nn.Sequential(*layers[:-1])
 
 # %% ../../nbs/14_autoencoders.ipynb #7d2cd71c
 #| code-fold: true
@@ -50,28 +107,13 @@ class VAEConfig(PretrainedConfig):
     ):
         self.inputs, self.labels, self.latents, self.hidden = inputs, labels, latents, list(hidden)
         self.noise, self.beta = noise, beta
-        _check_widths(self, self.hidden, inputs=1, labels=0, latents=1)
+        check_widths(self, self.hidden, inputs=1, labels=0, latents=1)
         if noise is not None and not 0 < noise < np.inf:
             raise DataError(f"noise={noise!r}", expected="a variance above 0, or None")
         if not 0 <= beta < np.inf:
             raise DataError(f"beta={beta!r}", expected="0 or more")
-        _refuse_unknown(self, kwargs)
+        refuse_unknown(self, kwargs)
         super().__init__(**kwargs)
-
-
-def _whole(name: str, value: object, least: int) -> None:
-    "Raise unless the value is a whole number, `least` or more."
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
-        raise DataError(f"{name}={value!r}", expected=f"a whole number, {least} or more")
-
-
-def _check_widths(c: PretrainedConfig, layers: Sequence[int], **least: int) -> None:
-    "Raise unless these options and the hidden layers are whole numbers, large enough and no larger than a model can be."
-    for name, low in least.items():
-        _whole(name, getattr(c, name), low)
-    for value in layers:
-        _whole("a hidden layer", value, 1)
-    _check_sizes(c)
 
 
 @dataclass
@@ -98,33 +140,6 @@ class VAEOutput(ModelOutput):
     prediction: torch.Tensor | None = None
     mean: torch.Tensor | None = None
     log_variance: torch.Tensor | None = None
-
-
-def _check_fit(trials: int, steps: int, batch: int, rate: float, average: float) -> None:
-    "Raise unless a model of responses can be trained with these options of `fit`."
-    _whole("steps", steps, 1)
-    _whole("batch", batch, 1)
-    if not (0 < rate < np.inf and 0 <= average < 1 and trials):
-        raise DataError(f"rate={rate!r}, average={average!r}, {trials} trials",
-                        expected="a rate above 0, an average from 0 to below 1, one trial or more")  # fmt: skip
-
-
-class _Average:
-    "Moving average of weights, of which each step keeps a share; at the end they are put in their place."
-
-    def __init__(self, parameters: Iterable[nn.Parameter], keep: float):
-        self.parameters, self.keep = list(parameters), keep
-        self.mean = [p.detach().clone() for p in self.parameters]
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for kept, now in zip(self.mean, self.parameters, strict=True):
-            kept.lerp_(now, 1 - self.keep)
-
-    @torch.no_grad()
-    def put(self) -> None:
-        for kept, now in zip(self.mean, self.parameters, strict=True):
-            now.copy_(kept)
 
 
 class Patterns(Saved, PreTrainedModel):
@@ -186,11 +201,11 @@ class Patterns(Saved, PreTrainedModel):
     ) -> Patterns:
         "Train by `loss`; afterwards the weights are their moving average. Returns itself, in evaluation."
         self._joined("responses", responses, self.config.inputs, labels)
-        _check_fit(len(responses), steps, batch, rate, average)
+        check_training(len(responses), steps, batch, rate, average)
         self.train()
         optimizer = torch.optim.Adam(self.parameters(), rate, fused=True)
         slower = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        mean = _Average(self.parameters(), average)
+        mean = MovingAverage(self.parameters(), average)
         for _ in range(steps):
             rows = torch.randint(len(responses), (batch,), generator=generator, device=responses.device)
             loss = self.loss(
@@ -203,13 +218,6 @@ class Patterns(Saved, PreTrainedModel):
         mean.put()
         self.zero_grad()
         return self.eval()
-
-
-def _count(count: int | None, given: torch.Tensor | None) -> int:
-    "How many responses are asked for: a number, or one for each row of what is given."
-    count = len(given) if count is None and given is not None else count
-    _whole("count", count, 1)
-    return count
 
 
 class VAE(Patterns):
@@ -236,8 +244,8 @@ class VAE(Patterns):
     ):
         super().__init__(config)
         c = config
-        self.encoder = _layers(c.inputs + c.labels, *c.hidden, 2 * c.latents)
-        self.decoder = _layers(c.latents + c.labels, *c.hidden[::-1], c.inputs)
+        self.encoder = linear_layers(c.inputs + c.labels, *c.hidden, 2 * c.latents)
+        self.decoder = linear_layers(c.latents + c.labels, *c.hidden[::-1], c.inputs)
         self.log_noise = nn.Parameter(torch.zeros(())) if c.noise is None else None
         self.post_init()
 
@@ -291,7 +299,7 @@ class VAE(Patterns):
         generator: torch.Generator | None = None,  # of the draws; None: torch's global one
     ) -> torch.Tensor:  # (B,) nats
         "Negative evidence lower bound of each trial, by reparametrisation: -log p(x | z) + beta KL."
-        _whole("samples", samples, 1)
+        whole_option("samples", samples, 1)
         mean, log_variance = self.encode(responses, labels)
         draws = []
         for _ in range(samples):
@@ -321,14 +329,6 @@ class VAE(Patterns):
         generator: torch.Generator | None = None,  # of the draws; None: torch's global one
     ) -> torch.Tensor:  # (count, inputs), in the unit of the responses
         "New responses: codes from the prior, decoded."
-        z = self._noise(_count(count, labels), self.config.latents, generator)
+        z = self._noise(how_many(count, labels), self.config.latents, generator)
         made = self.decode(z, labels)
         return made + self.noise_variance.sqrt() * self._draw(made, generator) if noise else made
-
-
-def _layers(*widths: int, between: type[nn.Module] = nn.ELU) -> nn.Sequential:
-    "Linear layers of these widths with a nonlinearity between them."
-    layers: list[nn.Module] = []
-    for a, b in zip(widths, widths[1:], strict=False):
-        layers += [nn.Linear(a, b), between()]
-    return nn.Sequential(*layers[:-1])

@@ -25,7 +25,7 @@ from transformers.utils import ModelOutput
 
 from ..core import DataError, rng
 from .readouts import as_weights
-from .viv1t import Saved, _check_sizes, _refuse_unknown
+from .viv1t import Saved, check_sizes, refuse_unknown
 
 # %% ../../neuro_nbs/16_classifiers.ipynb #1b5a2104
 def study_split(
@@ -121,7 +121,7 @@ class ClassifierConfig(PretrainedConfig):
             kwargs["id2label"] = {i: str(name) for i, name in enumerate(concepts)}
             kwargs["label2id"] = {name: i for i, name in kwargs["id2label"].items()}
         _check_options(self)
-        _refuse_unknown(self, set(kwargs) - {"id2label", "label2id"})
+        refuse_unknown(self, set(kwargs) - {"id2label", "label2id"})
         super().__init__(**kwargs)
 
     @classmethod
@@ -154,7 +154,7 @@ class ClassifierConfig(PretrainedConfig):
 
 def _check_options(c: ClassifierConfig) -> None:
     "Raise at the first option that no classifier can be built from."
-    _check_sizes(c)
+    check_sizes(c)
     for name, allowed in (("kind", CLASSIFIERS), ("norm", ("batch", "group"))):
         if getattr(c, name) not in allowed:
             raise DataError(f"{name}={getattr(c, name)!r}", expected=f"one of {', '.join(allowed)}")

@@ -15,8 +15,8 @@ from transformers import PretrainedConfig
 from transformers.utils import ModelOutput
 
 from ..core import DataError
-from .autoencoders import Patterns, _check_widths, _count, _layers, _whole
-from .viv1t import _refuse_unknown
+from .autoencoders import Patterns, check_widths, how_many, linear_layers, whole_option
+from .viv1t import refuse_unknown
 
 # %% auto #0
 __all__ = ['DiffusionConfig', 'DiffusionOutput', 'Diffusion']
@@ -47,12 +47,12 @@ class DiffusionConfig(PretrainedConfig):
     ):
         self.inputs, self.labels, self.hidden, self.rank = inputs, labels, list(hidden), rank
         self.times, self.betas, self.drop = times, list(betas), drop
-        _check_widths(self, self.hidden, inputs=1, labels=0, rank=1, times=2)
+        check_widths(self, self.hidden, inputs=1, labels=0, rank=1, times=2)
         if len(self.betas) != 2 or not 0 < self.betas[0] <= self.betas[1] < 1:
             raise DataError(f"betas={betas!r}", expected="two variances, 0 < first <= last < 1")
         if not 0 <= drop < 1:
             raise DataError(f"drop={drop!r}", expected="0 or more, below 1")
-        _refuse_unknown(self, kwargs)
+        refuse_unknown(self, kwargs)
         super().__init__(**kwargs)
 
 
@@ -99,10 +99,10 @@ class Diffusion(Patterns):
         super().__init__(config)
         c = config
         told = c.inputs + (c.labels + 1 if c.labels else 0)
-        self.net = _layers(told + 32, *c.hidden, c.inputs)
+        self.net = linear_layers(told + 32, *c.hidden, c.inputs)
         self.down, self.gate, self.up = (
             nn.Linear(told, c.rank),
-            _layers(32, 64, c.rank),
+            linear_layers(32, 64, c.rank),
             nn.Linear(c.rank, c.inputs),
         )
         self.post_init()
@@ -180,10 +180,10 @@ class Diffusion(Patterns):
     ) -> torch.Tensor:  # (count, inputs), in the unit of the responses
         "New responses: from noise, or from responses that are made noisy up to a time, back to a response."
         c = self.config
-        count = _count(count, labels if labels is not None else start)
-        _whole("steps", steps, 1)
+        count = how_many(count, labels if labels is not None else start)
+        whole_option("steps", steps, 1)
         last = c.times if since is None else since
-        _whole("since", last, 1)
+        whole_option("since", last, 1)
         if last > c.times or not 0 <= fresh <= 1 or not np.isfinite(guidance) or (guidance and not c.labels):
             raise DataError(
                 f"since={since!r}, fresh={fresh!r}, guidance={guidance!r}",

@@ -15,8 +15,8 @@ from transformers import PretrainedConfig
 from transformers.utils import ModelOutput
 
 from ..core import DataError
-from .autoencoders import Patterns, _check_widths, _count, _layers, _whole
-from .viv1t import _refuse_unknown
+from .autoencoders import Patterns, check_widths, how_many, linear_layers, whole_option
+from .viv1t import refuse_unknown
 
 # %% auto #0
 __all__ = ['FlowMatchingConfig', 'FlowMatchingOutput', 'FlowMatching']
@@ -43,8 +43,8 @@ class FlowMatchingConfig(PretrainedConfig):
         **kwargs,  # options every Hugging Face config has
     ):
         self.inputs, self.labels, self.hidden, self.steps = inputs, labels, list(hidden), steps
-        _check_widths(self, self.hidden, inputs=1, labels=0, steps=1)
-        _refuse_unknown(self, kwargs)
+        check_widths(self, self.hidden, inputs=1, labels=0, steps=1)
+        refuse_unknown(self, kwargs)
         super().__init__(**kwargs)
 
 
@@ -93,7 +93,7 @@ class FlowMatching(Patterns):
     ):
         super().__init__(config)
         widths = (config.inputs + 1 + config.labels, *config.hidden, config.inputs)
-        self.net = _layers(*widths, between=nn.GELU)
+        self.net = linear_layers(*widths, between=nn.GELU)
         self.post_init()
 
     def velocity(
@@ -136,7 +136,7 @@ class FlowMatching(Patterns):
         start: torch.Tensor | None = None,  # (B, inputs) where the roads begin; None: noise
     ) -> torch.Tensor:  # (B,) squared unit of the responses
         "Conditional flow matching: squared error of the velocity on straight roads, mean over cells or voxels."
-        _whole("samples", samples, 1)
+        whole_option("samples", samples, 1)
         self._joined("responses", responses, self.config.inputs, labels)
         if start is not None:
             self._fits("start", start, self.config.inputs, len(responses))
@@ -164,7 +164,7 @@ class FlowMatching(Patterns):
     ) -> torch.Tensor:  # (B, inputs)
         "Points carried from time 0 to 1."
         steps = self.config.steps if steps is None else steps
-        _whole("steps", steps, 1)
+        whole_option("steps", steps, 1)
         at = start
         for k in range(steps):
             at = at + self.velocity(at, k / steps, labels) / steps
@@ -179,4 +179,4 @@ class FlowMatching(Patterns):
         generator: torch.Generator | None = None,  # of the noise; None: torch's global one
     ) -> torch.Tensor:  # (count, inputs), in the unit of the responses
         "New responses: noise, carried."
-        return self.carry(self._noise(_count(count, labels), self.config.inputs, generator), labels, steps)
+        return self.carry(self._noise(how_many(count, labels), self.config.inputs, generator), labels, steps)

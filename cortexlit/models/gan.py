@@ -18,14 +18,14 @@ from transformers.utils import ModelOutput
 
 from ..core import DataError
 from cortexlit.models.autoencoders import (
+    MovingAverage,
     Patterns,
-    _Average,
-    _check_fit,
-    _check_widths,
-    _count,
-    _layers,
+    check_training,
+    check_widths,
+    how_many,
+    linear_layers,
 )
-from .viv1t import _refuse_unknown
+from .viv1t import refuse_unknown
 
 # %% auto #0
 __all__ = ['GANConfig', 'GANOutput', 'GAN']
@@ -55,12 +55,12 @@ class GANConfig(PretrainedConfig):
     ):
         self.inputs, self.labels, self.latents = inputs, labels, latents
         self.hidden, self.judge, self.penalty = list(hidden), list(judge), penalty
-        _check_widths(self, (*self.hidden, *self.judge), inputs=1, labels=0, latents=1)
+        check_widths(self, (*self.hidden, *self.judge), inputs=1, labels=0, latents=1)
         if not self.judge:
             raise DataError("judge=()", expected="one hidden layer or more")
         if not 0 <= penalty < np.inf:
             raise DataError(f"penalty={penalty!r}", expected="0 or more")
-        _refuse_unknown(self, kwargs)
+        refuse_unknown(self, kwargs)
         super().__init__(**kwargs)
 
 
@@ -104,10 +104,10 @@ class GAN(Patterns):
     ):
         super().__init__(config)
         c = config
-        self.decoder = _layers(c.latents + c.labels, *c.hidden, c.inputs)
+        self.decoder = linear_layers(c.latents + c.labels, *c.hidden, c.inputs)
         self.straight = nn.Linear(c.latents + c.labels, c.inputs)
         self.log_deviation = nn.Parameter(torch.full((c.inputs,), -1.0))
-        self.judge = _layers(c.inputs, *c.judge)
+        self.judge = linear_layers(c.inputs, *c.judge)
         self.verdict = nn.Linear(c.judge[-1], 1)
         self.match = nn.Linear(c.labels, c.judge[-1], bias=False) if c.labels else None
         self.post_init()
@@ -162,7 +162,7 @@ class GAN(Patterns):
         generator: torch.Generator | None = None,  # of the draws; None: torch's global one
     ) -> torch.Tensor:  # (B,) nats
         "Minus the log of the chance that the judge gives to made responses (non-saturating)."
-        return F.softplus(-self(self._make(_count(count, labels), labels, generator), labels).logits)
+        return F.softplus(-self(self._make(how_many(count, labels), labels, generator), labels).logits)
 
     @torch.no_grad()
     def sample(
@@ -174,7 +174,7 @@ class GAN(Patterns):
         generator: torch.Generator | None = None,  # of the draws; None: torch's global one
     ) -> torch.Tensor:  # (count, inputs), in the unit of the responses
         "New responses."
-        return self._make(_count(count, labels), labels, generator, noise)
+        return self._make(how_many(count, labels), labels, generator, noise)
 
     def fit(
         self,
@@ -188,7 +188,7 @@ class GAN(Patterns):
     ) -> GAN:
         "Play the game; afterwards the generator's weights are their moving average. Returns itself, in evaluation."
         self._joined("responses", responses, self.config.inputs, labels)
-        _check_fit(len(responses), steps, batch, rate, average)
+        check_training(len(responses), steps, batch, rate, average)
         judge = [
             p
             for part in (self.judge, self.verdict, self.match)
@@ -197,7 +197,7 @@ class GAN(Patterns):
         ]
         maker = [*self.decoder.parameters(), *self.straight.parameters(), self.log_deviation]
         players = [torch.optim.Adam(part, rate, (0.0, 0.99), fused=True) for part in (judge, maker)]
-        mean = _Average(maker, average)
+        mean = MovingAverage(maker, average)
         self.train()
         for _ in range(steps):
             rows = torch.randint(len(responses), (batch,), generator=generator, device=responses.device)

@@ -47,11 +47,11 @@ from cortexlit.models.readouts import (
 from cortexlit.models.viv1t import (
     Heads,
     Layout,
-    _check_fed,
-    _check_mice,
-    _check_sizes,
-    _named_options,
-    _refuse_unknown,
+    check_fed,
+    check_mice,
+    check_sizes,
+    named_options,
+    refuse_unknown,
 )
 
 # %% ../../neuro_nbs/11_v1t.ipynb #e26d79cc
@@ -74,7 +74,7 @@ SHIFTS = {
 # %% ../../neuro_nbs/11_v1t.ipynb #a287ff12
 def _check_options(c: PretrainedConfig) -> None:
     "Raise at the first option that no model can be built from."
-    _check_sizes(c)
+    check_sizes(c)
     for name, value in (("size", c.size), ("resize", c.resize)):
         if value is not None and len(value) != 2:
             raise DataError(f"{name}={value}", expected="2 whole numbers: height, width")
@@ -108,13 +108,13 @@ def _check_options(c: PretrainedConfig) -> None:
             f'token_positions="rotary" with emb_dim={c.emb_dim}',
             expected="4 or more: a plane for x and for y",
         )
-    _check_fed(c)
+    check_fed(c)
     check_parts(c, "image")
     if c.core != "vit" and c.behavior not in ("none", "channels"):
         raise DataError(f"behavior={c.behavior!r} with core={c.core!r}", expected="none, channels")
     if c.core == "vit" and min(c.seen) < c.patch:
         raise DataError(f"patches of {c.patch} pixels in an image of {c.seen}", fix="make patch smaller")
-    _check_mice(c.neurons)
+    check_mice(c.neurons)
     if "share" in c.neurons:
         raise DataError("mouse id 'share'", expected="another name: published files use it for all mice")
     needs = {"behavior_channels": c.behavior != "none" or c.shift == "both+behavior"}
@@ -197,7 +197,7 @@ class V1TConfig(PretrainedConfig):
         self.core, self.readout = core, readout
         self.core_options, self.readout_options = dict(core_options or {}), dict(readout_options or {})
         _check_options(self)
-        _refuse_unknown(self, kwargs)
+        refuse_unknown(self, kwargs)
         super().__init__(**kwargs)
 
     @property
@@ -1026,7 +1026,7 @@ def published_v1t_config(
     >>> published_v1t_config({"patch_size": 8, "num_heads": 4, "output_shapes": {"A": [5]}}).neurons
     {'A': 5}
     """
-    options = _named_options(args, _FIXED, _SAME, _CHOICES)
+    options = named_options(args, _FIXED, _SAME, _CHOICES)
     options["channels"] = ["pupil_area", "pupil_area_change", "running"]  # of Sensorium 2022, in this order
     options["size"] = list(args.get("input_shape", (1, 36, 64)))[1:]
     small = [36, 64]

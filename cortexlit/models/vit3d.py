@@ -32,7 +32,7 @@ from .attention import attend, attention_weights
 from .efficient import HiLoAttention, rotary_angles, rotate
 from .readouts import as_weights
 from .v1t import V1T
-from .viv1t import Saved, _check_sizes, _refuse_unknown
+from .viv1t import Saved, check_sizes, refuse_unknown
 
 # %% ../../neuro_nbs/13_vit3d.ipynb #1a5a2f37
 def patch_voxels(
@@ -328,7 +328,7 @@ class ViT3DConfig(PretrainedConfig):
         self.scales, self.coarse = scales, None if coarse is None else list(coarse)
         self.outputs, self.loss = outputs, loss
         _check_options(self)
-        _refuse_unknown(self, kwargs)
+        refuse_unknown(self, kwargs)
         super().__init__(**kwargs)
 
     @classmethod
@@ -369,7 +369,7 @@ class ViT3DConfig(PretrainedConfig):
 # %% ../../neuro_nbs/13_vit3d.ipynb #ee65617d
 def _check_options(c: ViT3DConfig) -> None:
     "Raise at the first option that no model can be built from."
-    _check_sizes(c)
+    check_sizes(c)
     placed = ("grid", "patch") if c.coarse is None else ("grid", "patch", "coarse")
     for name in placed:
         if len(getattr(c, name)) != 3:

@@ -63,7 +63,7 @@ from .tubelets import Tubelets
 _HEADS = ("shifters", "readouts", "modulators")  # where the model keeps the parts of each mouse's head
 
 # %% ../../neuro_nbs/06_viv1t.ipynb #18cdb0d7
-def _check_mice(neurons: Iterable[str]) -> None:
+def check_mice(neurons: Iterable[str]) -> None:
     "Raise unless every mouse id can name a part of a model."
     for mouse in neurons:
         if not isinstance(mouse, str) or not mouse or "." in mouse or hasattr(nn.ModuleDict, mouse):
@@ -72,7 +72,7 @@ def _check_mice(neurons: Iterable[str]) -> None:
             )
 
 
-def _refuse_unknown(config: PretrainedConfig, given: Iterable[str]) -> None:
+def refuse_unknown(config: PretrainedConfig, given: Iterable[str]) -> None:
     "Raise at a name that is no option; a saved configuration may hold what another version of transformers wrote."
     general, saved = vars(PretrainedConfig()), "transformers_version" in given
     for name in given:
@@ -89,7 +89,7 @@ _MOST = {"depth": 1000, "layers": 1000}  # by the end of an option's name; of al
 _LARGEST = 2**24
 
 
-def _check_sizes(c: PretrainedConfig) -> None:
+def check_sizes(c: PretrainedConfig) -> None:
     "Raise at a size that no model has, before anything of that size is made."
     for name, value in vars(c).items():
         values = (
@@ -100,7 +100,7 @@ def _check_sizes(c: PretrainedConfig) -> None:
             raise DataError(f"{name}={value!r}", expected=f"at most {most}")
 
 
-def _check_fed(c: PretrainedConfig) -> None:
+def check_fed(c: PretrainedConfig) -> None:
     "Raise unless what the model says about its input can be true."
     if not (c.normalisation is None or isinstance(c.normalisation, str)):
         raise DataError(f"normalisation={c.normalisation!r}", expected="the name of a scheme, or None")
@@ -117,7 +117,7 @@ def _check_fed(c: PretrainedConfig) -> None:
 
 def _check_options(c: PretrainedConfig) -> None:
     "Raise at the first option that no model can be built from."
-    _check_sizes(c)
+    check_sizes(c)
     for name, n in (("size", 2), ("patch", 3), ("stride", 3)):
         if len(getattr(c, name)) != n:
             raise DataError(f"{name}={getattr(c, name)}", expected=f"{n} whole numbers")
@@ -136,7 +136,7 @@ def _check_options(c: PretrainedConfig) -> None:
     for name in ("patch_dropout", "attention_dropout", "ff_dropout", "drop_path", "readout_dropout"):
         if not 0 <= getattr(c, name) < 1:
             raise DataError(f"{name}={getattr(c, name)!r}", expected="a probability, 0 <= p < 1")
-    _check_fed(c)
+    check_fed(c)
     check_parts(c, "video")
     names = {"output": OUTPUTS, "loss": LOSSES, "positions": ("predicted", "free")}
     for name, allowed in (names | {"modulator": (None, *MODULATORS)}).items():
@@ -149,7 +149,7 @@ def _check_options(c: PretrainedConfig) -> None:
             raise DataError(f"a tubelet of {patch} {axis} in a clip of {length}", fix="make patch smaller")
     if c.frames > c.max_frames:
         raise DataError(f"frames={c.frames} is more than max_frames={c.max_frames}", fix="raise max_frames")
-    _check_mice(c.neurons)
+    check_mice(c.neurons)
     if c.shifter and c.pupil_channels != 2:
         raise DataError(
             f"a shifter with {c.pupil_channels} pupil channels", expected="2", fix="shifter=False"
@@ -229,7 +229,7 @@ class ViV1TConfig(PretrainedConfig):
         self.core, self.readout = core, readout
         self.core_options, self.readout_options = dict(core_options or {}), dict(readout_options or {})
         _check_options(self)
-        _refuse_unknown(self, kwargs)
+        refuse_unknown(self, kwargs)
         super().__init__(**kwargs)
 
     @property
@@ -1006,6 +1006,25 @@ def _account(
             fix=f"give the options they were made with: config={type(model.config).__name__}(...)",
         )
 
+# %% ../../neuro_nbs/06_viv1t.ipynb #80a0f9b2
+def named_options(
+    args: Mapping[str, Any],
+    fixed: Mapping[str, tuple],  # published name -> values it may have, the first being its default
+    same: Mapping[str, str],  # our name -> published name
+    choices: Mapping[str, tuple[str, Mapping]],  # published name -> our name, {published value: ours}
+) -> dict[str, Any]:
+    "Options of published code under our names."
+    for name, allowed in fixed.items():
+        if args.get(name, allowed[0]) not in allowed:
+            raise DataError(f"args.yaml: {name} is {args[name]!r}", expected=f"one of {list(allowed)}")
+    options = {ours: args[theirs] for ours, theirs in same.items() if args.get(theirs) is not None}
+    for name, (ours, values) in choices.items():
+        value = args.get(name, next(iter(values)))
+        if value not in values:
+            raise DataError(f"args.yaml: {name} is {value!r}", expected=f"one of {list(values)}")
+        options[ours] = values[value]
+    return options
+
 # %% ../../neuro_nbs/06_viv1t.ipynb #e308806c
 _FIXED = {  # options of the published code that have to have one of these values, the first being its default
     "core": ("vivit",),
@@ -1046,25 +1065,6 @@ _SAME = {  # options that are only called otherwise
 }
 
 
-def _named_options(
-    args: Mapping[str, Any],
-    fixed: Mapping[str, tuple],  # published name -> values it may have, the first being its default
-    same: Mapping[str, str],  # our name -> published name
-    choices: Mapping[str, tuple[str, Mapping]],  # published name -> our name, {published value: ours}
-) -> dict[str, Any]:
-    "Options of published code under our names."
-    for name, allowed in fixed.items():
-        if args.get(name, allowed[0]) not in allowed:
-            raise DataError(f"args.yaml: {name} is {args[name]!r}", expected=f"one of {list(allowed)}")
-    options = {ours: args[theirs] for ours, theirs in same.items() if args.get(theirs) is not None}
-    for name, (ours, values) in choices.items():
-        value = args.get(name, next(iter(values)))
-        if value not in values:
-            raise DataError(f"args.yaml: {name} is {value!r}", expected=f"one of {list(values)}")
-        options[ours] = values[value]
-    return options
-
-
 def _fed(args: Mapping[str, Any]) -> dict[str, Any]:
     "What a published run was fed: Sensorium trials at 30 Hz, pupil size before running, scaled as its options say."
     named = {"transform_mode": {1: "viv1t-standardised", 2: "viv1t"}, "transform_input": {1: "closed-loop"}}
@@ -1082,7 +1082,7 @@ def published_viv1t_config(
     >>> published_viv1t_config({"core_emb_dim": 112, "output_shapes": {"A": [5, 300]}}).neurons
     {'A': 5}
     """
-    options = _named_options(args, _FIXED, _SAME, _CHOICES)
+    options = named_options(args, _FIXED, _SAME, _CHOICES)
     sizes = {
         f"{what}{axis}": args.get(f"core_{axis}_patch_{what}", default)
         for what, (temporal, spatial) in {"size": (25, 7), "stride": (1, 2)}.items()

@@ -394,16 +394,8 @@ def texture(
     picture = np.tanh(1.2 * picture / picture.std())
     return ((picture - picture.mean()) / picture.std()).astype(np.float32)
 
-# %% ../../neuro_nbs/02_synthetic_session.ipynb #3c3ed8f7
-def _window(picture: np.ndarray, start: int, n: int, axis: int) -> np.ndarray:
-    "`n` rows (axis 0) or columns of a periodic picture from `start`; not a copy unless they go over its edge."
-    start %= picture.shape[axis]
-    if start + n > picture.shape[axis]:
-        return picture.take(range(start, start + n), axis, mode="wrap")
-    return picture[start : start + n] if axis == 0 else picture[:, start : start + n]
-
-
-def _crop(picture: np.ndarray, y: float, x: float, shape: tuple[int, int]) -> np.ndarray:
+# %% ../../neuro_nbs/02_synthetic_session.ipynb #81c01ccf
+def crop_at(picture: np.ndarray, y: float, x: float, shape: tuple[int, int]) -> np.ndarray:
     "A window of a periodic picture at a fractional position."
     iy, ix = int(np.floor(y)), int(np.floor(x))
     fy, fx = np.float32(y - iy), np.float32(x - ix)
@@ -412,12 +404,20 @@ def _crop(picture: np.ndarray, y: float, x: float, shape: tuple[int, int]) -> np
     return part[:, :-1] * (1 - fx) + part[:, 1:] * fx
 
 
-def _wander(random: np.random.Generator, n: int, seconds: float, dt: float) -> np.ndarray:
+def wander(random: np.random.Generator, n: int, seconds: float, dt: float) -> np.ndarray:
     "Smooth random walk around 0 with sd about 1 and the given correlation time."
     a = np.exp(-dt / seconds)
     noise = random.standard_normal(n + int(5 * seconds / dt))
     walk = lfilter([np.sqrt(1 - a * a)], [1, -a], noise)
     return walk[len(walk) - n :]
+
+# %% ../../neuro_nbs/02_synthetic_session.ipynb #3c3ed8f7
+def _window(picture: np.ndarray, start: int, n: int, axis: int) -> np.ndarray:
+    "`n` rows (axis 0) or columns of a periodic picture from `start`; not a copy unless they go over its edge."
+    start %= picture.shape[axis]
+    if start + n > picture.shape[axis]:
+        return picture.take(range(start, start + n), axis, mode="wrap")
+    return picture[start : start + n] if axis == 0 else picture[:, start : start + n]
 
 
 def scene(
@@ -435,11 +435,11 @@ def scene(
     h, w = shape
     speed = random.uniform(2, 14) / DEGREES_PER_PX / 30  # px per frame
     drift = np.stack(
-        [f * _wander(random, frames, 1.5, 1 / 30) for f in (0.5, 1.0)]
+        [f * wander(random, frames, 1.5, 1 / 30) for f in (0.5, 1.0)]
     )  # up and down, to the sides
     pan = np.cumsum(speed * drift, 1)
     ground = texture(random, (2 * h, 2 * w), random.uniform(0.9, 1.2))
-    movie = np.stack([_crop(ground, y, x, shape) for y, x in pan.T])
+    movie = np.stack([crop_at(ground, y, x, shape) for y, x in pan.T])
     for _ in range(random.integers(2, 5)):
         radius = random.uniform(6, 16, 2)
         skin = texture(random, (h, w), 0.6, random.uniform(0, 180)) * 1.2 + random.uniform(-1.2, 1.2)
@@ -447,7 +447,7 @@ def scene(
         angle = random.uniform(0, 2 * np.pi)
         start = random.uniform(0, 1, 2) * shape
         t = np.arange(frames)
-        sway = 5 * _wander(random, frames, 1.0, 1 / 30)
+        sway = 5 * wander(random, frames, 1.0, 1 / 30)
         y = (start[0] + 0.5 * step * np.sin(angle) * t + sway) % (h + 40) - 20
         x = (start[1] + step * np.cos(angle) * t) % (w + 40) - 20
         for k in range(frames):  # only the box around the object
@@ -456,7 +456,7 @@ def scene(
             dy, dx = np.arange(box.shape[0]) + top - y[k], np.arange(box.shape[1]) + left - x[k]
             distance = np.hypot(dy[:, None] / radius[0], dx / radius[1])
             alpha = np.minimum(np.maximum((1.15 - distance) / 0.3, 0), 1).astype(np.float32)
-            box += alpha * (_crop(skin, top - y[k], left - x[k], box.shape) - box)
+            box += alpha * (crop_at(skin, top - y[k], left - x[k], box.shape) - box)
     grey, contrast = random.uniform(95, 140), random.uniform(30, 48)
     return np.clip(np.rint(grey + contrast * movie), 0, 255).astype(np.uint8)
 
@@ -608,10 +608,10 @@ def behave(
     random, dt = rng(seed, "behaviour", session_type), 1 / FRAME_RATE
     target = _bouts(random, frames)
     moving = _smooth((target > 0).astype(float), 0.3)
-    running = _smooth(_smooth(target, 0.25), 0.25) * (1 + 0.2 * _wander(random, frames, 0.4, dt))
+    running = _smooth(_smooth(target, 0.25), 0.25) * (1 + 0.2 * wander(random, frames, 0.4, dt))
     running += 0.35 * random.standard_normal(frames) + 0.8 * moving * random.standard_normal(frames)
-    arousal = 0.55 * _smooth(np.tanh(target / 15), 1.5) + 0.12 * _wander(random, frames, 20, dt)
-    area = 1500 * np.exp(arousal + 0.12 * _wander(random, frames, 1.0, dt)) + 15 * random.standard_normal(
+    arousal = 0.55 * _smooth(np.tanh(target / 15), 1.5) + 0.12 * wander(random, frames, 20, dt)
+    area = 1500 * np.exp(arousal + 0.12 * wander(random, frames, 1.0, dt)) + 15 * random.standard_normal(
         frames
     )
     jumps = random.random(frames) < dt / 2.5
@@ -895,7 +895,7 @@ def fire(
     False
     """
     n, dt = len(rate), 1 / FRAME_RATE
-    slow = 0.6 * _wander(random, n, 2.0, dt) + 0.5 * _wander(random, n, 300.0, dt) + 0.4 * shared
+    slow = 0.6 * wander(random, n, 2.0, dt) + 0.5 * wander(random, n, 300.0, dt) + 0.4 * shared
     spread = neuron.variability * slow / np.sqrt(0.77)
     count = random.poisson(np.minimum(rate * dt * np.exp(spread - 0.5 * neuron.variability**2), 3.0))
     events = np.zeros(n, dtype=np.float32)
@@ -1120,9 +1120,9 @@ def set_stage(
     filtered = population.filter(stack, neurons)
     shown, behaviour = shown_pictures(timeline, counts), behave(frames, seed, session_type)
     random = rng(seed, "population", session_type)
-    shared = _wander(random, frames, 1.0, 1 / FRAME_RATE)
+    shared = wander(random, frames, 1.0, 1 / FRAME_RATE)
     contrast = _smooth(stack.std((1, 2))[shown], 0.7)
-    haze = 0.03 * _wander(random, frames, 3.0, 1 / FRAME_RATE) + 0.02 * shared + 0.15 * contrast
+    haze = 0.03 * wander(random, frames, 3.0, 1 / FRAME_RATE) + 0.02 * shared + 0.15 * contrast
     haze = haze + 0.06 * _smooth(np.tanh(np.maximum(behaviour.running, 0) / 12), 0.7)
     session_id = _session_ids(seed, population.offset)[session_type]
     return Stage(
@@ -1201,7 +1201,7 @@ def simulate_cell(
     detected = np.where(seen, events * random.lognormal(0, 0.15, n), 0).astype(np.float32)
     fade = neuron.baseline * stage.population.brightness(neuron, n)
     clean = fade * (1 + neuron.amplitude * calcium(events) + neuron.noise * random.standard_normal(n))
-    local = stage.haze + 0.02 * _wander(random, n, 2.0, 1 / FRAME_RATE) + 0.015 * random.standard_normal(n)
+    local = stage.haze + 0.02 * wander(random, n, 2.0, 1 / FRAME_RATE) + 0.015 * random.standard_normal(n)
     neuropil = _rounded(neuron.neuropil * (1 + local), 2)
     demixed = _rounded(clean + neuron.neuropil_r * neuropil, 1)
     r = float(np.clip(neuron.neuropil_r + 0.05 * random.standard_normal(), 0.05, 1))
@@ -1345,7 +1345,7 @@ def _write_behaviour(file: h5py.File, stage: Stage) -> None:
     file[f"{base}/data"] = _rounded(b.running[5:-3], 256)
     file[f"{base}/timestamps"] = clock[5:-3]
     random = rng(stage.seed, "motion", stage.session_id)
-    shift = np.stack([_wander(random, len(clock), 5.0, 1 / FRAME_RATE) for _ in range(2)], 1)
+    shift = np.stack([wander(random, len(clock), 5.0, 1 / FRAME_RATE) for _ in range(2)], 1)
     base = f"{_PIPELINE}/MotionCorrection/2p_image_series/xy_translation"
     file.create_dataset(f"{base}/data", data=np.rint(1.5 * shift), compression="gzip", compression_opts=1)
     file[f"{base}/timestamps"] = link

@@ -29,12 +29,12 @@ from cortexlit.core import (
 )
 from ..data.checks import consistent, load_arrays
 from cortexlit.data.things import (
-    _PRF_AREAS,
     LAYOUTS,
+    PRF_AREAS,
     PROPERTIES,
-    _read_table,
-    _roi_name,
     load_properties,
+    read_text_table,
+    roi_name,
     things_table,
     write_nifti,
 )
@@ -349,8 +349,8 @@ def _write_volumes(
                 made["affine"],
             )
     areas = np.zeros(mask.shape, np.int16)
-    for code, name in enumerate(_PRF_AREAS, 1):
-        column = next((c for c in made["rois"] if _roi_name(c) == name), None)
+    for code, name in enumerate(PRF_AREAS, 1):
+        column = next((c for c in made["rois"] if roi_name(c) == name), None)
         if column is not None:
             areas[mask] += code * made["rois"][column].to_numpy(np.int16)
     write_nifti(root / f"rois/prf/sub-{subject}/resampled_varea.nii.gz", areas, made["affine"])
@@ -400,7 +400,7 @@ def write_things(
         )
     made_of = SUBJECT_SIZES[size]
     if size == "design":
-        design = _read_table(things_table("sub-01_StimulusMetadata.csv"))
+        design = read_text_table(things_table("sub-01_StimulusMetadata.csv"))
         sources = [things_table(n) for n in ("animacy.csv", "size_fixed.csv")]
         ratings = load_properties(sources[0].parent, [*PROPERTIES, "size"]).loc[np.unique(design["concept"])]
     else:

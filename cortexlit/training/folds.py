@@ -28,7 +28,7 @@ from ..models.adapters import check_targets
 from .features import CachedFeatures, cached_features, core_inputs, source, weights_digest
 from .heads import CONTROLS, fresh_head, train_head
 from .recipes import HEAD_RECIPE
-from .trainer import check_options, fit, model_content, predict
+from .trainer import check_options, fit, last_frames, model_content, predict
 
 # %% ../../neuro_nbs/08a_all_folds.ipynb #08a00012
 class _Reads:
@@ -133,7 +133,7 @@ def predict_fold(
     core: str | Path | None = None,  # as `fresh_head`
     control: str | None = None,  # as `train_head`
     seed: int = 0,  # of everything that is trained
-    last: int = 66,  # frames at the end of each clip that are fitted and scored
+    last: int | None = None,  # frames at the end of each clip that are fitted and scored; None: as for `fit`
     head: Mapping[str, Any] | None = None,  # options of `train_head`
     shared: SharedCore | None = None,  # of this core, so that it does not run for each fold
     row: dict[str, Any] | None = None,  # is told the best epoch and its validation correlation
@@ -157,6 +157,7 @@ def predict_fold(
     if row is not None:
         row |= {"best epoch": done.best_epoch, "validation correlation": done.correlation}
     test = open_for(done.model, folder, "test")
+    last = last_frames(last, test)
     if adapt is None and shared is not None:
         return comparable(test, predict(done.model, shared(done.model, test), last, batch_size=8))
     features = done.folder / "features"  # of this model alone: not kept
@@ -211,7 +212,7 @@ def fold_predictions(
     core: str | Path | None = None,  # as `fresh_head`
     seeds: Iterable[int] = (0,),  # of everything that is trained; controls take the first
     controls: Iterable[str] = (),  # of the head: names in CONTROLS
-    last: int = 66,  # frames at the end of each clip that are fitted and scored
+    last: int | None = None,  # frames at the end of each clip that are fitted and scored; None: as for `fit`
     head: Mapping[str, Any] | None = None,  # options of `train_head`
     out: str | Path | None = None,  # folder of the predictions; default one in `_runs` named after all this
     progress: bool = True,  # a line for each fold of each model
@@ -234,6 +235,7 @@ def fold_predictions(
         raise DataError("no seed", expected="one or more")
     model = _checked(root, adapt, core, controls, {**HEAD_RECIPE.fit, "last": last, "seed": seeds[0], **head})
     folders = fold_folders(root)
+    last = last_frames(last, open_for(model, folders[0], "train"))
     made_from = {"model": model_content(model), "last": last, "head": head,
                  "data": [source(MouseDataset(f, "test"))["content"] for f in folders]}  # fmt: skip
     out = runs(f"folds-{digest(made_from)}") if out is None else Path(out)

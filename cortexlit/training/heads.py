@@ -26,7 +26,7 @@ from ..models.viv1t import ViV1T, ViV1TConfig
 from .features import CachedFeatures, cached_features
 from .pretraining import demo_core
 from .recipes import HEAD_RECIPE
-from .trainer import Fit, check_options, fit, predict
+from .trainer import Fit, check_options, fit, last_frames, predict
 
 # %% ../../neuro_nbs/08_head_training.ipynb #2f2da4bd
 def fresh_head(
@@ -242,7 +242,8 @@ def train_head(
     core: str | Path | None = None,  # as `fresh_head`
     control: str | None = None,  # one of CONTROLS
     seed: int = 0,  # of the head, the order of samples, and the control
-    last: int = 66,  # frames at the end of each clip that are fitted and scored
+    last: int
+    | None = None,  # frames at the end of each clip that are fitted and scored; None: 66 of 140, in proportion
     keep: Callable[[Any, Any], Any]
     | None = None,  # (model, dataset) -> dataset with `features`; None: `fit` keeps them
     **options: Any,  # of `fit`, in place of those of `HEAD_RECIPE`
@@ -269,6 +270,7 @@ def train_head(
     check_options(**options)
     model = fresh_head(root, core, seed=seed, random_core=control == "random core")
     train, validation = (open_for(model, root, tier) for tier in ("train", "validation"))
+    options["last"] = last = last_frames(options["last"], train)
     train = ShuffledLabels(train, seed) if control == "shuffled labels" else train
     if keep is not None:
         train, validation = keep(model, train), keep(model, validation)
@@ -281,7 +283,7 @@ def head_predictions(
     root: str | Path,  # dataset folder
     core: str | Path | None = None,  # as `fresh_head`
     seeds: Iterable[int] = (0, 1),  # of the trained head; controls take the first
-    last: int = 66,  # frames at the end of each clip
+    last: int | None = None,  # frames at the end of each clip; None: as for `train_head`
     **options: Any,  # of `fit`
 ) -> dict[
     tuple[str, int], np.ndarray
@@ -303,6 +305,7 @@ def head_predictions(
     for control, seed in [(None, s) for s in seeds] + [(control, seeds[0]) for control in CONTROLS]:
         done = train_head(root, core, control, seed, last, **options)
         test = open_for(done.model, root, "test")
+        last = last_frames(last, test)
         kept = cached_features(done.model, test, last=last, batch_size=8, progress=False)
         found[names[control], seed] = comparable(test, predict(done.model, kept, last=last, batch_size=8))
     return found

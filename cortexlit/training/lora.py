@@ -34,7 +34,15 @@ from .features import cached_features, fingerprint, source
 from .folds import run_folds
 from .heads import fresh_head, reverse_correlate, train_head
 from .recipes import HEAD_RECIPE, Recipe
-from .trainer import Fit, best_folder, check_options, fit, model_content, predict
+from cortexlit.training.trainer import (
+    Fit,
+    best_folder,
+    check_options,
+    fit,
+    last_frames,
+    model_content,
+    predict,
+)
 from .trials import database, holding, open_study, run_trials
 
 # %% ../../neuro_nbs/09_lora_grid.ipynb #8ed72605
@@ -71,12 +79,13 @@ class Grid:
         out: str | Path | None = None,  # folder of the runs; default one in `_runs` named after all this
         storage: str
         | None = None,  # URL of the Optuna study, as for `open_storage`; default an SQLite file in `out`
-        last: int = 66,  # frames at the end of each clip that are fitted and scored
+        last: int
+        | None = None,  # frames at the end of each clip that are fitted and scored; None: as for `fit`
         head: Mapping[str, Any]
         | None = None,  # options of `train_head`, for the heads that adaptation starts from
         **options: Any,  # of `fit`, for all runs
     ):
-        self.root, self.core, self.last = Path(root), core, last
+        self.root, self.core = Path(root), core
         self.configurations = {c.name: c for c in configurations}
         self.seeds, self.options, self.head = list(islice(seeds, 1001)), options, dict(head or {})
         if len(self.seeds) > 1000:
@@ -84,10 +93,12 @@ class Grid:
         if not self.configurations or not self.seeds:
             raise DataError("a grid without configurations or seeds", expected="one or more of each")
         model = fresh_head(root, core)
+        train = open_for(model, root, "train")
+        self.last = last_frames(last, train)
         self._check(model)
         self._config = model.config
         self._plan = {
-            "data": source(open_for(model, root, "train"))["content"], "model": model_content(model), "last": last,
+            "data": source(train)["content"], "model": model_content(model), "last": self.last,
             "head": self.head, "options": options,
         }  # fmt: skip
         configurations = [{"name": c.name, "fit": asdict(c)["fit"]} for c in self.configurations.values()]
@@ -250,7 +261,7 @@ def cross_validate(
     folds: int = 5,
     core: str | Path | None = None,  # as `fresh_head`
     seed: int = 0,  # of the folds, and of everything that is trained
-    last: int = 66,  # frames at the end of each clip that are fitted and scored
+    last: int | None = None,  # frames at the end of each clip that are fitted and scored; None: as for `fit`
     head: Mapping[str, Any]
     | None = None,  # options of `fit` for the head, in place of those of `HEAD_RECIPE`
     out: str | Path | None = None,  # folder of what is kept; default one in `_runs` named after all this
@@ -271,15 +282,17 @@ def cross_validate(
     >>> list(table.columns)
     ['fold', 'trained on', 'held out', 'head only', 'r8-all']
     """
+    first = fresh_head(root, core)
+    train = open_for(first, root, "train")
+    last = last_frames(last, train)
     head_options = {**HEAD_RECIPE.fit, "last": last, "seed": seed, "progress": False, **(head or {})}
     check_options(**head_options)
     options = {**_alone(configuration), "last": last, "seed": seed, "progress": False, **options}
     check_options(**options)
-    first = fresh_head(root, core)
     if configuration.fit.get("adapters") is not None:
         check_targets(first, configuration.fit["adapters"])
     parts = clip_folds(root, folds, seed, first)
-    plan = {"data": source(open_for(first, root, "train"))["content"], "model": model_content(first), "folds": folds,
+    plan = {"data": source(train)["content"], "model": model_content(first), "folds": folds,
             "head": head_options, "options": asdict(configuration.but(fit=options))["fit"]}  # fmt: skip
     out = runs(f"cross-{digest(plan)}") if out is None else Path(out)
     claim(out, plan, "plan.json")

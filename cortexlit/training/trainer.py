@@ -74,7 +74,7 @@ from ..data.audit import audit
 from ..data.checks import finite
 from ..data.clips import MouseDataset
 from ..data.inputs import check_inputs, open_for
-from ..metrics import single_trial_correlation
+from ..metrics import scored_frames, single_trial_correlation
 from ..models.adapters import Adapters, add_adapters, check_targets, merged, save_adapters
 from ..models.losses import LOSSES
 from ..models.readouts import own_code
@@ -600,7 +600,7 @@ def _check(options: Mapping[str, Any]) -> None:
     if options["loss"] is not None and not isinstance(options["loss"], str):
         raise DataError(f"loss={options['loss']!r}", expected=f"None or one of {', '.join(LOSSES)}")
     for name in ("last", "batch_size", "accumulate", "patience"):
-        if not (options[name] is None and name == "patience"):
+        if not (options[name] is None and name in ("last", "patience")):
             _whole(name, options[name], 1)
     check_seed(options["seed"], 2**32 - 1)  # NumPy takes no larger one
     _number("lr", options["lr"], 0)
@@ -881,6 +881,14 @@ def _prepared(
         model.freeze_core()
     return model.save_pretrained
 
+# %% ../../neuro_nbs/06b_trainer.ipynb #1a57f4a3
+def last_frames(last: int | None, dataset: Any) -> int:
+    "The frames that enter loss and score: those asked for, or as many as a sheet scores."
+    labels = dataset[0].get("labels") if last is None and len(dataset) else None
+    if last is not None or labels is None or labels.ndim != 2:
+        return 66 if last is None else last
+    return max(1, scored_frames(labels.shape[-1]))
+
 # %% ../../neuro_nbs/06b_trainer.ipynb #c5518a35
 def _fits(
     model: PreTrainedModel,
@@ -914,7 +922,8 @@ def fit(
     adapters: Adapters | None = None,  # with adapt="lora": which
     out: str | Path | None = None,  # run folder; default one in `_runs` named after all the options
     loss: str | None = "mse",  # a name of `cortexlit.models.losses`; None: the one in the model's config
-    last: int = 66,  # frames at the end of a clip that enter loss and score
+    last: int
+    | None = None,  # frames at the end of a clip that enter loss and score; None: 66 of 140, in proportion
     lr: float = 1e-3,  # of AdamW
     core_lr: float | None = None,  # of the core's parameters; None: the same
     schedule: str = "cosine",  # or "linear", "constant", "plateau" (halved after every 3 epochs without a better score)
@@ -958,6 +967,7 @@ def fit(
     }  # fmt: skip
     _check(options)
     train, validation = audited(model, dataset, allow_shared_stimuli)
+    options["last"] = last = last_frames(last, next(iter(train.values())))
     _fits(model, train, validation, options)
     model = copy.deepcopy(model)
     _set_loss(model, loss, last)
@@ -1048,7 +1058,7 @@ def fit(
 def predict(
     model: PreTrainedModel,  # a `ViV1T`, or another model of the library
     dataset: Any,  # map-style, with the items of `MouseDataset` or of `CachedFeatures`
-    last: int = 66,  # frames at the end of each clip, if there are frames
+    last: int | None = None,  # frames at the end of each clip, if there are frames; None: as for `fit`
     mouse_id: str | None = None,  # whose head; may be left out if the model has one mouse
     batch_size: int = 1,  # samples in one pass
 ) -> np.ndarray:  # (samples, neurons, last), or (samples, outputs); float32, in the unit of the labels
@@ -1064,6 +1074,7 @@ def predict(
     12
     """
     check_inputs(model, dataset)
+    last = last_frames(last, dataset)
     was, device, out = model.training, next(model.parameters()).device, []
     mouse = {"mouse_id": mouse_id} if hasattr(model.config, "neurons") else {}
     model.eval()
