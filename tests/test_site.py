@@ -1,6 +1,7 @@
 """What the build of the site takes from nbdev's pages, and what it notices if it were left; on toy pages."""
 
 import base64
+import importlib
 import io
 import json
 import re
@@ -217,9 +218,12 @@ def test_the_list_of_every_name_is_that_of_the_library():
     listed = {(m[2], m[1]) for m in re.finditer(r"^\| \[\**(\w+)\**\]\(\.\./(\S+?)\) \|", text, re.M)}
     known = set()
     for module, symbols in _modidx.d["syms"].items():
+        offered = getattr(
+            importlib.import_module(module.removesuffix(".py").replace("/", ".")), "__all__", ()
+        )
         for name, (page, _) in symbols.items():
             parts = name.removeprefix(f"{module}.").split(".")
-            if len(parts) == 1 and parts[0][0] != "_" and module != "cortexlit.cli" and page:
+            if len(parts) == 1 and parts[0] in offered and module != "cortexlit.cli" and page:
                 known.add((page, parts[0]))
     assert listed == known, "run: python tools/run_notebooks.py --save nbs/00d_reference.ipynb"
 

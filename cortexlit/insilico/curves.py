@@ -19,7 +19,7 @@ from tqdm.std import tqdm
 from ..core import DataError
 from .excite import TrueCells
 from .stimuli import Twin, grating_table, present, render_gratings
-from .tuning import _draws, direction_waves, preferred_value
+from .tuning import condition_draws, direction_waves, preferred_value
 
 # %% ../../neuro_nbs/20c_contrast_size.ipynb #20ca0010
 def own_gratings(
@@ -100,7 +100,7 @@ def curve_tuning(
     condition = np.searchsorted(values, table[over].to_numpy(float))
     member = (condition == np.arange(len(values))[:, None]).astype(float)
     found = fit(values, member @ responses / member.sum(1, keepdims=True))
-    drawn = [fit(values, (member * w) @ responses) for w in _draws(condition, draws, seed)]
+    drawn = [fit(values, (member * w) @ responses) for w in condition_draws(condition, draws, seed)]
     for name in limits:
         low, high = np.quantile([d[name] for d in drawn], [0.025, 0.975], axis=0)
         found |= {f"{name}_low": low, f"{name}_high": high}
@@ -199,7 +199,7 @@ def still_tuning(
 def _of_still(grid, direction, frequency, phase, draws, seed):
     "Columns of `still_tuning`, from (directions, frequencies, phases, neurons)."
     mean, wave, _ = direction_waves(2 * direction, grid.mean((1, 2)))
-    weights = _draws(np.zeros(len(phase), int), draws, seed)
+    weights = condition_draws(np.zeros(len(phase), int), draws, seed)
     drawn = np.einsum("dp,ofpn,o->dn", weights, grid, np.exp(2j * np.deg2rad(direction)), optimize=True)
     within = np.quantile(np.abs(np.rad2deg(np.angle(drawn * wave.conj()))) / 2, 0.95, axis=0)
     over, n = grid.mean(2), np.arange(grid.shape[-1])  # phases gone

@@ -137,8 +137,8 @@ def preferred_value(
         top = (x0 + x1) / 2 - left / (2 * bend)
     return 2.0 ** np.where((peak == k) & (bend < 0), np.clip(top, x0, x2), x[peak])
 
-# %% ../../neuro_nbs/20a_tuning.ipynb #20aa0020
-def _draws(condition: np.ndarray, draws: int, seed: int) -> np.ndarray:
+# %% ../../neuro_nbs/20a_tuning.ipynb #b8795bd8
+def condition_draws(condition: np.ndarray, draws: int, seed: int) -> np.ndarray:
     "(draws, rows) weights of repeats within conditions; NaN where a condition has one repeat."
     weights, random = np.empty((draws, len(condition))), rng(seed, "repeats")
     for c in np.unique(condition):
@@ -147,7 +147,7 @@ def _draws(condition: np.ndarray, draws: int, seed: int) -> np.ndarray:
         weights[:, rows] = random.multinomial(n, np.full(n + 1, 1 / (n + 1)), draws) / n if n else np.nan
     return weights
 
-
+# %% ../../neuro_nbs/20a_tuning.ipynb #20aa0020
 def _half_width(vectors: np.ndarray, drawn: np.ndarray, crests: int) -> np.ndarray:
     "95 % of drawn vectors (draws, N) point no farther away than this, degrees."
     away = np.abs(np.rad2deg(np.angle(drawn * vectors.conj()))) / crests
@@ -188,7 +188,7 @@ def grating_tuning(
     means = pd.DataFrame(responses).groupby(condition).mean()
     over = {n: means.groupby(kinds[n].to_numpy()).mean() for n in names}
     mean, one, two = direction_waves(over["direction"].index, over["direction"].to_numpy())
-    weights = _draws(condition, draws, seed)
+    weights = condition_draws(condition, draws, seed)
     found = {}
     for name, crests, wave in (("orientation", 2, two), ("direction", 1, one)):
         turn = np.exp(1j * crests * np.deg2rad(table["direction"].to_numpy())) / len(kinds)
