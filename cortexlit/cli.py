@@ -25,13 +25,13 @@ from . import __version__, core
 
 # %% auto #0
 __all__ = ['app', 'Json', 'Cache', 'Embedded', 'METRICS', 'Scale', 'Core', 'Epochs', 'Rate', 'Batch', 'Tried', 'Trials',
-           'Sampler', 'Pruner', 'Storage', 'Resume', 'Last', 'scenes', 'things', 'Rois', 'Ratings', 'Properties',
-           'Folds', 'Cached', 'insilico', 'Run', 'Dataset', 'Report', 'Neurons', 'Trust', 'Replace', 'Degrees',
-           'DEMO_RECORDING', 'DEMO', 'sessions', 'build_command', 'score_command', 'import_command', 'export_command',
-           'fit_command', 'grid', 'design_command', 'folds', 'scenes_build', 'scenes_fit', 'scenes_tune',
-           'scenes_score', 'things_build', 'things_fit', 'things_tune', 'things_score', 'insilico_tune',
-           'insilico_fields', 'insilico_excite', 'real_files', 'data', 'clear_demo', 'run_demo', 'show_demo', 'demo',
-           'pretrain_command', 'main']
+           'Sampler', 'Pruner', 'Storage', 'Search', 'Resume', 'Last', 'scenes', 'SceneModel', 'things', 'Rois',
+           'Ratings', 'Properties', 'Folds', 'Decoder', 'Patch', 'Cached', 'insilico', 'Run', 'Dataset', 'Report',
+           'Neurons', 'Trust', 'Replace', 'Degrees', 'DEMO_RECORDING', 'DEMO', 'sessions', 'build_command',
+           'score_command', 'import_command', 'export_command', 'fit_command', 'grid', 'design_command', 'folds',
+           'scenes_build', 'scenes_fit', 'scenes_tune', 'scenes_score', 'things_build', 'things_fit', 'things_tune',
+           'things_score', 'insilico_tune', 'insilico_fields', 'insilico_excite', 'real_files', 'data', 'clear_demo',
+           'run_demo', 'show_demo', 'demo', 'pretrain_command', 'main']
 
 # %% ../neuro_nbs/19_cli.ipynb #5b9f17b6
 if TYPE_CHECKING:  # a command that prints no table starts without them
@@ -398,7 +398,10 @@ Sampler = Annotated[str, typer.Option(help="tpe or random.")]
 Pruner = Annotated[str, typer.Option(help="Gives up hopeless trials: median, hyperband, or none.")]
 Storage = Annotated[
     str | None,
-    typer.Option(help="Database URL of the search; workers may share it. Default SQLite in --out."),
+    typer.Option(help="Database URL, or journal:///FILE, shared by workers; default SQLite in --out."),
+]
+Search = Annotated[
+    Path | None, typer.Option(help="Folder of the search; the same call again goes on with it.")
 ]
 Resume = Annotated[bool, typer.Option(help="Go on with a run that is in the folder.")]
 Last = Annotated[
@@ -539,10 +542,7 @@ def grid(
     seeds: Annotated[int, typer.Option(help="How many seeds, from 0.")] = 3,
     core_folder: Core = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the runs; default one in _runs.")] = None,
-    storage: Annotated[
-        str | None,
-        typer.Option(help="Database URL, or journal:///FILE, shared by workers; default SQLite in --out."),
-    ] = None,
+    storage: Storage = None,
     scale: Scale = None,
     last: Last = None,
     resume: Annotated[bool, typer.Option(help="Go on with a grid that is in --out.")] = True,
@@ -659,6 +659,7 @@ def folds(
 # %% ../neuro_nbs/19_cli.ipynb #10532a15
 scenes = typer.Typer(help="Natural scenes: a static dataset, V1T, scores.", no_args_is_help=True)
 app.add_typer(scenes, name="scenes")
+SceneModel = Annotated[str, typer.Option(help="v1t, or conv: a few convolutions with a factorised readout.")]
 
 
 @scenes.command("build")
@@ -708,9 +709,7 @@ def scenes_fit(
             help="Training session of the study, 1 to 6 (1 to 3 take pictures of 144 x 256); default the recipe that does better."
         ),
     ] = None,
-    model: Annotated[
-        str, typer.Option(help="v1t, or conv: a few convolutions with a factorised readout.")
-    ] = "v1t",
+    model: SceneModel = "v1t",
     epochs: Epochs = None,
     lr: Rate = None,
     batch_size: Batch = None,
@@ -756,9 +755,7 @@ def scenes_fit(
 def scenes_tune(
     dataset: Annotated[Path, typer.Argument(help="Folder made by `cortexlit scenes build`.")],
     tried: Tried,
-    model: Annotated[
-        str, typer.Option(help="v1t, or conv: a few convolutions with a factorised readout.")
-    ] = "v1t",
+    model: SceneModel = "v1t",
     trials: Trials = 20,
     epochs: Epochs = None,
     lr: Rate = None,
@@ -767,9 +764,7 @@ def scenes_tune(
     pruner: Pruner = "median",
     storage: Storage = None,
     seed: Annotated[int, typer.Option(help="Of the search, the weights and the order of presentations.")] = 0,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of the search; the same call again goes on with it.")
-    ] = None,
+    out: Search = None,
     as_json: Json = False,
 ) -> None:
     """Search for options of the model and of training on the training and validation tiers; the test stays closed.
@@ -842,6 +837,10 @@ Properties = Annotated[
     ),
 ]
 Folds = Annotated[int, typer.Option(help="Folds of whole concepts.")]
+Decoder = Annotated[
+    str, typer.Option(help="parcels (a token per region), patches of the mask, or the study's.")
+]
+Patch = Annotated[tuple[int, int, int], typer.Option(help="Voxels of a patch.")]
 Cached = Annotated[Path, typer.Argument(help="Folder made by `cortexlit things build`.")]
 
 
@@ -917,10 +916,8 @@ def things_fit(
     cache: Cached,
     ratings: Ratings,
     out: Annotated[Path, typer.Option(help="Folder of the runs; the same folder resumes them.")],
-    model: Annotated[
-        str, typer.Option(help="parcels (a token per region), patches of the mask, or the study's.")
-    ] = "parcels",
-    patch: Annotated[tuple[int, int, int], typer.Option(help="Voxels of a patch.")] = (4, 4, 4),
+    model: Decoder = "parcels",
+    patch: Patch = (4, 4, 4),
     layers: Annotated[
         int | None,
         typer.Option(help="Of the transformer; default 6 in the study's, which also had 3, else 1."),
@@ -996,10 +993,8 @@ def things_tune(
     cache: Cached,
     ratings: Ratings,
     tried: Tried,
-    model: Annotated[
-        str, typer.Option(help="parcels (a token per region), patches of the mask, or the study's.")
-    ] = "parcels",
-    patch: Annotated[tuple[int, int, int], typer.Option(help="Voxels of a patch.")] = (4, 4, 4),
+    model: Decoder = "parcels",
+    patch: Patch = (4, 4, 4),
     trials: Trials = 20,
     epochs: Epochs = None,
     lr: Rate = None,
@@ -1014,9 +1009,7 @@ def things_tune(
     seed: Annotated[
         int, typer.Option(help="Of the folds, the search, the weights, the order of trials.")
     ] = 0,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of the search; the same call again goes on with it.")
-    ] = None,
+    out: Search = None,
     as_json: Json = False,
 ) -> None:
     """Search for options of a decoder (layers, noise, mixing) and of training on one fold; its test trials stay closed, those of the other folds do not: score the choice on this fold alone.

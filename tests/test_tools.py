@@ -119,6 +119,12 @@ def test_a_figure_that_cannot_be_drawn_fails_and_others_are_drawn_once(tmp_path)
     assert done.stdout.startswith("cell 5, id c4:\n") and "Unknown symbol: \\nosuch" in done.stdout, done
 
 
+def test_a_light_job_begins_while_the_longer_ones_wait_for_the_libraries():
+    work = [jobs.Job("long", os.getpid, seconds=9.0), jobs.Job("light", os.getpid, seconds=1.0, light=True)]
+    done = jobs.run(work, workers=1, say=lambda line: None)
+    assert [(d.name, d.problem) for d in done] == [("light", None), ("long", None)]
+
+
 # --- which cells ------------------------------------------------------------------------------------------------------
 
 

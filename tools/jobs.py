@@ -216,7 +216,7 @@ def run(
                 ended = {d.name for d in done}
                 ready = [job for job in waiting if job.after & names <= ended]
                 assert ready or running, "jobs wait for each other"
-                for job in sorted(ready, key=lambda job: not (job.light or done))[: workers - len(running)]:
+                for job in sorted(ready, key=lambda job: not job.light)[: workers - len(running)]:
                     waiting.remove(job)
                     running.append(_start(context, job, Path(logs)))
                 wait([r.results for r in running], timeout=1.0)

@@ -19,7 +19,7 @@ from tqdm.std import tqdm
 from ..core import DataError
 from .excite import TrueCells
 from .stimuli import Twin, grating_table, present, render_gratings
-from .tuning import condition_draws, direction_waves, preferred_value
+from .tuning import condition_draws, direction_waves, preferred_value, require_answers
 
 # %% ../../neuro_nbs/20c_contrast_size.ipynb #20ca0010
 def own_gratings(
@@ -92,8 +92,7 @@ def curve_tuning(
     responses = np.asarray(responses, float)
     if over not in _FITS or over not in table:
         raise DataError(f"over={over!r}", expected=f"a column of the table, one of {', '.join(_FITS)}")
-    if responses.ndim != 2 or len(responses) != len(table) or not np.isfinite(responses).all():
-        raise DataError(f"responses of shape {responses.shape}", expected=f"finite, ({len(table)}, neurons)")
+    require_answers(table, responses)
     (fit, limits), values = _FITS[over], np.unique(table[over].to_numpy(float))
     if len(values) < 4 or values[0] <= 0 or not np.isfinite(values).all():
         raise DataError(f"{over} {values.tolist()}", expected="four or more values above 0")
@@ -182,8 +181,7 @@ def still_tuning(
         raise DataError(f"no column {missing[0]!r}", expected=f"a table with {', '.join(names)}")
     levels = [np.unique(table[n]) for n in names]
     shape = tuple(len(v) for v in levels)
-    if responses.ndim != 2 or len(responses) != len(table) or not np.isfinite(responses).all():
-        raise DataError(f"responses of shape {responses.shape}", expected=f"finite, ({len(table)}, neurons)")
+    require_answers(table, responses)
     if len(table) != np.prod(shape) or table[names].duplicated().any() or shape[2] < 3:
         raise DataError(
             f"{len(table)} gratings of {shape} values", expected="each combination once; three phases"

@@ -147,6 +147,12 @@ def condition_draws(condition: np.ndarray, draws: int, seed: int) -> np.ndarray:
         weights[:, rows] = random.multinomial(n, np.full(n + 1, 1 / (n + 1)), draws) / n if n else np.nan
     return weights
 
+
+def require_answers(table: pd.DataFrame, responses: np.ndarray) -> None:
+    "Raise unless there is a row of finite responses for each presentation."
+    if responses.ndim != 2 or len(responses) != len(table) or not np.isfinite(responses).all():
+        raise DataError(f"responses of shape {responses.shape}", expected=f"finite, ({len(table)}, neurons)")
+
 # %% ../../neuro_nbs/20a_tuning.ipynb #20aa0020
 def _half_width(vectors: np.ndarray, drawn: np.ndarray, crests: int) -> np.ndarray:
     "95 % of drawn vectors (draws, N) point no farther away than this, degrees."
@@ -177,8 +183,7 @@ def grating_tuning(
     responses = np.asarray(responses, float)
     if missing := [n for n in names if n not in table]:
         raise DataError(f"no column {missing[0]!r}", expected=f"a table with {', '.join(names)}")
-    if responses.ndim != 2 or len(responses) != len(table) or not np.isfinite(responses).all():
-        raise DataError(f"responses of shape {responses.shape}", expected=f"finite, ({len(table)}, neurons)")
+    require_answers(table, responses)
     group = table.groupby(names)
     condition, kinds = group.ngroup().to_numpy(), group.size().index.to_frame(index=False)
     if len(kinds) != np.prod([kinds[n].nunique() for n in names]):

@@ -798,12 +798,7 @@ def linear_drive(
     ((30,), True)
     """
 
-    def resonate(turn: float) -> np.ndarray:
-        pole = np.exp((-1 / MEMORY + 2j * np.pi * turn * neuron.temporal_frequency) / rate)
-        return lfilter([(1 - abs(pole)) ** 2], [1, -2 * pole, pole**2], late)
-
-    late = np.concatenate([np.zeros(LATENCY), signal[:-LATENCY]])
-    return resonate(1.0), np.sqrt(1 - neuron.direction_selectivity) * resonate(-1.0)
+    return resonated(np.concatenate([np.zeros(LATENCY), signal[:-LATENCY]]), neuron, rate)
 
 
 def motion_energy(
@@ -818,7 +813,20 @@ def motion_energy(
     >>> bool(motion_energy(np.zeros(30, np.complex64), make_neurons(cells=5).iloc[0]).any())  # a grey screen
     False
     """
-    preferred, opposite = linear_drive(signal, neuron, rate)
+    return energy_of(*linear_drive(signal, neuron, rate), neuron)
+
+# %% ../../neuro_nbs/02_synthetic_session.ipynb #5c76a109
+def resonated(signal: np.ndarray, neuron: Any, rate: float = FRAME_RATE) -> tuple[np.ndarray, np.ndarray]:
+    "(..., T) through the resonators of preferred and of opposite motion, the latter weaker."
+    both = []
+    for turn in (1, -1):
+        pole = np.exp((-1 / MEMORY + 2j * np.pi * turn * neuron.temporal_frequency) / rate)
+        both.append(lfilter([(1 - abs(pole)) ** 2], [1, -2 * pole, pole**2], signal))
+    return both[0], np.sqrt(1 - neuron.direction_selectivity) * both[1]
+
+
+def energy_of(preferred: np.ndarray, opposite: np.ndarray, neuron: Any) -> np.ndarray:
+    "Of both phases (complex cell), or four times the half-squared first one (simple)."
     if neuron.complex_cell:
         return np.abs(preferred) ** 2 + np.abs(opposite) ** 2
     return 4 * np.maximum(0, preferred.real + opposite.real) ** 2

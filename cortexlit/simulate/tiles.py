@@ -9,20 +9,19 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.signal import lfilter
 
 from ..core import DataError
 from cortexlit.simulate.session import (
     FIELD,
-    FRAME_RATE,
     GABORS,
     LATENCY,
-    MEMORY,
     WORLD,
     Population,
+    energy_of,
     rate_of,
     receptive_fields,
     resize,
+    resonated,
 )
 
 # %% auto #0
@@ -88,15 +87,7 @@ def energies(
     signal = phases[:, :, 0] + 1j * phases[:, :, 1]
     out = np.empty(signal.shape, np.float32)
     for k, neuron in enumerate(types.itertuples()):
-        drive = []
-        for turn in (1, -1):
-            pole = np.exp((-1 / MEMORY + 2j * np.pi * turn * neuron.temporal_frequency) / FRAME_RATE)
-            drive.append(lfilter([(1 - abs(pole)) ** 2], [1, -2 * pole, pole**2], signal[k], axis=-1))
-        toward, against = drive[0], np.sqrt(1 - neuron.direction_selectivity) * drive[1]
-        if neuron.complex_cell:
-            out[k] = np.abs(toward) ** 2 + np.abs(against) ** 2
-        else:
-            out[k] = 4 * np.maximum(0, toward.real + against.real) ** 2
+        out[k] = energy_of(*resonated(signal[k], neuron), neuron)
     return out
 
 # %% ../../neuro_nbs/02d_tiled_cells.ipynb #02d00011
@@ -106,11 +97,7 @@ _FLASH = 8  # frames that a picture stands, and as many of grey behind it
 def _flash(neuron: Any) -> tuple[np.ndarray, np.ndarray]:
     "Answer of a cell's two temporal filters to a picture that stands for a quarter of a second."
     shown = np.r_[np.ones(_FLASH), np.zeros(_FLASH)]
-    both = []
-    for turn in (1, -1):
-        pole = np.exp((-1 / MEMORY + 2j * np.pi * turn * neuron.temporal_frequency) / FRAME_RATE)
-        both.append(lfilter([(1 - abs(pole)) ** 2], [1, -2 * pole, pole**2], shown))
-    return both[0], np.sqrt(1 - neuron.direction_selectivity) * both[1]
+    return resonated(shown, neuron)
 
 
 def _flashed(types: pd.DataFrame, sheet: pd.DataFrame, seen: np.ndarray) -> list[np.ndarray]:
