@@ -964,7 +964,7 @@ def things_fit(
     from cortexlit.models.vit3d import decoder
     from cortexlit.training.augmentation import check_augmentation, check_worthwhile
     from cortexlit.training.decoders import fit_folds
-    from cortexlit.training.recipes import recipe
+    from cortexlit.training.recipes import decoder_options
     from cortexlit.training.trainer import check_options
 
     core.check_out(out)
@@ -978,7 +978,7 @@ def things_fit(
     data = _subject(cache, ratings, rois, properties, "volume" if model == "study" else "voxels")
     split = split_by_concept(data.trials, folds, seed)
     options = {"lr": lr, "epochs": epochs, "patience": patience, "batch_size": batch_size}
-    options = {**recipe("decoder").fit, "loss": "huber" if model == "study" else "mse", **options}
+    options = decoder_options(model) | options
     options |= {} if augment == "none" else {"augment": augment, "ratio": ratio}
     maker = decoder(data, model, patch, noise, mixing, layers)
     done = fit_folds(maker, data, split, out, seed=seed, progress=not as_json, **options)

@@ -101,11 +101,15 @@ def test_a_search_stays_within_its_fold(study, cache, tmp_path, capsys, monkeypa
         capsys, monkeypatch, *words, "--trials", "2", "--fold", "1", "--out", tmp_path / "search"
     )
     assert code == 0 and found["best"]["layers"] in (1, 2) and len(found["trials"]) == 2, found
+    assert read_json(tmp_path / "search" / "best.json")["fit"]["loss"] == "mse"
     data = ThingsDataset(cache, load_properties(study / "ratings"), "visual")
     seen, split = read_json(tmp_path / "search" / "marks.json"), split_by_concept(data.trials, 3, 0)
     train, validation, test = decoding_tiers(data, split, 1)
     assert not set(sample_marks(test)) & set(seen)
     assert set(sample_marks(train)) | set(sample_marks(validation)) == set(seen)
+    more = [*words, "--model", "study", "--trials", "1", "--out", tmp_path / "study"]
+    assert run(capsys, monkeypatch, *more)[0] == 0  # by the loss of the study, as `fit` trains it
+    assert read_json(tmp_path / "study" / "best.json")["fit"]["loss"] == "huber"
     for wrong, told in ((["--fold", "3"], "0 to 2"), (["--set", "depth=1,2"], "layers, noise, mixing")):
         code, refused = run(capsys, monkeypatch, *words, *wrong, "--out", tmp_path / "other")
         assert code == 1 and told in refused["error"], refused

@@ -227,3 +227,8 @@ def recipe(
     if name not in RECIPES:
         raise DataError(f"no recipe {name!r}", expected=f"one of {', '.join(RECIPES)}")
     return RECIPES[name]
+
+# %% ../../neuro_nbs/06d_recipes.ipynb #2551f4c5
+def decoder_options(model: str) -> dict[str, Any]:
+    "Options of `fit` for a decoder of the library: the study's learns by the loss of the study."
+    return DECODER_RECIPE.fit | {"loss": STUDY_DECODER.fit["loss"] if model == "study" else "mse"}

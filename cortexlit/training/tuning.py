@@ -59,7 +59,7 @@ from ..models.adapters import Adapters
 from ..models.vit3d import decoder
 from .decoders import decoding_tiers
 from .features import fingerprint
-from .recipes import DECODER_RECIPE, SCENE_RECIPE, Recipe
+from .recipes import SCENE_RECIPE, Recipe, decoder_options
 from .scenes import first_model
 from .trainer import audited, best_folder, check_options, fit, origin, predict
 from .trials import database, holding, open_study, run_trials
@@ -652,7 +652,7 @@ def tune_decoder(
     k: int = 0,  # the fold whose training and validation trials are used; its test trials stay closed
     model: str = "parcels",  # as `decoder`
     seed: int = 0,  # of the search, the weights and the order of trials
-    **options: Any,  # of `tune`, `fit` and `decoder`, in place of those of `DECODER_RECIPE`
+    **options: Any,  # of `tune`, `fit` and `decoder`, in place of those of the recipe
 ) -> Tuning:
     """Search on one fold of a subject; `decoding_tiers(data, split, k)[2]` is its test.
 
@@ -675,4 +675,4 @@ def tune_decoder(
         return decoder(data, model, **{**own, **parameters})()
 
     tiers = decoding_tiers(data, split, k)[:2]
-    return tune(build, tiers, space, seed=seed, **_given_once(DECODER_RECIPE.fit, space, options))
+    return tune(build, tiers, space, seed=seed, **_given_once(decoder_options(model), space, options))
