@@ -897,6 +897,24 @@ def _try(here: Path, folder: Path) -> None:
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(here)) from error
 
+# %% ../nbs/00_core.ipynb #5ab00002
+def without_subnormals(
+    values: np.ndarray,  # real or complex
+    dtype: type = np.float32,
+) -> np.ndarray:  # of that type, C order
+    """Cast; numbers become 0 that are too small for the type's usual form, or would be after one multiplication by its epsilon.
+
+    Examples
+    --------
+    >>> without_subnormals(np.array([1.0, 1e-30, -1e-40])).tolist()[2]
+    0.0
+    """
+    out = np.array(values, dtype, order="C")
+    parts = out.view(out.real.dtype)
+    limit = np.finfo(parts.dtype)
+    parts[np.abs(parts) < limit.tiny / limit.eps] = 0
+    return out
+
 # %% ../nbs/00_core.ipynb #b254260c
 def plain_values(obj: Any) -> Any:
     if isinstance(obj, dict):

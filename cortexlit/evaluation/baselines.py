@@ -14,7 +14,7 @@ from scipy.linalg import LinAlgWarning, get_lapack_funcs, solve
 from scipy.signal import lfilter
 from sklearn.preprocessing import StandardScaler
 
-from ..core import DataError, MissingError
+from ..core import DataError, MissingError, without_subnormals
 from ..data.audit import models_named, note_opening
 from ..data.clips import TierArrays, load_tier
 from ..data.folder import check_folder
@@ -235,7 +235,7 @@ def gabor_bank(
                     phase = 2 * np.pi / wavelength * ((x - cx) * np.cos(angle) + (y - cy) * np.sin(angle))
                     wave = envelope * (np.exp(1j * phase) - np.exp(-((2 * np.pi * 0.4) ** 2) / 2))
                     bank.append(wave / np.linalg.norm(wave))
-    return np.array(bank, dtype=np.complex64)
+    return without_subnormals(bank, np.complex64)
 
 
 def _centres(n: int, spacing: float) -> np.ndarray:
@@ -254,9 +254,10 @@ def _leaky(x: np.ndarray, pole: complex | float) -> np.ndarray:
 def energy_features(videos: np.ndarray, rate: float, temporal_frequency: float, decay: float) -> np.ndarray:
     "(clips, frames, H, W) -> (clips, frames, features) float32"
     bank = gabor_bank(videos.shape[2:])
-    flat = (videos - videos.mean()).reshape(*videos.shape[:2], -1).astype(np.complex64)
-    z = flat @ bank.reshape(len(bank), -1).conj().T
-    parts = [np.abs(z), *(np.maximum(s, 0) for s in (z.real, -z.real, z.imag, -z.imag))]
+    flat = (videos - videos.mean()).reshape(*videos.shape[:2], -1).astype(np.float32)
+    even, odd = (flat @ part.reshape(len(bank), -1).T for part in (bank.real.copy(), -bank.imag))
+    z = even + 1j * odd
+    parts = [np.abs(z), *(np.maximum(s, 0) for s in (even, -even, odd, -odd))]
     for sign in (1, -1):
         pole = np.exp(-1 / (0.1 * rate) + sign * 2j * np.pi * temporal_frequency / rate)
         parts.append(np.abs(_leaky(z, pole)))

@@ -20,7 +20,7 @@ from scipy.ndimage import gaussian_filter
 from scipy.optimize import brentq
 from scipy.signal import lfilter
 
-from ..core import DataError, digest, generated, locked, rng
+from ..core import DataError, digest, generated, locked, rng, without_subnormals
 from cortexlit.simulate.session import (
     DEGREES_PER_FIELD_PX,
     FIELD,
@@ -74,7 +74,7 @@ def two_lobes(
         )
         dark, bright = (blob / blob.sum((1, 2), keepdims=True) for blob in (dark, bright))
         out.append((bright - dark) / np.sqrt(((bright - dark) ** 2).sum((1, 2), keepdims=True)))
-    return np.stack(out, 1).astype(np.float32)
+    return without_subnormals(np.stack(out, 1))
 
 # %% ../../neuro_nbs/02b_second_population.ipynb #066ef882
 def pools(
@@ -94,7 +94,7 @@ def pools(
     near = np.exp(-0.5 * square / column["pool_sd"] ** 2)
     hole = 1 - np.exp(-0.5 * square / (1.5 * column["pool_sd"]) ** 2)
     both = np.stack([near, np.exp(-0.5 * square / column["surround_sd"] ** 2) * hole], 1)
-    return (both / both.sum((2, 3), keepdims=True)).astype(np.float32)
+    return without_subnormals(both / both.sum((2, 3), keepdims=True))
 
 
 def contrast_energy(

@@ -31,6 +31,7 @@ from cortexlit.core import (
     rng,
     same_files,
     sha256,
+    without_subnormals,
     write_json,
 )
 from ..data.checks import consistent, load_arrays
@@ -733,7 +734,7 @@ def receptive_fields(
     carrier = 2 * np.pi * (column["frequency"] * along + column["phase"])
     pair = np.stack([window * np.cos(carrier), window * np.sin(carrier)], 1)
     pair -= window[:, None] * (pair.sum((2, 3)) / window.sum((1, 2))[:, None])[:, :, None, None]
-    return (pair / np.sqrt((pair**2).sum((2, 3)).mean(1))[:, None, None, None]).astype(np.float32)
+    return without_subnormals(pair / np.sqrt((pair**2).sum((2, 3)).mean(1))[:, None, None, None])
 
 # %% ../../neuro_nbs/02_synthetic_session.ipynb #b8c3a217
 GAZE_STEP = 7.0  # degrees between the gaze positions at which receptive fields are computed
