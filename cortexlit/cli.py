@@ -12,22 +12,20 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from . import __version__, core
 
 # %% auto #0
 __all__ = ['app', 'Json', 'Cache', 'Embedded', 'METRICS', 'Scale', 'Core', 'Epochs', 'Rate', 'Batch', 'Tried', 'Trials',
            'Sampler', 'Pruner', 'Storage', 'Search', 'Resume', 'Last', 'scenes', 'SceneModel', 'things', 'Rois',
-           'Ratings', 'Properties', 'Folds', 'Decoder', 'Patch', 'Cached', 'insilico', 'Run', 'Dataset', 'Report',
-           'Neurons', 'Trust', 'Replace', 'Degrees', 'DEMO_RECORDING', 'DEMO', 'sessions', 'build_command',
+           'Ratings', 'Properties', 'Folds', 'Decoder', 'Patch', 'DECODED', 'Cached', 'insilico', 'Run', 'Dataset',
+           'Report', 'Neurons', 'Trust', 'Replace', 'Degrees', 'DEMO_RECORDING', 'DEMO', 'sessions', 'build_command',
            'score_command', 'import_command', 'export_command', 'fit_command', 'grid', 'design_command', 'folds',
            'scenes_build', 'scenes_fit', 'scenes_tune', 'scenes_score', 'things_build', 'things_fit', 'things_tune',
            'things_score', 'insilico_tune', 'insilico_fields', 'insilico_excite', 'real_files', 'data', 'clear_demo',
@@ -73,19 +71,9 @@ Embedded = Annotated[
 
 # %% ../neuro_nbs/19_cli.ipynb #8246f871
 def _show(title: str, rows: pd.DataFrame | list[dict[str, Any]]) -> None:
-    import pandas as pd
+    from cortexlit.shown import table_text
 
-    frame = pd.DataFrame(rows)
-    table = Table(title=escape(title), title_justify="left")
-    for name in frame.columns:
-        table.add_column(
-            escape(str(name)), justify="right" if pd.api.types.is_numeric_dtype(frame[name]) else "left"
-        )
-    for row in frame.itertuples(index=False):
-        table.add_row(
-            *("" if pd.isna(v) else f"{v:.4f}" if isinstance(v, float) else escape(str(v)) for v in row)
-        )
-    _out.print(table)
+    _out.print(table_text(rows, title, _out.width), markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_json(obj: Any) -> None:
@@ -116,16 +104,19 @@ def _tell_run(title: str, done: Any, as_json: bool) -> None:
         _show(title, [found])
 
 
-def _tell_sheet(sheet: Any, out: Path | None, as_json: bool, show: Callable[[pd.DataFrame], None]) -> None:
+def _tell_sheet(
+    sheet: Any,
+    out: Path | None = None,
+    as_json: bool = False,
+    metrics: tuple[str, ...] = (),  # printed; empty: all
+) -> None:
     "Save a score sheet if asked to, and print it."
     if out is not None:
         sheet.save(out)
     if as_json:
         _print_json([asdict(row) for row in sheet.rows])
     else:
-        show(sheet.table())
-        for line in sheet.looks:
-            print(line)
+        _out.print(sheet.text(metrics, _out.width), markup=False, highlight=False, soft_wrap=True)
 
 
 def _is_number(session: str) -> bool:
@@ -265,43 +256,10 @@ def score_command(
 
     core.check_out(out)
     sheet = score_dataset(dataset, last=last)
-    _tell_sheet(sheet, out, as_json, _show_scores)
+    _tell_sheet(sheet, out, as_json, METRICS)
 
 
 METRICS = ("single-trial correlation", "flattened correlation")  # printed; scores.json holds all
-
-
-def _show_scores(table: pd.DataFrame) -> None:
-    "One printed table per dataset and split: score and 95 % interval of the two correlations."
-    table = _with_seeds(table)
-    for (dataset, split), rows in table.groupby(["dataset", "split"], sort=False):
-        size = rows.dropna(subset=["n_samples"]).iloc[0]
-        title = f"{dataset}, split by {split}: test tier, {size['n_clips']} clips, {size['n_samples']} samples, {size['n_neurons']} neurons"
-        _show(title, _by_model(rows, METRICS))
-
-
-def _with_seeds(table: pd.DataFrame) -> pd.DataFrame:
-    "The seed, if there is one, as part of the model's name."
-    seeds = table["seed"].astype(object).map(lambda seed: f" (seed {seed})", na_action="ignore").fillna("")
-    return table.assign(model=table["model"] + seeds)
-
-
-def _by_model(rows: pd.DataFrame, metrics: tuple[str, ...]) -> list[dict[str, Any]]:
-    "One row per model, one column per metric."
-    cells = {
-        model: {row.metric: _with_interval(row) for row in group.itertuples()}
-        for model, group in rows.groupby("model", sort=False)
-    }
-    return [{"model": model, **{m: c.get(m, "") for m in metrics}} for model, c in cells.items()]
-
-
-def _with_interval(row: Any) -> str:
-    "Score and interval of one row, or why there is none."
-    if isnan(row.value):
-        return "none: " + row.note.split(":")[0]
-    if isnan(row.low):
-        return f"{row.value:.4f} (no interval)"
-    return f"{row.value:.4f} ({row.low:.3f} to {row.high:.3f})"
 
 # %% ../neuro_nbs/19_cli.ipynb #9fff2885
 @app.command("import")
@@ -654,7 +612,7 @@ def folds(
         dataset, dict(given[a] for a in wanted), core_folder, range(seeds), CONTROLS if controls else (), last,
         head_options, progress=not as_json,
     )  # fmt: skip
-    _tell_sheet(score_dataset(dataset, last=last, models=models), out, as_json, _show_scores)
+    _tell_sheet(score_dataset(dataset, last=last, models=models), out, as_json, METRICS)
 
 # %% ../neuro_nbs/19_cli.ipynb #10532a15
 scenes = typer.Typer(help="Natural scenes: a static dataset, V1T, scores.", no_args_is_help=True)
@@ -813,14 +771,7 @@ def scenes_score(
         check_trained_on(folder, test)
         trained = V1T.from_pretrained(best).eval()
         found[f"{trained.label} {folder.name}"] = predict(trained, test, batch_size=32)
-    _tell_sheet(score_scenes(dataset, found), out, as_json, _show_scenes)
-
-
-def _show_scenes(table: pd.DataFrame) -> None:
-    "One printed table per metric."
-    for metric, rows in table.groupby("metric", sort=False):
-        _show(f"{rows['dataset'].iloc[0]}, split by {rows['split'].iloc[0]}: {metric}",
-              [{"model": row.model, "score": _with_interval(row)} for row in rows.itertuples()])  # fmt: skip
+    _tell_sheet(score_scenes(dataset, found), out, as_json)
 
 # %% ../neuro_nbs/19_cli.ipynb #2e989e0e
 things = typer.Typer(help="Human fMRI: from a THINGS subject to a decoder's score.", no_args_is_help=True)
@@ -841,6 +792,7 @@ Decoder = Annotated[
     str, typer.Option(help="parcels (a token per region), patches of the mask, or the study's.")
 ]
 Patch = Annotated[tuple[int, int, int], typer.Option(help="Voxels of a patch.")]
+DECODED = ("R2 mean", "r mean")  # printed; scores.json holds all
 Cached = Annotated[Path, typer.Argument(help="Folder made by `cortexlit things build`.")]
 
 
@@ -1071,7 +1023,7 @@ def things_score(
         bands=None if bands is None else _bands(responses, data, bands), permutations=permutations,
         dataset=name, root=cache, seed=seed,
     )  # fmt: skip
-    _tell_sheet(sheet, out, as_json, _show_decoding)
+    _tell_sheet(sheet, out, as_json, DECODED)
 
 
 def _bands(responses: np.ndarray, data: Any, first: str) -> dict[str, np.ndarray]:
@@ -1096,18 +1048,6 @@ def _predictions(folder: Path, data: Any, split: Any) -> np.ndarray:
             "no finished run", path=folder, expected="a folder made by `cortexlit things fit`"
         )
     return FoldFits.load(folder, split, data).predictions
-
-
-def _show_decoding(table: pd.DataFrame) -> None:
-    "One printed table per tier: R2 and correlation, means over properties, 95 % intervals over concepts; then notes."
-    table = _with_seeds(table)
-    for tier, rows in table[table["metric"].isin(["R2 mean", "r mean"])].groupby("tier", sort=False):
-        _show(
-            f"{rows['dataset'].iloc[0]}: {tier}, {rows['n_clips'].iloc[0]} concepts, {rows['n_samples'].iloc[0]} rows",
-            _by_model(rows, ("R2 mean", "r mean")),
-        )
-        for row in rows[(rows["metric"] == "R2 mean") & (rows["note"] != "")].itertuples():
-            _out.print(f"{row.model}: {row.note}", markup=False, highlight=False)
 
 # %% ../neuro_nbs/19_cli.ipynb #fab3109d
 insilico = typer.Typer(
@@ -1415,11 +1355,11 @@ def show_demo(out: Path) -> None:
     from cortexlit.evaluation.scores import ScoreSheet
 
     names = []
-    for folder, show in zip(_sheets_of(out).values(), (_show_scores, _show_decoding), strict=True):
+    for folder, metrics in zip(_sheets_of(out).values(), (METRICS, DECODED), strict=True):
         if (folder / "scores.json").is_file():
-            table = ScoreSheet.load(folder).table()
-            names += table["dataset"].tolist()
-            show(table)
+            sheet = ScoreSheet.load(folder)
+            names += [row.dataset for row in sheet.rows]
+            _tell_sheet(sheet, metrics=metrics)
     if DEMO_RECORDING not in names:
         entry = real_files()[DEMO_RECORDING]
         _out.print(
