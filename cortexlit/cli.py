@@ -23,13 +23,13 @@ from . import __version__, core
 
 # %% auto #0
 __all__ = ['app', 'Json', 'Cache', 'Embedded', 'METRICS', 'Scale', 'Core', 'Epochs', 'Rate', 'Batch', 'Tried', 'Trials',
-           'Sampler', 'Pruner', 'Storage', 'Search', 'Resume', 'Last', 'scenes', 'SceneModel', 'things', 'Rois',
-           'Ratings', 'Properties', 'Folds', 'Decoder', 'Patch', 'DECODED', 'Cached', 'insilico', 'Run', 'Dataset',
-           'Report', 'Neurons', 'Trust', 'Replace', 'Degrees', 'DEMO_RECORDING', 'DEMO', 'sessions', 'build_command',
-           'score_command', 'import_command', 'export_command', 'fit_command', 'grid', 'design_command', 'folds',
-           'scenes_build', 'scenes_fit', 'scenes_tune', 'scenes_score', 'things_build', 'things_fit', 'things_tune',
-           'things_score', 'insilico_tune', 'insilico_fields', 'insilico_excite', 'real_files', 'data', 'clear_demo',
-           'run_demo', 'show_demo', 'demo', 'pretrain_command', 'main']
+           'Sampler', 'Pruner', 'Storage', 'Search', 'Resume', 'Last', 'FilmModel', 'scenes', 'SceneModel', 'things',
+           'Rois', 'Ratings', 'Properties', 'Folds', 'Decoder', 'Patch', 'DECODED', 'Cached', 'insilico', 'Run',
+           'Dataset', 'Report', 'Neurons', 'Trust', 'Replace', 'Degrees', 'DEMO_RECORDING', 'DEMO', 'sessions',
+           'build_command', 'score_command', 'import_command', 'export_command', 'fit_command', 'grid',
+           'design_command', 'folds', 'scenes_build', 'scenes_fit', 'scenes_tune', 'scenes_score', 'things_build',
+           'things_fit', 'things_tune', 'things_score', 'insilico_tune', 'insilico_fields', 'insilico_excite',
+           'real_files', 'data', 'clear_demo', 'run_demo', 'show_demo', 'demo', 'pretrain_command', 'main']
 
 # %% ../neuro_nbs/19_cli.ipynb #5b9f17b6
 if TYPE_CHECKING:  # a command that prints no table starts without them
@@ -243,20 +243,21 @@ def score_command(
             help="Score the last so many frames of each clip; default 66 of 140, in proportion for other lengths."
         ),
     ] = None,
+    run: Annotated[list[Path] | None, typer.Option(help="Run folder of `fit` (repeat the option).")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for scores.csv and scores.json.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Fit the baselines on train, choose on validation, score once on test.
+    """Fit the baselines on train, choose on validation, score once on test, beside trained models.
 
     Examples:
       cortexlit score _data/demo --out _runs/demo
       cortexlit score _data/park --last 33 --json
+      cortexlit score _data/demo --run _runs/conv --run _runs/head
     """
-    from cortexlit.evaluation.baselines import score_dataset
+    from cortexlit.front import score
 
     core.check_out(out)
-    sheet = score_dataset(dataset, last=last)
-    _tell_sheet(sheet, out, as_json, METRICS)
+    _tell_sheet(score(dataset, *run or (), last=last), out, as_json, METRICS)
 
 
 METRICS = ("single-trial correlation", "flattened correlation")  # printed; scores.json holds all
@@ -413,10 +414,17 @@ def _tell_search(title: str, found: Any, as_json: bool) -> None:
     )
 
 
+FilmModel = Annotated[
+    str,
+    typer.Option(help="viv1t, or conv: a few convolutions with a factorised readout, from random weights."),
+]
+
+
 @app.command("fit")
 def fit_command(
     dataset: Annotated[Path, typer.Argument(help="A dataset folder.")],
-    adapt: Annotated[str, typer.Option(help="head, lora or full.")] = "head",
+    model: FilmModel = "viv1t",
+    adapt: Annotated[str | None, typer.Option(help="Of viv1t: head, lora or full; default head.")] = None,
     rank: Annotated[int | None, typer.Option(help="With --adapt lora; default 8.")] = None,
     targets: Annotated[
         str | None,
@@ -435,10 +443,11 @@ def fit_command(
     resume: Resume = True,
     as_json: Json = False,
 ) -> None:
-    """Train a head on a frozen core, and adapt the core to the new mouse; epochs and steps given are of what is asked for last.
+    """Train a head on a frozen core, and adapt the core to the new mouse, or the convolutional baseline; epochs and steps given are of what is asked for last.
 
     Examples:
       cortexlit fit _data/demo
+      cortexlit fit _data/demo --model conv
       cortexlit fit _data/demo --epochs 12 --lr 1e-3 --out _runs/longer
       cortexlit fit _data/demo --adapt lora --rank 8 --targets fused
       cortexlit fit _data/demo --adapt lora --rank 2 --targets attn_out,ff_out.2
@@ -450,14 +459,25 @@ def fit_command(
     from cortexlit.training.trainer import ADAPT, check_options
     from cortexlit.training.trainer import fit as train
 
+    common = {"last": last, "resume": resume, "progress": not as_json}
+    given = _given(epochs=epochs, lr=lr, batch_size=batch_size)
+    if model != "viv1t":
+        off = {
+            "--adapt": adapt,
+            "--rank": rank,
+            "--targets": targets,
+            "--scale": scale,
+            "--core": core_folder,
+        }
+        _fit_films(dataset, model, _given(**off), seed, out, common | given, as_json)
+        return
+    adapt = "head" if adapt is None else adapt
     if adapt not in ADAPT:
         raise core.DataError(f"--adapt {adapt}", expected=f"one of {', '.join(ADAPT)}")
     if adapt != "lora" and (rank is not None or targets is not None):
         raise core.DataError(f"--rank or --targets with --adapt {adapt}", expected="--adapt lora")
     scale, head_options = _options(scale, core_folder)
-    common = {"last": last, "resume": resume, "progress": not as_json}
     core.check_out(out)
-    given = _given(epochs=epochs, lr=lr, batch_size=batch_size)
     if adapt != "head":  # looked at before the head is trained
         wanted = (
             [FULL] if adapt == "full" else _configurations([8 if rank is None else rank], [targets or "all"])
@@ -472,6 +492,28 @@ def fit_command(
     if adapt != "head":
         done = train(done.model, dataset, out=out, seed=seed, **options)
     _tell_run(f"adapt={adapt}", done, as_json)
+
+
+def _fit_films(
+    dataset: Path,
+    model: str,
+    not_its: dict[str, Any],
+    seed: int,
+    out: Path | None,
+    options: dict[str, Any],
+    as_json: bool,
+) -> None:
+    "Train the convolutional baseline, which has no core to adapt and one size."
+    from cortexlit.training.films import train_films
+    from cortexlit.training.recipes import FILM_RECIPE
+
+    if model != "conv":
+        raise core.DataError(f"--model {model}", expected="viv1t or conv")
+    if not_its:
+        raise core.DataError(f"{next(iter(not_its))} with --model conv", "--model viv1t",
+                             "leave it out: all weights are trained, from random ones, by one recipe")  # fmt: skip
+    core.check_out(out)
+    _tell_run(FILM_RECIPE.name, train_films(dataset, seed=seed, out=out, **options), as_json)
 
 
 def _configurations(ranks: list[int] | None, targets: list[str] | None) -> list:
@@ -760,18 +802,11 @@ def scenes_score(
       cortexlit scenes score _data/scenes --run _runs/full-0123456789abcdef
     """
     from cortexlit.data.scenes import ScenesDataset
-    from cortexlit.evaluation.scenes import score_scenes
-    from cortexlit.models.v1t import V1T
-    from cortexlit.training.trainer import best_folder, check_trained_on, predict
+    from cortexlit.front import score
 
     core.check_out(out)
-    test, found = ScenesDataset(dataset, "test"), {}
-    for folder in run or ():
-        best = best_folder(folder)
-        check_trained_on(folder, test)
-        trained = V1T.from_pretrained(best).eval()
-        found[f"{trained.label} {folder.name}"] = predict(trained, test, batch_size=32)
-    _tell_sheet(score_scenes(dataset, found), out, as_json)
+    ScenesDataset(dataset, "test")  # refuses another kind of folder
+    _tell_sheet(score(dataset, *run or ()), out, as_json)
 
 # %% ../neuro_nbs/19_cli.ipynb #2e989e0e
 things = typer.Typer(help="Human fMRI: from a THINGS subject to a decoder's score.", no_args_is_help=True)
