@@ -37,6 +37,7 @@ ALLOWED = {
         "training",
         "evaluation",
         "insilico",
+        "front",
     },
 }
 # Exceptions, module by module: what scores, or plans, by a dataset folder can read it; figures take a

@@ -33,7 +33,8 @@ from cortexlit.core import (
     seeded,
     write_json,
 )
-from ..data.splits import UNITS, Split, audit_units
+from ..data.audit import audit_units
+from ..data.splits import UNITS, Split
 from ..shown import Shown
 from .augmentation import augment as with_made
 from .augmentation import check_augmentation
