@@ -12,26 +12,24 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from . import __version__, core
 
 # %% auto #0
 __all__ = ['app', 'Json', 'Cache', 'Embedded', 'METRICS', 'Scale', 'Core', 'Epochs', 'Rate', 'Batch', 'Tried', 'Trials',
-           'Sampler', 'Pruner', 'Storage', 'Search', 'Resume', 'Last', 'scenes', 'SceneModel', 'things', 'Rois',
-           'Ratings', 'Properties', 'Folds', 'Decoder', 'Patch', 'Cached', 'insilico', 'Run', 'Dataset', 'Report',
-           'Neurons', 'Trust', 'Replace', 'Degrees', 'DEMO_RECORDING', 'DEMO', 'sessions', 'build_command',
-           'score_command', 'import_command', 'export_command', 'fit_command', 'grid', 'design_command', 'folds',
-           'scenes_build', 'scenes_fit', 'scenes_tune', 'scenes_score', 'things_build', 'things_fit', 'things_tune',
-           'things_score', 'insilico_tune', 'insilico_fields', 'insilico_excite', 'real_files', 'data', 'clear_demo',
-           'run_demo', 'show_demo', 'demo', 'pretrain_command', 'main']
+           'Sampler', 'Pruner', 'Storage', 'Search', 'Resume', 'Last', 'FilmModel', 'scenes', 'SceneModel', 'things',
+           'Rois', 'Ratings', 'Properties', 'Folds', 'Decoder', 'Patch', 'DECODED', 'Cached', 'insilico', 'Run',
+           'Dataset', 'Report', 'Neurons', 'Trust', 'Replace', 'Degrees', 'DEMO_RECORDING', 'DEMO', 'sessions',
+           'build_command', 'score_command', 'import_command', 'export_command', 'fit_command', 'grid',
+           'design_command', 'folds', 'scenes_build', 'scenes_fit', 'scenes_tune', 'scenes_score', 'things_build',
+           'things_fit', 'things_tune', 'things_score', 'insilico_tune', 'insilico_fields', 'insilico_excite',
+           'real_files', 'data', 'clear_demo', 'run_demo', 'show_demo', 'demo', 'pretrain_command', 'main']
 
 # %% ../neuro_nbs/19_cli.ipynb #5b9f17b6
 if TYPE_CHECKING:  # a command that prints no table starts without them
@@ -73,19 +71,9 @@ Embedded = Annotated[
 
 # %% ../neuro_nbs/19_cli.ipynb #8246f871
 def _show(title: str, rows: pd.DataFrame | list[dict[str, Any]]) -> None:
-    import pandas as pd
+    from cortexlit.shown import table_text
 
-    frame = pd.DataFrame(rows)
-    table = Table(title=escape(title), title_justify="left")
-    for name in frame.columns:
-        table.add_column(
-            escape(str(name)), justify="right" if pd.api.types.is_numeric_dtype(frame[name]) else "left"
-        )
-    for row in frame.itertuples(index=False):
-        table.add_row(
-            *("" if pd.isna(v) else f"{v:.4f}" if isinstance(v, float) else escape(str(v)) for v in row)
-        )
-    _out.print(table)
+    _out.print(table_text(rows, title, _out.width), markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_json(obj: Any) -> None:
@@ -116,16 +104,19 @@ def _tell_run(title: str, done: Any, as_json: bool) -> None:
         _show(title, [found])
 
 
-def _tell_sheet(sheet: Any, out: Path | None, as_json: bool, show: Callable[[pd.DataFrame], None]) -> None:
+def _tell_sheet(
+    sheet: Any,
+    out: Path | None = None,
+    as_json: bool = False,
+    metrics: tuple[str, ...] = (),  # printed; empty: all
+) -> None:
     "Save a score sheet if asked to, and print it."
     if out is not None:
         sheet.save(out)
     if as_json:
         _print_json([asdict(row) for row in sheet.rows])
     else:
-        show(sheet.table())
-        for line in sheet.looks:
-            print(line)
+        _out.print(sheet.text(metrics, _out.width), markup=False, highlight=False, soft_wrap=True)
 
 
 def _is_number(session: str) -> bool:
@@ -252,56 +243,24 @@ def score_command(
             help="Score the last so many frames of each clip; default 66 of 140, in proportion for other lengths."
         ),
     ] = None,
+    run: Annotated[list[Path] | None, typer.Option(help="Run folder of `fit` (repeat the option).")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for scores.csv and scores.json.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Fit the baselines on train, choose on validation, score once on test.
+    """Fit the baselines on train, choose on validation, score once on test, beside trained models.
 
     Examples:
       cortexlit score _data/demo --out _runs/demo
       cortexlit score _data/park --last 33 --json
+      cortexlit score _data/demo --run _runs/conv --run _runs/head
     """
-    from cortexlit.evaluation.baselines import score_dataset
+    from cortexlit.front import score
 
     core.check_out(out)
-    sheet = score_dataset(dataset, last=last)
-    _tell_sheet(sheet, out, as_json, _show_scores)
+    _tell_sheet(score(dataset, *run or (), last=last), out, as_json, METRICS)
 
 
 METRICS = ("single-trial correlation", "flattened correlation")  # printed; scores.json holds all
-
-
-def _show_scores(table: pd.DataFrame) -> None:
-    "One printed table per dataset and split: score and 95 % interval of the two correlations."
-    table = _with_seeds(table)
-    for (dataset, split), rows in table.groupby(["dataset", "split"], sort=False):
-        size = rows.dropna(subset=["n_samples"]).iloc[0]
-        title = f"{dataset}, split by {split}: test tier, {size['n_clips']} clips, {size['n_samples']} samples, {size['n_neurons']} neurons"
-        _show(title, _by_model(rows, METRICS))
-
-
-def _with_seeds(table: pd.DataFrame) -> pd.DataFrame:
-    "The seed, if there is one, as part of the model's name."
-    seeds = table["seed"].astype(object).map(lambda seed: f" (seed {seed})", na_action="ignore").fillna("")
-    return table.assign(model=table["model"] + seeds)
-
-
-def _by_model(rows: pd.DataFrame, metrics: tuple[str, ...]) -> list[dict[str, Any]]:
-    "One row per model, one column per metric."
-    cells = {
-        model: {row.metric: _with_interval(row) for row in group.itertuples()}
-        for model, group in rows.groupby("model", sort=False)
-    }
-    return [{"model": model, **{m: c.get(m, "") for m in metrics}} for model, c in cells.items()]
-
-
-def _with_interval(row: Any) -> str:
-    "Score and interval of one row, or why there is none."
-    if isnan(row.value):
-        return "none: " + row.note.split(":")[0]
-    if isnan(row.low):
-        return f"{row.value:.4f} (no interval)"
-    return f"{row.value:.4f} ({row.low:.3f} to {row.high:.3f})"
 
 # %% ../neuro_nbs/19_cli.ipynb #9fff2885
 @app.command("import")
@@ -455,10 +414,17 @@ def _tell_search(title: str, found: Any, as_json: bool) -> None:
     )
 
 
+FilmModel = Annotated[
+    str,
+    typer.Option(help="viv1t, or conv: a few convolutions with a factorised readout, from random weights."),
+]
+
+
 @app.command("fit")
 def fit_command(
     dataset: Annotated[Path, typer.Argument(help="A dataset folder.")],
-    adapt: Annotated[str, typer.Option(help="head, lora or full.")] = "head",
+    model: FilmModel = "viv1t",
+    adapt: Annotated[str | None, typer.Option(help="Of viv1t: head, lora or full; default head.")] = None,
     rank: Annotated[int | None, typer.Option(help="With --adapt lora; default 8.")] = None,
     targets: Annotated[
         str | None,
@@ -477,10 +443,11 @@ def fit_command(
     resume: Resume = True,
     as_json: Json = False,
 ) -> None:
-    """Train a head on a frozen core, and adapt the core to the new mouse; epochs and steps given are of what is asked for last.
+    """Train a head on a frozen core, and adapt the core to the new mouse, or the convolutional baseline; epochs and steps given are of what is asked for last.
 
     Examples:
       cortexlit fit _data/demo
+      cortexlit fit _data/demo --model conv
       cortexlit fit _data/demo --epochs 12 --lr 1e-3 --out _runs/longer
       cortexlit fit _data/demo --adapt lora --rank 8 --targets fused
       cortexlit fit _data/demo --adapt lora --rank 2 --targets attn_out,ff_out.2
@@ -492,14 +459,25 @@ def fit_command(
     from cortexlit.training.trainer import ADAPT, check_options
     from cortexlit.training.trainer import fit as train
 
+    common = {"last": last, "resume": resume, "progress": not as_json}
+    given = _given(epochs=epochs, lr=lr, batch_size=batch_size)
+    if model != "viv1t":
+        off = {
+            "--adapt": adapt,
+            "--rank": rank,
+            "--targets": targets,
+            "--scale": scale,
+            "--core": core_folder,
+        }
+        _fit_films(dataset, model, _given(**off), seed, out, common | given, as_json)
+        return
+    adapt = "head" if adapt is None else adapt
     if adapt not in ADAPT:
         raise core.DataError(f"--adapt {adapt}", expected=f"one of {', '.join(ADAPT)}")
     if adapt != "lora" and (rank is not None or targets is not None):
         raise core.DataError(f"--rank or --targets with --adapt {adapt}", expected="--adapt lora")
     scale, head_options = _options(scale, core_folder)
-    common = {"last": last, "resume": resume, "progress": not as_json}
     core.check_out(out)
-    given = _given(epochs=epochs, lr=lr, batch_size=batch_size)
     if adapt != "head":  # looked at before the head is trained
         wanted = (
             [FULL] if adapt == "full" else _configurations([8 if rank is None else rank], [targets or "all"])
@@ -514,6 +492,28 @@ def fit_command(
     if adapt != "head":
         done = train(done.model, dataset, out=out, seed=seed, **options)
     _tell_run(f"adapt={adapt}", done, as_json)
+
+
+def _fit_films(
+    dataset: Path,
+    model: str,
+    not_its: dict[str, Any],
+    seed: int,
+    out: Path | None,
+    options: dict[str, Any],
+    as_json: bool,
+) -> None:
+    "Train the convolutional baseline, which has no core to adapt and one size."
+    from cortexlit.training.films import train_films
+    from cortexlit.training.recipes import FILM_RECIPE
+
+    if model != "conv":
+        raise core.DataError(f"--model {model}", expected="viv1t or conv")
+    if not_its:
+        raise core.DataError(f"{next(iter(not_its))} with --model conv", "--model viv1t",
+                             "leave it out: all weights are trained, from random ones, by one recipe")  # fmt: skip
+    core.check_out(out)
+    _tell_run(FILM_RECIPE.name, train_films(dataset, seed=seed, out=out, **options), as_json)
 
 
 def _configurations(ranks: list[int] | None, targets: list[str] | None) -> list:
@@ -654,7 +654,7 @@ def folds(
         dataset, dict(given[a] for a in wanted), core_folder, range(seeds), CONTROLS if controls else (), last,
         head_options, progress=not as_json,
     )  # fmt: skip
-    _tell_sheet(score_dataset(dataset, last=last, models=models), out, as_json, _show_scores)
+    _tell_sheet(score_dataset(dataset, last=last, models=models), out, as_json, METRICS)
 
 # %% ../neuro_nbs/19_cli.ipynb #10532a15
 scenes = typer.Typer(help="Natural scenes: a static dataset, V1T, scores.", no_args_is_help=True)
@@ -802,25 +802,11 @@ def scenes_score(
       cortexlit scenes score _data/scenes --run _runs/full-0123456789abcdef
     """
     from cortexlit.data.scenes import ScenesDataset
-    from cortexlit.evaluation.scenes import score_scenes
-    from cortexlit.models.v1t import V1T
-    from cortexlit.training.trainer import best_folder, check_trained_on, predict
+    from cortexlit.front import score
 
     core.check_out(out)
-    test, found = ScenesDataset(dataset, "test"), {}
-    for folder in run or ():
-        best = best_folder(folder)
-        check_trained_on(folder, test)
-        trained = V1T.from_pretrained(best).eval()
-        found[f"{trained.label} {folder.name}"] = predict(trained, test, batch_size=32)
-    _tell_sheet(score_scenes(dataset, found), out, as_json, _show_scenes)
-
-
-def _show_scenes(table: pd.DataFrame) -> None:
-    "One printed table per metric."
-    for metric, rows in table.groupby("metric", sort=False):
-        _show(f"{rows['dataset'].iloc[0]}, split by {rows['split'].iloc[0]}: {metric}",
-              [{"model": row.model, "score": _with_interval(row)} for row in rows.itertuples()])  # fmt: skip
+    ScenesDataset(dataset, "test")  # refuses another kind of folder
+    _tell_sheet(score(dataset, *run or ()), out, as_json)
 
 # %% ../neuro_nbs/19_cli.ipynb #2e989e0e
 things = typer.Typer(help="Human fMRI: from a THINGS subject to a decoder's score.", no_args_is_help=True)
@@ -841,6 +827,7 @@ Decoder = Annotated[
     str, typer.Option(help="parcels (a token per region), patches of the mask, or the study's.")
 ]
 Patch = Annotated[tuple[int, int, int], typer.Option(help="Voxels of a patch.")]
+DECODED = ("R2 mean", "r mean")  # printed; scores.json holds all
 Cached = Annotated[Path, typer.Argument(help="Folder made by `cortexlit things build`.")]
 
 
@@ -1071,7 +1058,7 @@ def things_score(
         bands=None if bands is None else _bands(responses, data, bands), permutations=permutations,
         dataset=name, root=cache, seed=seed,
     )  # fmt: skip
-    _tell_sheet(sheet, out, as_json, _show_decoding)
+    _tell_sheet(sheet, out, as_json, DECODED)
 
 
 def _bands(responses: np.ndarray, data: Any, first: str) -> dict[str, np.ndarray]:
@@ -1096,18 +1083,6 @@ def _predictions(folder: Path, data: Any, split: Any) -> np.ndarray:
             "no finished run", path=folder, expected="a folder made by `cortexlit things fit`"
         )
     return FoldFits.load(folder, split, data).predictions
-
-
-def _show_decoding(table: pd.DataFrame) -> None:
-    "One printed table per tier: R2 and correlation, means over properties, 95 % intervals over concepts; then notes."
-    table = _with_seeds(table)
-    for tier, rows in table[table["metric"].isin(["R2 mean", "r mean"])].groupby("tier", sort=False):
-        _show(
-            f"{rows['dataset'].iloc[0]}: {tier}, {rows['n_clips'].iloc[0]} concepts, {rows['n_samples'].iloc[0]} rows",
-            _by_model(rows, ("R2 mean", "r mean")),
-        )
-        for row in rows[(rows["metric"] == "R2 mean") & (rows["note"] != "")].itertuples():
-            _out.print(f"{row.model}: {row.note}", markup=False, highlight=False)
 
 # %% ../neuro_nbs/19_cli.ipynb #fab3109d
 insilico = typer.Typer(
@@ -1415,11 +1390,11 @@ def show_demo(out: Path) -> None:
     from cortexlit.evaluation.scores import ScoreSheet
 
     names = []
-    for folder, show in zip(_sheets_of(out).values(), (_show_scores, _show_decoding), strict=True):
+    for folder, metrics in zip(_sheets_of(out).values(), (METRICS, DECODED), strict=True):
         if (folder / "scores.json").is_file():
-            table = ScoreSheet.load(folder).table()
-            names += table["dataset"].tolist()
-            show(table)
+            sheet = ScoreSheet.load(folder)
+            names += [row.dataset for row in sheet.rows]
+            _tell_sheet(sheet, metrics=metrics)
     if DEMO_RECORDING not in names:
         entry = real_files()[DEMO_RECORDING]
         _out.print(

@@ -1277,6 +1277,8 @@ def made_once(
     with locked(path):
         if path.is_file() and record.is_file():
             known = read_json(record)
+            if isinstance(known, dict):
+                check_seal(known, record, f"delete it and {path.name}, and it is made again", "record")
             before = known.get("made_from", known.get("plan")) if isinstance(known, dict) else None
             if before != made_from:
                 before = before if isinstance(before, dict) else {}
@@ -1289,7 +1291,9 @@ def made_once(
         record.unlink(missing_ok=True)
         array = make()
         told = {} if row is None else {"row": row}
-        write_json(record, {"made_from": made_from, "sha256": save_array(path, array)} | told)
+        write_json(
+            record, seal(plain_values({"made_from": made_from, "sha256": save_array(path, array)} | told))
+        )
         return load_array(path)
 
 # %% ../nbs/00_core.ipynb #7203b739

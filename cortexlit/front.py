@@ -160,7 +160,8 @@ def open_dataset(
 # %% ../neuro_nbs/19b_front_door.ipynb #fd000021
 def score(
     data: Any,  # folder of clips, scenes or folds; or a `ThingsDataset` with ratings
-    *runs: Any,  # results of `fit`, `train_head`, `train_scenes`, `fit_folds`; dicts (name, seed) -> predictions; names of baselines
+    *runs: Any,  # run folders (as `Path`); results of `fit`, `train_head`, `train_scenes`, `fit_folds`; dicts (name, seed) -> predictions; names of baselines
+    last: int | None = None,  # of clips: frames scored at the end; None: 66 of 140, in proportion
     split: Any = None,  # of a subject; None: the one kept in its folder, else `split_by_concept(data.trials)`
     **named: Any,  # the same, under names of yours
 ) -> Any:  # a `ScoreSheet`
@@ -182,7 +183,8 @@ def score(
     if hasattr(data, "trials"):
         sheet, more = _score_subject(data, given, split), ()
     elif isinstance(data, (str, Path)):
-        sheet, more = _score_folder(Path(data), given, wanted)
+        given = [_loaded(run, Path(data)) if isinstance(run, Path) else (name, run) for name, run in given]
+        sheet, more = _score_folder(Path(data), given, wanted, last)
     else:
         wish = "a dataset folder, or a ThingsDataset with ratings"
         raise DataError(
@@ -233,7 +235,7 @@ def _called(run: Any, name: str | None) -> str | tuple[str, int]:
 
 
 def _score_folder(
-    root: Path, given: list[tuple[str | None, Any]], wanted: list[str]
+    root: Path, given: list[tuple[str | None, Any]], wanted: list[str], last: int | None
 ) -> tuple[Any, tuple[str, ...]]:
     "The sheet, of clips with no other baselines than those wanted; and which ones there are."
     from cortexlit.data.folder import read_card
@@ -244,7 +246,7 @@ def _score_folder(
         if isinstance(run, Mapping):
             found |= {next(names): array for array in run.values()}
         else:
-            found[next(names)] = run if not hasattr(run, "model") else _predicted(run, root, kind)
+            found[next(names)] = run if not hasattr(run, "model") else _predicted(run, root, kind, last)
     if kind == "scenes":
         from cortexlit.evaluation.scenes import score_scenes
 
@@ -252,10 +254,24 @@ def _score_folder(
     from cortexlit.evaluation.baselines import BASELINES, REFERENCES, clip_baselines, score_dataset
 
     fitted = clip_baselines(root, {*REFERENCES, *wanted} & {*BASELINES}) if wanted else None
-    return score_dataset(root, models=found, baselines=fitted), BASELINES
+    return score_dataset(root, last, found, baselines=fitted), BASELINES
 
 
-def _predicted(run: Any, root: Path, kind: str) -> Any:
+def _loaded(folder: Path, root: Path) -> tuple[str, Any]:
+    "The best model of a run folder, as `fit` returns it; its name tells runs of one model apart."
+    import pandas as pd
+
+    from cortexlit.data.folder import read_card
+    from cortexlit.models.v1t import V1T
+    from cortexlit.models.viv1t import ViV1T
+    from cortexlit.training.trainer import Fit, best_folder
+
+    kind = V1T if read_card(root).get("kind") == "scenes" else ViV1T
+    model = kind.from_pretrained(best_folder(folder)).eval()
+    return f"{model.label} {folder.name}", Fit(model, pd.read_csv(folder / "history.csv"), folder)
+
+
+def _predicted(run: Any, root: Path, kind: str, last: int | None) -> Any:
     "Responses of a trained model to the test tier, in the unit of the scores."
     from cortexlit.core import DataError
     from cortexlit.data.inputs import comparable, open_for
@@ -277,7 +293,7 @@ def _predicted(run: Any, root: Path, kind: str) -> Any:
                         "take a core with stride (1, ...)", run.folder)  # fmt: skip
     test = open_for(run.model, root, "test")
     check_trained_on(run.folder, test)
-    last = scored_frames(test[0]["labels"].shape[-1])
+    last = scored_frames(test[0]["labels"].shape[-1]) if last is None else last
     with tempfile.TemporaryDirectory() as folder:
         return comparable(
             test, predict(run.model, _films_once(run.model, test, last, folder), last, batch_size=8)

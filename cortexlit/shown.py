@@ -7,14 +7,38 @@ from __future__ import annotations
 
 import base64
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 # %% auto #0
-__all__ = ['Shown', 'card_html', 'picture_html', 'curve_html']
+__all__ = ['COLUMNS', 'folded', 'Shown', 'card_html', 'picture_html', 'curve_html', 'table_text']
+
+# %% ../nbs/00c_shown.ipynb #0c500012
+COLUMNS = 80  # of a terminal that is not asked for its own width
+
+
+def folded(
+    line: str,
+    width: int = COLUMNS,
+) -> str:
+    """A line as several of at most `width` columns, those after the first set in; words stay whole.
+
+    Examples
+    --------
+    >>> print(folded("a line that is longer than that", 20))
+    a line that is
+      longer than that
+    """
+    inside = " " * (len(line) - len(line.lstrip()) + 2)
+    return textwrap.fill(
+        line, width, subsequent_indent=inside, break_long_words=False, break_on_hyphens=False
+    )
 
 # %% ../nbs/00c_shown.ipynb #0c500006
 class Shown:
@@ -42,7 +66,7 @@ class Shown:
 
     def __repr__(self) -> str:
         title, facts = self._facts()
-        return "\n".join([title, *(f"  {name}: {fact}" for name, fact in facts.items())])
+        return "\n".join([title, *(folded(f"  {name}: {fact}") for name, fact in facts.items())])
 
     def _repr_html_(self) -> str:
         return card_html(*self._facts(), self._picture())
@@ -126,3 +150,74 @@ def curve_html(
         f'<svg role="img" aria-label="{escape(alt)}" width="{width}" height="{height}">'
         f'<polyline points="{line}" fill="none" stroke="#1f77b4" stroke-width="2"/>{dot}</svg>'
     )
+
+# %% ../nbs/00c_shown.ipynb #0c500014
+_WRAPPED = 26  # a cell that is longer may wrap: a score with its interval is shorter
+
+
+def _needed(cells: pd.Series) -> int:
+    "Columns of a terminal that a column of text asks for at least."
+    words = [len(word) for text in [*cells, str(cells.name)] for word in text.split()]
+    return max([1, *words, *(min(len(cell), _WRAPPED) for cell in cells)])
+
+
+def _groups(text: pd.DataFrame, width: int) -> list[pd.DataFrame]:
+    "The columns in as few tables as fit, each with the first one."
+    needed, groups = [_needed(cells) for _, cells in text.items()], [[]]
+    for at in range(1, text.shape[1]):
+        if groups[-1] and sum(needed[k] + 2 for k in [*groups[-1], at]) + needed[0] > width:
+            groups.append([])
+        groups[-1].append(at)
+    return [text.iloc[:, [0, *group]] for group in groups]
+
+
+def _printed(text: pd.DataFrame, right: Sequence[str], width: int) -> str:
+    "One table; what is left of the width goes to the columns that can use it, from the left."
+    widths = {name: _needed(cells) for name, cells in text.items()}
+    left = max(0, width - sum(widths.values()) - 2 * (len(widths) - 1))
+    for name, cells in text.items():
+        more = max(map(len, [*cells, str(name)])) - widths[name]
+        more = more if more <= left else left * any(len(cell) > _WRAPPED for cell in cells)
+        widths[name], left = widths[name] + more, left - more
+
+    def lines(cells: Sequence[str]) -> list[str]:
+        folds = [
+            textwrap.wrap(c, w, break_long_words=False) for c, w in zip(cells, widths.values(), strict=True)
+        ]
+        rows = zip_longest(*folds, fillvalue="")
+        put = [str.rjust if name in right else str.ljust for name in widths]
+        return [
+            "  ".join(f(c, w) for f, c, w in zip(put, row, widths.values(), strict=True)).rstrip()
+            for row in rows
+        ]
+
+    under = "  ".join("-" * w for w in widths.values())
+    body = [line for cells in text.itertuples(index=False) for line in lines(cells)]
+    return "\n".join([*lines([str(name) for name in text]), under, *body])
+
+# %% ../nbs/00c_shown.ipynb #0c500015
+def table_text(
+    rows: pd.DataFrame | Sequence[Mapping[str, Any]],  # numbers: four decimals; missing ones: nothing
+    title: str = "",
+    width: int = COLUMNS,
+) -> str:
+    """A table as text of at most `width` columns, in several tables if need be; a single word that is longer stays whole.
+
+    Examples
+    --------
+    >>> print(table_text([{"model": "mine", "score": 0.25}, {"model": "none", "score": float("nan")}], "Scores"))
+    Scores
+    model   score
+    -----  ------
+    mine   0.2500
+    none
+    """
+    frame = pd.DataFrame(rows)
+    right = [name for name in frame if pd.api.types.is_numeric_dtype(frame[name])]
+
+    def cell(value: Any) -> str:
+        return "" if pd.isna(value) else f"{value:.4f}" if isinstance(value, float) else str(value)
+
+    text = pd.DataFrame({name: [cell(v) for v in frame[name]] for name in frame}, dtype=object)
+    tables = [_printed(group, right, width) for group in _groups(text, width)] if frame.size else []
+    return "\n\n".join(["\n".join([*([folded(title, width)] if title else []), *tables[:1]]), *tables[1:]])

@@ -649,7 +649,7 @@ def commands(root: Path) -> dict[str, tuple[list[str], dict[str, list[str]]]]:
         "build": (["900000001", *embedded, "--out", out], {
             "0": sessions, "--split": NAME, "--alignment": NAME, "--clip-frames": [*WHOLE, "0"], "--gap": WHOLE,
             "--resample": NAME, "--pupil": NAME, "--embedded": NAME, "--out": outs}),
-        "score": ([data, "--last", "5"], {"0": not_(data), "--last": [*WHOLE, "0", "1000"], "--out": outs[:4]}),
+        "score": ([data, "--last", "5"], {"0": not_(data), "--last": [*WHOLE, "0", "1000"], "--run": not_(), "--out": outs[:4]}),
         "import": ([str(root / "arrays"), "--out", out], {
             "0": not_(), "--frames": [*WHOLE, "5"], "--constant-neurons": NAME, "--out": outs}),
         "export": ([data, "--out", out], {"0": not_(data, pictures), "--layout": NAME, "--out": outs}),

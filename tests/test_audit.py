@@ -23,10 +23,11 @@ from cortexlit.data.audit import (
     same_stimuli,
     sample_marks,
 )
-from cortexlit.data.clips import MouseDataset, audit_split, build_dataset
+from cortexlit.data.clips import MouseDataset, build_dataset
 from cortexlit.data.exchange import import_arrays
 from cortexlit.data.folder import check_folder
 from cortexlit.data.scenes import ScenesDataset
+from cortexlit.data.splits import split_of
 from cortexlit.evaluation.baselines import score_dataset
 from cortexlit.evaluation.scores import ScoreSheet
 from cortexlit.training.trainer import fit
@@ -177,8 +178,9 @@ def test_a_folder_with_the_same_film_under_another_name_is_refused(tmp_path, how
     folder = build_dataset(recording, tmp_path / "meant", 20, split=film_split(recording, "b"), gap=0,
                            allow_shared_stimuli=True)  # fmt: skip
     with pytest.raises(SplitLeak):
-        audit_split(folder)
-    assert audit_split(folder, allow_shared_stimuli=True).set_index("tiers")["same_clips"]["train / test"] > 0
+        split_of(folder).audit()
+    report = split_of(folder).audit(forbid=()).set_index(["tiers", "what"])["shared"]
+    assert report["train, test", "content"] > 0 == report["train, test", "clip"]
     assert "Tiers share movie frames" in check_folder(folder)["warnings"][-1]
 
 

@@ -67,6 +67,25 @@ def test_fit_and_again(inputs, tmp_path, capsys, monkeypatch, adapt):
     assert code == 1 and "there is a run in this folder" in refused["error"]
 
 
+def test_the_convolutional_baseline_of_films_joins_the_sheet(inputs, tmp_path, capsys, monkeypatch):
+    data, last = inputs[0], ("--last", str(LAST))
+    out = tmp_path / "conv"
+    words = ["fit", data, "--model", "conv", "--epochs", "2", "--seed", "3", "--out", str(out), *last]
+    code, found = run(capsys, monkeypatch, *words)
+    assert code == 0 and found["folder"] == str(out), found
+    config = json.loads((out / "config.json").read_text())
+    assert (config["adapt"], config["epochs"], config["seed"], config["by_video"]) == ("full", [2], 3, True)
+    assert run(capsys, monkeypatch, *words) == (code, found)  # read back
+    code, rows = run(capsys, monkeypatch, "score", data, "--run", str(out), *last)
+    ours = [row for row in rows if row["model"] == "ViV1T (conv, factorised) conv"]
+    assert (
+        code == 0 and {row["seed"] for row in ours} == {3} and len(ours) == len({r["metric"] for r in rows})
+    )
+    assert {"train mean", "behaviour ridge"} <= {row["model"] for row in rows}
+    code, refused = run(capsys, monkeypatch, "score", data, "--run", data)
+    assert code == 1 and "no finished run" in refused["error"]
+
+
 def test_a_rank_that_is_given_twice_is_run_once():
     assert [c.name for c in cli._configurations([4, 8, 4], ["all", "all"])] == ["r4-all", "r8-all"]
     assert len(cli._configurations(None, None)) == 6
@@ -83,6 +102,11 @@ def test_a_rank_that_is_given_twice_is_run_once():
         (["fit", "--adapt", "lora", "--targets", "everything"], "all, fused"),
         (["fit", "--adapt", "lora", "--targets", "attn_out,everything"], "attn_out"),
         (["fit", "--scale", "large"], "demo, paper"),
+        (["fit", "--model", "cnn"], "viv1t or conv"),
+        (["fit", "--model", "conv", "--adapt", "lora"], "--adapt with --model conv"),
+        (["fit", "--model", "conv", "--targets", "all"], "--targets with --model conv"),
+        (["fit", "--model", "conv", "--scale", "demo"], "--scale with --model conv"),
+        (["fit", "--model", "conv"], "--core with --model conv"),
         (["grid", "--rank", "8", "--rank", "-9"], "from 1 up"),
         (["grid", "--rank", "8", "--rank", "99999999999"], "a smaller rank"),
         (["grid", "--targets", "head"], "all, fused"),

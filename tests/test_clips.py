@@ -24,8 +24,7 @@ from cortexlit.data import clips
 from cortexlit.data.clips import (
     TIERS,
     MouseDataset,
-    audit_samples,
-    audit_split,
+    audit_clips,
     build_dataset,
     frame_index,
     load_tier,
@@ -34,6 +33,7 @@ from cortexlit.data.clips import (
 )
 from cortexlit.data.exchange import export_tree, import_tree
 from cortexlit.data.folder import check_folder  # fmt: skip
+from cortexlit.data.splits import split_of  # fmt: skip
 
 SMALL = {"clip_frames": 20, "size": (6, 10), "gap": 5}
 
@@ -130,7 +130,7 @@ def test_stimulus_split_never_leaks(movies, clip_frames, gap, seed):
         table = split_clips(movies, clip_frames, "stimuli", gap, seed=seed)
     except DataError:
         return
-    audit = audit_samples(table, clip_frames)
+    audit = audit_clips(table, clip_frames)
     assert audit["shared_frames"].sum() == 0
     assert not (audit["gap"] < gap).any()
     assert set(table["tier"]) == set(TIERS)
@@ -143,7 +143,7 @@ def test_audit_counts_a_leak_by_hand():
     table = pd.DataFrame(
         {"clip": [0, 1, 2], "movie": "m", "start": [0, 15, 40], "tier": ["train", "test", "test"]}
     )
-    row = audit_samples(table, 20).iloc[0]
+    row = audit_clips(table, 20).iloc[0]
     assert (row["shared_frames"], row["of"], row["gap"]) == (5, 20, 0)
 
 
@@ -301,7 +301,7 @@ def test_every_damaged_or_missing_file_is_named(folder, tmp_path):
             MouseDataset(copy, "train")
         (copy / path.name).unlink()
         with pytest.raises(MissingError, match=path.name):
-            audit_split(copy)
+            split_of(copy)
 
 
 def test_disk_full_midway_leaves_the_old_folder(folder, tmp_path, monkeypatch):

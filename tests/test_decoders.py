@@ -184,6 +184,29 @@ def test_fits_are_read_with_their_own_split_only(fits):
         FoldFits.load(found.folder, split_by_concept(data.trials, 3, 1))
 
 
+def test_a_flipped_byte_of_the_results_is_refused_by_name(fits, tmp_path):
+    data, split, found = fits
+    folder = tmp_path / "copy"
+    shutil.copytree(found.folder, folder)
+
+    def again():
+        FoldFits.load(folder, split)
+        return fit_folds(build, data, split, folder, **OPTIONS)
+
+    assert np.array_equal(again().predictions, found.predictions)
+    for name in ("predictions.npy", "folds.json", "fold0.npy", "fold2.json"):
+        whole = (folder / name).read_bytes()
+        at = len(whole) - 5 if name.endswith("npy") else whole.index(b"0.") + 2  # a digit of a score
+        (folder / name).write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(DataError, match=name):
+            again()
+        (folder / name).write_bytes(whole)
+    old = json.loads((folder / "folds.json").read_text())
+    del old["hash"]  # as an earlier version wrote it
+    (folder / "folds.json").write_text(json.dumps(old))
+    assert np.array_equal(FoldFits.load(folder, split).predictions, found.predictions)
+
+
 def test_what_cannot_be_trained_is_refused(fits, tmp_path):
     data, split, _ = fits
     with pytest.raises(DataError, match="fold 7"):
@@ -241,6 +264,7 @@ def test_folds_of_an_earlier_version_are_met(fits, tmp_path, monkeypatch):
     for k in range(3):
         record = json.loads((tmp_path / "old" / f"fold{k}.json").read_text())
         record["plan"] = record.pop("made_from")
+        del record["hash"]
         (tmp_path / "old" / f"fold{k}.json").write_text(json.dumps(record))
     monkeypatch.setattr("cortexlit.training.decoders.fit", None)
     again = fit_folds(build, data, split, tmp_path / "old", **OPTIONS)

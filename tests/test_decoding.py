@@ -8,6 +8,7 @@ import pytest
 from himalaya.kernel_ridge import solve_weighted_kernel_ridge_conjugate_gradient
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import huber
 from sklearn.linear_model import Ridge
 from sklearn.metrics import mean_squared_error
 from sklearn.model_selection import GridSearchCV, PredefinedSplit
@@ -21,7 +22,6 @@ from cortexlit.evaluation.decoding import (
     decoding_ceiling,
     decoding_rows,
     decompose,
-    huber,
     identification_ranks,
     leave_group_out,
     mixed_bands,
@@ -187,7 +187,7 @@ def test_best_constants_have_least_loss(seed, n, delta):
     losses = {
         "squared": np.square,
         "absolute": np.abs,
-        "huber": lambda e: huber(e, delta),
+        "huber": lambda e: huber(delta, e),
     }
     for name, loss in losses.items():
         at = best_constant(y, name, delta)
@@ -195,9 +195,16 @@ def test_best_constants_have_least_loss(seed, n, delta):
             assert loss(at - y).mean() <= loss(at + step - y).mean() + 1e-12
 
 
-def test_huber_is_half_the_square_then_linear():
-    assert huber(np.array([0.0, -0.5, 1.0, 3.0])).tolist() == [0, 0.125, 0.5, 2.5]
-    assert huber(np.array([4.0]), delta=2.0).tolist() == [6.0]
+def test_averages_are_those_of_pandas_and_keep_what_is_not_known():
+    g = np.random.default_rng(3)
+    groups, x = g.choice(["b", "a", "c"], 40), g.normal(size=(40, 5, 2))
+    names, means, share = average_by(groups, x, x[:, 0, 0] > 0)
+    table = pd.DataFrame(x.reshape(40, -1)).groupby(groups).mean()
+    assert names.tolist() == table.index.tolist() == ["a", "b", "c"] and means.shape == (3, 5, 2)
+    np.testing.assert_allclose(means.reshape(3, -1), table, rtol=0, atol=1e-15)
+    assert share.tolist() == [(x[groups == name, 0, 0] > 0).mean() for name in names]
+    x[groups == "b", 0] = np.nan
+    assert np.isnan(average_by(groups, x)[1]).sum() == 2  # one group, both columns
 
 
 def test_constants_come_from_the_other_folds():

@@ -23,10 +23,22 @@ ALLOWED = {
     "simulate": {"core", "data"},
     "models": {"core", "metrics"},
     "training": {"core", "shown", "metrics", "data", "simulate", "models"},
-    "evaluation": {"core", "metrics"},
+    "evaluation": {"core", "shown", "metrics"},
     "insilico": {"core", "metrics", "plots", "data", "simulate", "models", "training", "evaluation"},
     "front": {"core", "metrics", "data", "simulate", "models", "training", "evaluation"},
-    "cli": {"core", "metrics", "plots", "data", "simulate", "models", "training", "evaluation", "insilico"},
+    "cli": {
+        "core",
+        "shown",
+        "metrics",
+        "plots",
+        "data",
+        "simulate",
+        "models",
+        "training",
+        "evaluation",
+        "insilico",
+        "front",
+    },
 }
 # Exceptions, module by module: what scores, or plans, by a dataset folder can read it; figures take a
 # recording.

@@ -19,7 +19,7 @@ from cortexlit.data.recordings import Recording
 from cortexlit.data.scenes import (
     GREY,
     ScenesDataset,
-    audit_presentations,
+    audit_pictures,
     build_scenes,
     load_scenes,
     scene_windows,
@@ -176,7 +176,7 @@ def test_pictures_never_sit_in_two_tiers(pictures, repeats, seed, validation, te
     except DataError:
         return  # too few pictures for these shares
     assert set(tier) == set(TIERS)
-    audit = audit_presentations(pd.DataFrame({"image": image, "tier": tier}))
+    audit = audit_pictures(pd.DataFrame({"image": image, "tier": tier}))
     assert audit["shared_images"].sum() == audit["identical_images"].sum() == 0
     assert audit["shared_frames"].isna().all()
 
@@ -201,7 +201,7 @@ def test_audit_counts_by_hand():
     )
     images = np.random.default_rng(0).random((3, 20, 24))
     images[2] = images[1] + 0.01  # a little brighter
-    row = audit_presentations(table, images).iloc[0]
+    row = audit_pictures(table, images).iloc[0]
     assert (row["tiers"], row["shared_images"], row["of"], row["identical_images"]) == (
         "train / test",
         1,

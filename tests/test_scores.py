@@ -267,3 +267,49 @@ def test_a_sheet_whose_count_of_openings_is_none(tmp_path, opened):
     path.write_text(json.dumps(seal(content | {"opened": opened})))
     with pytest.raises(DataError, match="opened"):
         ScoreSheet.load(tmp_path)
+
+
+def fact(text: str) -> str:
+    "Without the breaks of lines that a narrow print puts in."
+    return " ".join(text.split())
+
+
+def test_a_print_fits_80_columns_and_leaves_nothing_out(values):
+    sheet = full_sheet(values)
+    for k in range(5):
+        sheet.add(f"a model with a long name, number {k}", "r", values - k, clip=CLIP, ceiling=0.3, **WHERE)
+    sheet.opened["A"] = 3
+    text = repr(sheet)
+    assert max(map(len, text.split("\n"))) <= 80 and "A: test tier opened 3 times" in text
+    for row in sheet.rows:
+        numbers = [row.value, row.low, row.high, row.chance, row.baseline, row.ceiling]
+        told = [f"{v:.4f}" for v in numbers if not math.isnan(v)]
+        counts = [row.n_clips, row.n_samples, row.n_neurons, row.seed]
+        told += [str(v) for v in counts if v is not None]
+        told += [
+            *row.model.split(),
+            row.metric,
+            row.dataset,
+            row.tier,
+            row.split,
+            row.split_hash[:8],
+            fact(row.note),
+        ]
+        told += [] if math.isnan(row.undefined) else [f"{row.undefined:.0%}"]
+        assert [t for t in told if t not in fact(text)] == []
+    assert "ceiling 0.3000" not in text  # CC_norm has another one: it stands in the table of the rulers
+
+
+def test_a_row_unlike_the_others_is_told_in_a_line_of_its_own(values):
+    sheet = ScoreSheet()
+    sheet.add("one", "r", values, clip=CLIP, **WHERE)
+    sheet.add("two", "r", values, clip=CLIP, **WHERE)
+    assert "two (r)" not in repr(sheet)
+    sheet.add("three", "r", values[:6], **WHERE)
+    (line,) = [line for line in repr(sheet).split("\n") if line.startswith("three (r)")]
+    assert "samples 6" in line
+
+
+def test_html_scrolls_by_itself(values):
+    html = full_sheet(values)._repr_html_()
+    assert html.count("<table") == html.count("<div style='overflow-x:auto'><table")

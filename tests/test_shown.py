@@ -12,7 +12,8 @@ from toys import toy_recording
 
 from cortexlit.data.clips import MouseDataset, build_dataset
 from cortexlit.data.things import ThingsDataset, build_things, open_things
-from cortexlit.shown import card_html, curve_html, picture_html
+from cortexlit.evaluation.comparison import compare
+from cortexlit.shown import Shown, card_html, curve_html, picture_html, table_text
 from cortexlit.simulate.subject import write_things
 from cortexlit.training.decoders import FoldFits
 from cortexlit.training.trainer import Fit
@@ -81,3 +82,34 @@ def test_pictures_need_two_axes():
 def test_what_is_text_stays_text():
     html = card_html('<script>"x"</script>', {"a<b": SimpleNamespace(c="<i>")})
     assert "<script>" not in html and "<i>" not in html and "a&lt;b" in html and well_formed(html)
+
+
+def test_what_is_printed_fits_80_columns():
+    class Long(Shown):
+        def _facts(self):
+            return "Long", {"warnings": "a word and another " * 20}
+
+    text = repr(Long())
+    assert max(map(len, text.split("\n"))) <= 80 and text.count("another") == 20
+
+
+def test_a_wide_table_is_broken_between_columns_and_between_words_only():
+    row = {"model": "one of them", "note": "some words " * 20} | {f"ruler {k}": 0.125 + k for k in range(12)}
+    text = table_text([row, row | {"model": "the other"}], "a title that is long " * 6)
+    assert max(map(len, text.split("\n"))) <= 80 and text.count("words") == 40
+    for k in range(12):
+        assert text.count(f" {0.125 + k:.4f}") == 2
+    assert text.count("ruler") == 12
+    assert text.count("one of them") == text.count("the other") > 1
+    assert table_text([{"path": "x" * 99, "n": 1}]).count("x" * 99) == 1  # one word stays whole
+
+
+def test_a_comparison_fits_80_columns():
+    one = np.random.default_rng(0).normal(0.1, 0.05, (12, 40))
+    found = compare({f"model number {k}": one - k / 10 for k in range(4)}, clip=np.arange(12))
+    text = repr(found)
+    assert max(map(len, text.split("\n"))) <= 80 and found.statement in " ".join(text.split())
+    assert all(f"{v:.4f}" in text for v in found.pairs["difference"]) and "may be best" in " ".join(
+        text.split()
+    )
+    assert well_formed(found._repr_html_())

@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 from toys import toy_recording
 
 from cortexlit.core import DataError, MissingError, SplitLeak, read_json
+from cortexlit.data.audit import audit_units
 from cortexlit.data.clips import build_dataset
 from cortexlit.data.exchange import import_arrays
 from cortexlit.data.folds import build_folds, fold_folders
-from cortexlit.data.splits import Split, audit_units, split_by_concept, split_by_session, split_of
+from cortexlit.data.splits import Split, split_by_concept, split_by_session, split_of
 from cortexlit.data.things import ThingsDataset, build_things, open_things
 from cortexlit.simulate.subject import write_things
 
@@ -141,3 +142,40 @@ def test_a_subject_keeps_the_split_it_was_built_with(subject, tmp_path):
     with pytest.raises(DataError, match="a split of other trials"):
         build_things(subject, tmp_path / "other", split=late)
     assert not (tmp_path / "other").exists()
+
+
+def test_a_folder_is_audited_by_frames_and_content_as_well(tmp_path):
+    root = build_dataset(toy_recording(), tmp_path / "clips", split="stimuli", **SMALL)
+    report = split_of(root).audit().set_index(["tiers", "what"])["shared"]
+    assert (
+        {"clip", "movie", "frame", "two-photon frame", "content"}
+        >= set(report["train, test"].index)
+        > {"frame", "content"}
+    )
+    assert (report["train, test"][["clip", "frame", "content"]] == 0).all()
+    split = split_of(root)
+    tier = split.tier.copy()
+    first = int(np.flatnonzero(tier[0] == "train")[0])
+    moved = split.samples.copy()
+    moved.loc[tier[0] == "test", ["movie", "start"]] = [moved["movie"][first], moved["start"][first] + 1]
+    with pytest.raises(SplitLeak, match="frames"):
+        Split(split.kind, tier, moved, root=root).audit()
+
+
+@pytest.mark.parametrize("clip_frames", [1, 7])
+@pytest.mark.parametrize("seed", range(3))
+def test_shared_frames_are_those_of_sets(seed, clip_frames):
+    g = np.random.default_rng(seed)
+    table = pd.DataFrame({"movie": g.choice(["a", "b"], 30), "start": g.integers(0, 60, 30)})
+    table["first_frame"] = g.integers(0, 200, 30)
+    table["last_frame"] = table["first_frame"] + g.integers(0, 9, 30)
+    train, test = np.arange(20), np.arange(20, 30)
+    report = audit_units(table, train, test, (), clip_frames=clip_frames).set_index("what")
+    own = {"frame": lambda r: {(r.movie, r.start + k) for k in range(clip_frames)},
+           "two-photon frame": lambda r: set(range(r.first_frame, r.last_frame + 1))}  # fmt: skip
+    for what, frames in own.items():
+        a, b = ([frames(r) for r in table.iloc[rows].itertuples()] for rows in (train, test))
+        ours, theirs = set.union(*a), set.union(*b)
+        both = ours & theirs
+        share = np.mean([bool(x & both) for x in b])
+        assert report.loc[what].tolist() == [len(ours), len(theirs), len(both), share]

@@ -14,7 +14,8 @@ import torch
 
 from cortexlit.core import DataError, MissingError, SplitLeak, data_home, rng
 from cortexlit.data import things as module
-from cortexlit.data.splits import Split, audit_units, split_by_concept, split_by_session
+from cortexlit.data.audit import audit_units
+from cortexlit.data.splits import Split, split_by_concept, split_by_session
 from cortexlit.data.things import (
     LAYOUTS,
     PROPERTIES,

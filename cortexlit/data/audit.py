@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['GRID', 'fingerprints', 'same_stimuli', 'sample_marks', 'known_tiers', 'same_frames', 'audit', 'openings',
-           'models_named', 'folders_of', 'note_opening']
+__all__ = ['GRID', 'fingerprints', 'same_stimuli', 'sample_marks', 'known_tiers', 'same_frames', 'audit', 'audit_units',
+           'openings', 'models_named', 'folders_of', 'note_opening']
 
 # %% ../../neuro_nbs/03a_audit.ipynb #b4dc59e4
 import hashlib
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -479,6 +480,150 @@ def _allowed_role(part: _Part) -> None:
             expected="train and validation tiers: what a model or an epoch is chosen by is no test of it",
             fix=f'MouseDataset(root, "{part.role}"), or keep the test for the one score at the end',
         )
+
+# %% ../../neuro_nbs/03a_audit.ipynb #03a00002
+def with_underscores(name: str) -> str:
+    "Ids are joined by underscores; one public table has blanks instead."
+    return re.sub(r"\s+", "_", str(name).strip())
+
+
+def plain_name(name: str) -> str:
+    "A name without capitals and stray blanks: how two names are compared."
+    return with_underscores(name).casefold()
+
+# %% ../../neuro_nbs/03a_audit.ipynb #03a00003
+COUNTED = ("clip", "movie", "image", "concept", "session", "run")  # columns that are units
+
+
+def _units(samples: pd.DataFrame) -> pd.DataFrame:
+    "The units of each sample, named so that equal units have equal names."
+    named = samples[[name for name in COUNTED if name in samples]]
+    if {"session", "run"} <= set(named):
+        named = named.assign(run=named["session"].astype(str) + "/" + named["run"].astype(str))
+    numbers = set(named.select_dtypes("number"))
+    text = [name for name in ("image", "concept") if name in named and name not in numbers]
+    return named.assign(**{name: named[name].map(plain_name) for name in text})
+
+
+def _count(a: np.ndarray, b: np.ndarray, of: np.ndarray, samples: int) -> tuple[int, int, int, float]:
+    "Distinct units of train and of test, shared ones, and the share of test samples (`of`: whose each of `b` is) with one."
+    shared = np.intersect1d(a, b)
+    return (
+        len(np.unique(a)),
+        len(np.unique(b)),
+        len(shared),
+        len(np.unique(of[np.isin(b, shared)])) / max(samples, 1),
+    )
+
+
+def _frames_of(first: np.ndarray, frames: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    "Frames from `first` on of some rows, one after the other, and whose each is."
+    frames = frames[rows]
+    before = np.repeat(np.cumsum(frames) - frames, frames)
+    return np.repeat(first[rows], frames) + np.arange(frames.sum()) - before, np.repeat(
+        np.arange(len(rows)), frames
+    )
+
+# %% ../../neuro_nbs/03a_audit.ipynb #03a00004
+def audit_units(
+    samples: pd.DataFrame,  # a row for each sample; the units it belongs to are columns
+    train: np.ndarray,  # rows
+    test: np.ndarray,  # rows
+    forbid: Sequence[str] = ("image", "concept"),  # columns of which the two must not share a value
+    statistics: np.ndarray
+    | None = None,  # (samples,) whose responses entered the z-scores, `ThingsDataset.statistics`
+    clip_frames: int | None = None,  # of clips, with columns movie and start: their frames are units, too
+    stimuli: np.ndarray
+    | None = None,  # films (clips, frames, H, W) or pictures (images, H, W) by number: compared by content, too
+) -> (
+    pd.DataFrame
+):  # for each unit: how many train and test have, share, and the fraction of test samples concerned
+    """Count shared clips, images, concepts, sessions, runs; `SplitLeak` if a forbidden one is shared, or a sample itself.
+
+    Names that differ by capitals or blanks are one name. "frame" are those of movies; "two-photon frame" those from
+    column first_frame to last_frame; "content" is the same clip or image, or one found by `same_stimuli`. The row "z-score" counts the test samples whose responses
+    entered the means and spreads that all samples are divided by.
+
+    Examples
+    --------
+    >>> samples = pd.DataFrame({"image": ["dog_1", "dog_2", "cat_1"], "concept": ["dog", "dog", "cat"]})
+    >>> audit_units(samples, [0], [1, 2], forbid=["image"])[["what", "shared", "test_trials"]].values.tolist()
+    [['image', 0, 0.0], ['concept', 1, 0.5]]
+    >>> clips = pd.DataFrame({"movie": "m", "start": [0, 50]})
+    >>> audit_units(clips, [0], [1], (), clip_frames=60).set_index("what").loc["frame", "shared"]
+    10
+    """
+    train, test = np.asarray(train), np.asarray(test)
+    if both := len(np.intersect1d(train, test)):
+        raise SplitLeak(f"{both} trials are in train and test", expected="each trial in one of them")
+    every, rows = np.arange(len(test)), []
+    for name, unit in _units(samples).items():
+        code = pd.factorize(unit)[0]
+        rows.append((name, *_count(code[train], code[test], every, len(test))))
+    for name, first, frames in _spans(samples, clip_frames):
+        (a, _), (b, of) = (_frames_of(first, frames, part) for part in (train, test))
+        rows.append((name, *_count(a, b, of, len(test))))
+    if stimuli is not None:
+        number = samples["clip" if "clip" in samples else "image"].to_numpy(int)
+        alike = _by_content(stimuli, number[train], number[test])
+        rows.append(
+            (
+                "content",
+                *_count(
+                    number[train], alike[np.unique(number[test], return_inverse=True)[1]], every, len(test)
+                ),
+            )
+        )
+    if statistics is not None:
+        seen = np.asarray(statistics, bool)
+        a, b = int(seen[train].sum()), int(seen[test].sum())
+        rows.append(("z-score", a, b, b, float(seen[test].mean())))
+    report = pd.DataFrame(rows, columns=["what", "train", "test", "shared", "test_trials"])
+    if unknown := [name for name in forbid if name not in set(report["what"])]:
+        raise DataError(f"no unit {unknown[0]!r}", expected=f"one of {', '.join(report['what'])}")
+    for row in report.itertuples():
+        if row.what in forbid and row.shared:
+            raise SplitLeak(
+                f"train and test share {row.shared} {row.what}s: {row.test_trials:.1%} of the test trials are concerned",
+                expected=f"no shared {' or '.join(forbid)}",
+                fix="hold out whole units: split_by_concept, split_by_session, build_folds, or the split of build_dataset",
+            )
+    return report
+
+
+def _spans(samples: pd.DataFrame, clip_frames: int | None) -> Iterable[tuple[str, np.ndarray, np.ndarray]]:
+    "What a sample takes a stretch of: name, first frame (no two movies share numbers), number of frames."
+    if clip_frames is not None:
+        start = samples["start"].to_numpy(int)
+        far = start.max(initial=0) + clip_frames
+        yield "frame", pd.factorize(samples["movie"])[0] * far + start, np.full(len(start), clip_frames)
+    if {"first_frame", "last_frame"} <= set(samples):
+        first, last = (samples[k].to_numpy(int) for k in ("first_frame", "last_frame"))
+        yield "two-photon frame", first, last - first + 1
+
+
+def _by_content(
+    stimuli: np.ndarray, train: np.ndarray, test: np.ndarray
+) -> np.ndarray:  # (distinct of test,)
+    "For each distinct stimulus of test, sorted, the number of the same one in train, or -1 - its own."
+    ours, theirs = np.unique(train), np.unique(test)
+    found = np.where(np.isin(theirs, ours), theirs, -1 - theirs)
+    only = [np.setdiff1d(x, y) for x, y in ((ours, theirs), (theirs, ours))]
+    again = same_stimuli(*(stimuli[x] for x in only))
+    found[np.searchsorted(theirs, only[1][again["clip"].to_numpy(int)])] = only[0][
+        again["known"].to_numpy(int)
+    ]
+    return found
+
+# %% ../../neuro_nbs/03a_audit.ipynb #03a00005
+def tier_pairs(
+    samples: pd.DataFrame, order: Sequence[str], **asked: Any
+) -> Iterable[tuple[str, np.ndarray, np.ndarray, pd.DataFrame]]:
+    "Each pair of tiers: names, rows of both, and what `audit_units` counts."
+    tiers = sorted(samples["tier"].unique(), key=lambda t: order.index(t) if t in order else len(order))
+    for a, b in combinations(tiers, 2):
+        one, other = (np.flatnonzero(samples["tier"] == t) for t in (a, b))
+        yield f"{a} / {b}", one, other, audit_units(samples, one, other, (), **asked).set_index("what")
 
 # %% ../../neuro_nbs/03a_audit.ipynb #af2e5772
 _LIST = ".test-openings.json"

@@ -32,7 +32,7 @@ from cortexlit.core import (
     rng,
     write_json,
 )
-from .audit import known_tiers, same_frames, same_stimuli
+from .audit import known_tiers, same_frames, tier_pairs
 from cortexlit.data.checks import (
     by_name,
     described,
@@ -57,8 +57,8 @@ from .recordings import Recording
 from ..shown import Shown, picture_html
 
 # %% auto #0
-__all__ = ['TIERS', 'NORMALISATIONS', 'frame_index', 'split_clips', 'audit_samples', 'resize_frames', 'build_dataset',
-           'audit_split', 'MouseDataset', 'TierArrays', 'load_tier']
+__all__ = ['TIERS', 'NORMALISATIONS', 'frame_index', 'split_clips', 'resize_frames', 'build_dataset', 'MouseDataset',
+           'TierArrays', 'load_tier']
 
 # %% ../../neuro_nbs/03_dataset.ipynb #794896b7
 def _table_index(movie: str, table: pd.DataFrame) -> np.ndarray:
@@ -308,47 +308,30 @@ def tier_order(tier: str) -> int:
     return TIERS.index(tier) if tier in TIERS else len(TIERS)
 
 # %% ../../neuro_nbs/03_dataset.ipynb #167dc37b
-def audit_samples(
+def audit_clips(
     samples: pd.DataFrame,  # columns clip, movie, start, tier
     clip_frames: int,  # frames per clip
     videos: np.ndarray | None = None,  # (clips, frames, H, W): clips are compared by content, too
 ) -> (
     pd.DataFrame
-):  # one row per pair of tiers: shared_frames, same_clips, gap (movie frames, NaN if no movie in common)
-    """Count what two tiers share: movie frames, clips of the same content, and how close they come in movie time.
-
-    Examples
-    --------
-    >>> samples = pd.DataFrame({"clip": [0, 1], "movie": "m", "start": [0, 50], "tier": ["train", "test"]})
-    >>> audit_samples(samples, clip_frames=60)[["tiers", "shared_frames"]].values.tolist()
-    [['train / test', 10]]
-    """
-    clips = samples.drop_duplicates(["clip", "tier"])
+):  # one row per pair of tiers: shared_frames, of, same_clips, gap (movie frames, NaN if no movie in common)
+    "What two tiers share, for the card: frames, clips of the same content, and how close they come in movie time."
     rows = []
-    for a, b in combinations(sorted(clips["tier"].unique(), key=tier_order), 2):
-        in_a, in_b = clips[clips["tier"] == a], clips[clips["tier"] == b]
-        pairs = in_a.merge(in_b, on="movie")
+    for name, a, b, report in tier_pairs(samples, TIERS, clip_frames=clip_frames, stimuli=videos):
+        one, other = (samples.iloc[part][["movie", "start"]].drop_duplicates() for part in (a, b))
+        pairs = one.merge(other, on="movie")
         distance = (pairs["start_x"] - pairs["start_y"]).abs() - clip_frames
-        frames_a, frames_b = _movie_frames(in_a, clip_frames), _movie_frames(in_b, clip_frames)
-        ours, theirs = (part["clip"].unique() for part in (in_a, in_b))
-        both = np.intersect1d(ours, theirs)
-        if videos is not None:
-            only = [np.setdiff1d(clips, both) for clips in (ours, theirs)]
-            both = np.concatenate([both, same_stimuli(*(videos[clips] for clips in only))["clip"]])
+        frames = report.loc["frame"]
         rows.append(
             {
-                "tiers": f"{a} / {b}",
-                "shared_frames": len(frames_a & frames_b),
-                "of": min(len(frames_a), len(frames_b)),
-                "same_clips": len(both),
+                "tiers": name,
+                "shared_frames": int(frames["shared"]),
+                "of": int(min(frames["train"], frames["test"])),
+                "same_clips": int(report.loc["clip" if videos is None else "content", "shared"]),
                 "gap": float(distance.clip(lower=0).min()) if len(pairs) else np.nan,
             }
         )
     return pd.DataFrame(rows, columns=["tiers", "shared_frames", "of", "same_clips", "gap"])
-
-
-def _movie_frames(clips: pd.DataFrame, clip_frames: int) -> set[tuple[str, int]]:
-    return {(c.movie, f) for c in clips.itertuples() for f in range(c.start, c.start + clip_frames)}
 
 # %% ../../neuro_nbs/03_dataset.ipynb #105d9614
 def _neighbours(n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
@@ -459,7 +442,7 @@ def complete_folder(
     check_spread(stats, channels)
     if grey is not None:
         stats["videos"] |= dict(zip(("min", "max"), grey, strict=True))
-    audit = audit_samples(samples, arrays["videos"].shape[1], arrays["videos"])
+    audit = audit_clips(samples, arrays["videos"].shape[1], arrays["videos"])
     _refuse_leak(audit, card["options"].get("gap", 0), shared_ok)
     samples.to_csv(folder / "samples.csv", index_label="sample")
     neurons.to_csv(folder / "neurons.csv", index=False)
@@ -755,25 +738,6 @@ def _keep_neurons(recording: Recording, train: np.ndarray, constant: str) -> np.
     if not len(keep):
         raise DataError("no neuron changes in the train tier", fix="check signal and alignment")
     return keep
-
-# %% ../../neuro_nbs/03_dataset.ipynb #a633b653
-def audit_split(
-    root: str | Path,  # a dataset folder
-    allow_shared_stimuli: bool = False,  # report instead of refusing
-) -> pd.DataFrame:  # as `audit_samples`
-    """Count what the tiers of a dataset folder share; raises `SplitLeak` if they share stimuli.
-
-    Examples
-    --------
-    >>> audit_split(mouse)[["tiers", "shared_frames"]].values.tolist()
-    [['train / validation', 0], ['train / test', 0], ['validation / test', 0]]
-    """
-    card, samples = check_folder(root, "clips"), load_table(Path(root) / "samples.csv")
-    videos = np.load(Path(root) / "videos.npy", mmap_mode="r")
-    audit = audit_samples(samples, videos.shape[1], videos)
-    gap = card["options"].get("gap", 0) if card["options"]["split"] != "repeats" else 0
-    _refuse_leak(audit, gap, allow_shared_stimuli)
-    return audit
 
 # %% ../../neuro_nbs/03_dataset.ipynb #afa6fb35
 NORMALISATIONS = ("range", "closed-loop", "viv1t-standardised", "viv1t")

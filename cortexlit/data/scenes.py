@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['GREY', 'SCENE_NORMALISATION', 'scene_windows', 'window_means', 'split_images', 'audit_presentations', 'build_scenes',
-           'ScenesDataset', 'SceneArrays', 'load_scenes']
+__all__ = ['GREY', 'SCENE_NORMALISATION', 'scene_windows', 'window_means', 'split_images', 'build_scenes', 'ScenesDataset',
+           'SceneArrays', 'load_scenes']
 
 # %% ../../neuro_nbs/10_scenes.ipynb #9d273c08
 import warnings
@@ -32,7 +32,7 @@ from cortexlit.core import (
     rng,
     write_json,
 )
-from .audit import known_tiers
+from .audit import known_tiers, tier_pairs
 from cortexlit.data.checks import (
     described,
     finite,
@@ -44,7 +44,6 @@ from cortexlit.data.clips import (
     BUILD_AGAIN,
     TIERS,
     TierOfFolder,
-    audit_samples,
     behaviour_of,
     check_fractions,
     check_measured,
@@ -198,33 +197,26 @@ def split_images(
     return np.array([drawn.get(k, "train") for k in keys])
 
 # %% ../../neuro_nbs/10_scenes.ipynb #5dc88af4
-def audit_presentations(
+def audit_pictures(
     samples: pd.DataFrame,  # columns image, tier; first_frame, last_frame if known
     images: np.ndarray | None = None,  # (images, H, W): compared by content, too
 ) -> (
     pd.DataFrame
 ):  # per pair of tiers: shared_images, of, identical_images, shared_frames (% of the smaller tier's)
-    """Count what two tiers share: pictures, identical pictures, averaged two-photon frames.
-
-    Examples
-    --------
-    >>> samples = pd.DataFrame({"image": [0, 1, 1], "tier": ["train", "train", "test"]})
-    >>> audit_presentations(samples)[["tiers", "shared_images", "of"]].values.tolist()
-    [['train / test', 1, 1]]
-    """
-    clips = samples.assign(clip=samples["image"], movie=samples["image"].astype(str), start=0)
-    audit = audit_samples(clips, 1, images).drop(columns="gap")
-    audit = audit.rename(columns={"shared_frames": "shared_images", "same_clips": "identical_images"})
-    audit["shared_frames"] = np.nan
-    if "first_frame" in samples:
-        averaged = {
-            tier: {f for s in part.itertuples() for f in range(s.first_frame, s.last_frame + 1)}
-            for tier, part in samples.groupby("tier")
-        }
-        for i, pair in enumerate(audit["tiers"]):
-            a, b = (averaged[tier] for tier in pair.split(" / "))
-            audit.loc[i, "shared_frames"] = 100 * len(a & b) / min(len(a), len(b))
-    return audit
+    "What two tiers share, for the card: pictures, identical pictures, averaged two-photon frames."
+    rows = []
+    for name, _, _, report in tier_pairs(samples, TIERS, stimuli=images):
+        image, frames = report.loc["image"], report.reindex(["two-photon frame"]).iloc[0]
+        rows.append(
+            {
+                "tiers": name,
+                "shared_images": int(image["shared"]),
+                "of": int(min(image["train"], image["test"])),
+                "identical_images": int(report.loc["image" if images is None else "content", "shared"]),
+                "shared_frames": 100 * frames["shared"] / min(frames["train"], frames["test"]),
+            }
+        )
+    return pd.DataFrame(rows, columns=["tiers", "shared_images", "of", "identical_images", "shared_frames"])
 
 
 def _refuse_shared(audit: pd.DataFrame, shared_ok: bool) -> None:
@@ -327,7 +319,7 @@ def write_scenes(
         neurons = neurons.iloc[keep]
         stats["responses"] = {k: v[keep] for k, v in stats["responses"].items()}
     check_spread(stats, dict(card["channels"], responses=neurons["cell_id"].tolist()))
-    audit = audit_presentations(samples, arrays["images"])
+    audit = audit_pictures(samples, arrays["images"])
     _refuse_shared(audit, shared_ok)
     if audit["shared_images"].sum():
         card["warnings"] = [*card["warnings"], _SHARED]

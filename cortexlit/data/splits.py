@@ -5,92 +5,24 @@
 # %% ../../neuro_nbs/03d_splits.ipynb #03d00004
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from ..core import DataError, MissingError, SplitLeak, digest, read_json, reading, rng, write_json
+from .audit import COUNTED, audit_units, plain_name
 from .checks import load_table, same_length, whole
 from .folder import check_folder
 from .folds import fold_folders
 
 # %% auto #0
-__all__ = ['UNITS', 'audit_units', 'Split', 'split_by_concept', 'split_by_session', 'split_of']
-
-# %% ../../neuro_nbs/03d_splits.ipynb #03d00007
-def with_underscores(name: str) -> str:
-    "Ids are joined by underscores; one public table has blanks instead."
-    return re.sub(r"\s+", "_", str(name).strip())
-
-
-def _plain(name: str) -> str:
-    "A name without capitals and stray blanks: how two names are compared."
-    return with_underscores(name).casefold()
-
-# %% ../../neuro_nbs/03d_splits.ipynb #03d00008
-def audit_units(
-    samples: pd.DataFrame,  # a row for each sample; the units it belongs to are columns
-    train: np.ndarray,  # rows
-    test: np.ndarray,  # rows
-    forbid: Sequence[str] = ("image", "concept"),  # columns of which the two must not share a value
-    statistics: np.ndarray
-    | None = None,  # (samples,) whose responses entered the z-scores, `ThingsDataset.statistics`
-) -> (
-    pd.DataFrame
-):  # for each unit: how many train and test have, share, and the fraction of test samples concerned
-    """Count shared clips, images, concepts, sessions, runs; `SplitLeak` if a forbidden one is shared, or a sample itself.
-
-    Names that differ by capitals or blanks are one name. The row "z-score" counts the test samples whose responses
-    entered the means and spreads that all samples are divided by.
-
-    Examples
-    --------
-    >>> samples = pd.DataFrame({"image": ["dog_1", "dog_2", "cat_1"], "concept": ["dog", "dog", "cat"]})
-    >>> audit_units(samples, [0], [1, 2], forbid=["image"])[["what", "shared", "test_trials"]].values.tolist()
-    [['image', 0, 0.0], ['concept', 1, 0.5]]
-    """
-    train, test = np.asarray(train), np.asarray(test)
-    if both := len(np.intersect1d(train, test)):
-        raise SplitLeak(f"{both} trials are in train and test", expected="each trial in one of them")
-    if unknown := [name for name in forbid if name not in samples]:
-        raise DataError(f"no unit {unknown[0]!r}", expected=f"columns of samples: {', '.join(samples)}")
-    named, rows = _units(samples), []
-    for name in named:
-        a, b = named[name].iloc[train], named[name].iloc[test]
-        shared = set(a) & set(b)
-        rows.append((name, a.nunique(), b.nunique(), len(shared), float(b.isin(shared).mean())))
-    if statistics is not None:
-        seen = np.asarray(statistics, bool)
-        a, b = int(seen[train].sum()), int(seen[test].sum())
-        rows.append(("z-score", a, b, b, float(seen[test].mean())))
-    report = pd.DataFrame(rows, columns=["what", "train", "test", "shared", "test_trials"])
-    for row in report.itertuples():
-        if row.what in forbid and row.shared:
-            raise SplitLeak(
-                f"train and test share {row.shared} {row.what}s: {row.test_trials:.1%} of the test trials are concerned",
-                expected=f"no shared {' or '.join(forbid)}",
-                fix="hold out whole units: split_by_concept, split_by_session, build_folds, or the split of build_dataset",
-            )
-    return report
-
-
-_COUNTED = ("clip", "movie", "image", "concept", "session", "run")  # columns that are units
-
-
-def _units(samples: pd.DataFrame) -> pd.DataFrame:
-    "The units of each sample, named so that equal units have equal names."
-    named = samples[[name for name in _COUNTED if name in samples]]
-    if {"session", "run"} <= set(named):
-        named = named.assign(run=named["session"].astype(str) + "/" + named["run"].astype(str))
-    numbers = set(named.select_dtypes("number"))
-    text = [name for name in ("image", "concept") if name in named and name not in numbers]
-    return named.assign(**{name: named[name].map(_plain) for name in text})
+__all__ = ['UNITS', 'Split', 'split_by_concept', 'split_by_session', 'split_of']
 
 # %% ../../neuro_nbs/03d_splits.ipynb #03d00009
 UNITS: dict[str, tuple[str, ...]] = {  # what is held out -> what tiers must not share
@@ -118,6 +50,8 @@ class Split:
         Of the draw; None if nothing was drawn.
     known : str
         Hash of the split on the card of the folder it is from; "" for one that was made here.
+    root : Path or None
+        The folder with the clips or pictures, whose content the audit compares as well.
 
     Examples
     --------
@@ -134,6 +68,7 @@ class Split:
     samples: pd.DataFrame
     seed: int | None = None
     known: str = ""
+    root: Path | None = None
 
     def __post_init__(self) -> None:
         if self.tier.ndim != 2 or self.tier.shape[1] != len(self.samples):
@@ -187,15 +122,19 @@ class Split:
 
     def audit(
         self,
-        forbid: Sequence[str] | None = None,  # units that tiers must not share; None: `UNITS` of its kind
+        forbid: Sequence[str]
+        | None = None,  # units that tiers must not share; None: `UNITS` of its kind; of a folder also frame and content
     ) -> pd.DataFrame:  # one row for each fold, pair of tiers and unit, as `audit_units`
         "Count what the tiers of each fold share; raises `SplitLeak`."
-        forbid = UNITS.get(self.kind, ()) if forbid is None else forbid
-        parts = []
+        shown, parts = _shown(self.root), []
+        if forbid is None:
+            forbid = UNITS.get(self.kind, ())
+            if self.kind not in ("repeats", "presentations"):  # which share stimuli because they are meant to
+                forbid = (*forbid, *({"clip_frames": "frame", "stimuli": "content"}[name] for name in shown))
         for k, tier in enumerate(self.tier):
             rows = {name: np.flatnonzero(tier == name) for name in ("train", "validation", "test")}
             for a, b in combinations([name for name in rows if len(rows[name])], 2):
-                report = audit_units(self.samples, rows[a], rows[b], forbid)
+                report = audit_units(self.samples, rows[a], rows[b], forbid, **shown)
                 parts.append(report.assign(fold=k, tiers=f"{a}, {b}"))
         if not parts:
             raise DataError(
@@ -208,7 +147,7 @@ class Split:
         path: str | Path,  # JSON file
     ) -> Path:
         "Store tiers and hash."
-        names = [n for n in (*_COUNTED, "trial", "start", "repeat") if n in self.samples]
+        names = [n for n in (*COUNTED, "trial", "start", "repeat") if n in self.samples]
         content = {"format": 2, "kind": self.kind, "seed": self.seed, "hash": self.hash, "tier": self.tier}
         return write_json(path, content | {"samples": {k: self.samples[k].to_list() for k in names}})
 
@@ -237,6 +176,15 @@ class Split:
             raise DataError("the split was changed after it was saved", f"hash {content['hash']}", path=path)
         return split
 
+
+def _shown(root: Path | None) -> dict[str, Any]:
+    "What a folder shows, as `audit_units` takes it."
+    for name in ("videos", "images"):
+        if root is not None and (root / f"{name}.npy").is_file():
+            stimuli = np.load(root / f"{name}.npy", mmap_mode="r")
+            return {"stimuli": stimuli} | ({"clip_frames": stimuli.shape[1]} if name == "videos" else {})
+    return {}
+
 # %% ../../neuro_nbs/03d_splits.ipynb #03d00010
 def split_by_concept(
     trials: pd.DataFrame,  # one row per trial, e.g. `ThingsDataset.trials`
@@ -253,7 +201,7 @@ def split_by_concept(
     >>> [test.tolist() for _, test in split]
     [[0, 1], [2, 3]]
     """
-    named = trials["concept"].map(_plain)
+    named = trials["concept"].map(plain_name)
     concepts = np.unique(named)
     if not 2 <= folds <= len(concepts):
         raise DataError(f"{folds} folds of {len(concepts)} concepts", expected=f"2 to {len(concepts)}")
@@ -311,7 +259,9 @@ def split_of(
     samples = tables[0].drop(columns="tier").reset_index(drop=True)
     tier = np.array([[t if t in _TIERS else "" for t in table["tier"].fillna("")] for table in tables])
     options = card["options"]
-    return Split(str(options["split"]), tier, samples, options.get("seed"), card.get("split_hash", ""))
+    return Split(
+        str(options["split"]), tier, samples, options.get("seed"), card.get("split_hash", ""), folders[0]
+    )
 
 
 _TIERS = ("train", "validation", "test")

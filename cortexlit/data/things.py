@@ -33,10 +33,11 @@ from cortexlit.core import (
     reading,
     rng,
 )
+from .audit import with_underscores
 from .checks import finite, load_arrays, same_length, shaped, unique, whole
 from .folder import check_folder, finish_folder, finite_file
 from .opendata import OpenFile, fetch
-from .splits import Split, with_underscores
+from .splits import Split
 from ..shown import Shown, picture_html
 
 # %% auto #0

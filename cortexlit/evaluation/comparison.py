@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -25,6 +26,7 @@ from cortexlit.evaluation.intervals import (
     require_shared,
     spread,
 )
+from ..shown import folded, table_text
 
 # %% auto #0
 __all__ = ['Comparison', 'compare']
@@ -106,6 +108,15 @@ class Comparison:
         return found + (
             f" {self.undefined:.0%} of the entries are undefined." if self.undefined > 0.005 else ""
         )
+
+    def __repr__(self) -> str:
+        tables = (self.models, "Models, best first"), (self.pairs, "Pairs")
+        return "\n\n".join([folded(self.statement), *(table_text(table, title) for table, title in tables)])
+
+    def _repr_html_(self) -> str:
+        tables = (table.round(4).to_html(index=False) for table in (self.models, self.pairs))
+        wide = "".join(f"<div style='overflow-x:auto'>{table}</div>" for table in tables)
+        return f"<p>{escape(self.statement)}</p>{wide}"
 
     def plot(self) -> Figure:
         "Scores with their intervals, and differences from the best with theirs."

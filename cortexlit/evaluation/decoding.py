@@ -22,11 +22,11 @@ from ..data.folder import read_card
 from .scores import Score, ScoreSheet
 
 # %% auto #0
-__all__ = ['DECODING_ALPHAS', 'MIN_CONCEPTS', 'MIN_IN_FOLD', 'best_constant', 'huber', 'published_confidence',
-           'constant_predictions', 'Spectrum', 'decompose', 'leave_group_out', 'NestedRidge', 'nested_ridge',
-           'r2_by_target', 'average_by', 'enough_concepts', 'DecodingScores', 'score_decoding', 'permuted_targets',
-           'permutation_scores', 'p_value', 'noise_ceiling', 'decoding_ceiling', 'mixed_bands', 'Decomposition',
-           'property_components', 'identification_ranks', 'decoding_rows', 'score_subject']
+__all__ = ['DECODING_ALPHAS', 'MIN_CONCEPTS', 'MIN_IN_FOLD', 'best_constant', 'published_confidence', 'constant_predictions',
+           'Spectrum', 'decompose', 'leave_group_out', 'NestedRidge', 'nested_ridge', 'r2_by_target', 'average_by',
+           'enough_concepts', 'DecodingScores', 'score_decoding', 'permuted_targets', 'permutation_scores', 'p_value',
+           'noise_ceiling', 'decoding_ceiling', 'mixed_bands', 'Decomposition', 'property_components',
+           'identification_ranks', 'decoding_rows', 'score_subject']
 
 # %% ../../neuro_nbs/12a_decoding_baselines.ipynb #575bb6c8
 def best_constant(
@@ -55,21 +55,6 @@ def best_constant(
         rising = np.clip(middle - values, -delta, delta).sum(0) > 0
         low, high = np.where(rising, low, middle), np.where(rising, middle, high)
     return (low + high) / 2
-
-
-def huber(
-    error: np.ndarray,  # prediction - target
-    delta: float = 1.0,
-) -> np.ndarray:  # like error
-    """Huber's loss: half the square up to delta, then linear.
-
-    Examples
-    --------
-    >>> huber(np.array([0.5, 3.0])).tolist()  # 0.5 ** 2 / 2, and 3 - 1/2
-    [0.125, 2.5]
-    """
-    size = np.abs(error)
-    return np.where(size <= delta, size**2 / 2, delta * (size - delta / 2))
 
 # %% ../../neuro_nbs/12a_decoding_baselines.ipynb #af446095
 def published_confidence(
@@ -366,6 +351,13 @@ def r2_by_target(
     return 1 - np.square(predictions - targets).sum(0) / np.square(reference - targets).sum(0)
 
 
+def _sums_by(groups: np.ndarray, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+    "The sorted names of the groups, how many rows each has, and their sums."
+    names, place, counts = np.unique(groups, return_inverse=True, return_counts=True)
+    order, start = np.argsort(place, kind="stable"), np.cumsum(counts) - counts
+    return names, counts, *(np.add.reduceat(np.asarray(a, float)[order], start, 0) for a in arrays)
+
+
 def average_by(
     groups: np.ndarray,  # (n,) e.g. the concept of each trial
     *arrays: np.ndarray,  # (n, ...)
@@ -378,18 +370,14 @@ def average_by(
     >>> names.tolist(), means.tolist()
     (['a', 'b'], [5.0, 2.0])
     """
-    names, place = np.unique(groups, return_inverse=True)
-    weights = np.zeros((len(names), len(place)))
-    weights[place, np.arange(len(place))] = 1 / np.bincount(place)[place]
-    return names, *(np.tensordot(weights, np.asarray(a, float), 1) for a in arrays)
+    names, counts, *sums = _sums_by(groups, *arrays)
+    return names, *((s.T / counts).T for s in sums)
 
 
 def _centred(values: np.ndarray, folds: np.ndarray) -> np.ndarray:
     "Values minus their mean in each fold."
     _, place = np.unique(folds, return_inverse=True)
-    means = np.zeros((place.max() + 1, values.shape[1]))
-    np.add.at(means, place, values)
-    out = values - (means / np.bincount(place)[:, None])[place]
+    out = values - average_by(folds, values)[1][place]
     return np.where(np.abs(out) > 1e-9 * np.abs(values).max(), out, 0)  # a constant leaves exact zeros
 
 
@@ -397,7 +385,6 @@ def _sums(
     predictions: np.ndarray, targets: np.ndarray, reference: np.ndarray, groups: np.ndarray, folds: np.ndarray
 ) -> np.ndarray:
     "Per group what R2 and correlation are made of: (8, groups, targets)."
-    names, place = np.unique(groups, return_inverse=True)
     x, y = (_centred(v, folds) for v in (predictions, targets))
     parts = [
         np.ones_like(x),
@@ -409,10 +396,7 @@ def _sums(
         (predictions - targets) ** 2,
         (reference - targets) ** 2,
     ]
-    out = np.zeros((len(parts), len(names), targets.shape[1]))
-    for k, part in enumerate(parts):
-        np.add.at(out[k], place, part)
-    return out
+    return np.stack(_sums_by(groups, *parts)[2:])
 
 
 def _from_sums(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from html import escape
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -27,6 +28,7 @@ from cortexlit.core import (
 )
 from .intervals import MIN_CLIPS, score_interval
 from ..metrics import mean_score
+from ..shown import COLUMNS, folded, table_text
 
 # %% auto #0
 __all__ = ['Score', 'ScoreSheet']
@@ -115,35 +117,80 @@ def _check(name: str, kind: Any, value: Any) -> None:
         raise DataError(f"score sheet, column {name}: {value!r}", expected=expected)
 
 # %% ../../neuro_nbs/04b_score_sheet.ipynb #b3696a46
-def _readable(rows: Sequence[Score]) -> pd.DataFrame:
-    "The sheet as text, for printing."
+_COUNTS = {"n_clips": "clips", "n_samples": "samples", "n_neurons": "neurons"}
+_OF_CONCEPTS = {"n_clips": "concepts", "n_samples": "rows", "n_neurons": "ratings"}  # fMRI
+_LIMITS = ("chance", "baseline", "ceiling", "undefined")
 
-    def number(value: float | None, form: str = ".4f") -> str:
-        return "" if value is None or math.isnan(value) else format(value, form)
 
-    lines = [
-        {
-            "model": row.model,
-            "tier": row.tier,
-            "metric": row.metric,
-            "score": number(row.value) or "-",
-            "95 % interval": f"[{row.low:.4f}, {row.high:.4f}]" if number(row.low) else "",
-            "chance": number(row.chance),
-            "baseline": number(row.baseline),
-            "ceiling": number(row.ceiling),
-            "undefined": number(row.undefined, ".0%"),
-            "clips": number(row.n_clips, "d"),
-            "samples": number(row.n_samples, "d"),
-            "neurons": number(row.n_neurons, "d"),
-            "dataset": row.dataset,
-            "split": f"{row.split} {row.split_hash[:8]}",
-            "seed": number(row.seed, "d"),
-            "note": row.note,
-        }
-        for row in rows
-    ]
-    text = pd.DataFrame(lines)
-    return text.loc[:, (text != "").any()]
+def _score(row: Score) -> str:
+    "Score and interval of one row."
+    if math.isnan(row.value):
+        return "none"
+    return f"{row.value:.4f} " + (
+        "(no interval)" if math.isnan(row.low) else f"[{row.low:.4f}, {row.high:.4f}]"
+    )
+
+
+def _company(row: Score) -> dict[str, str]:
+    "What a score must be judged by, as text; what is not known is left out."
+    words = _OF_CONCEPTS if row.split == "concept" else _COUNTS
+    found = {word: getattr(row, name) for name, word in words.items()}
+    found |= {name: getattr(row, name) for name in _LIMITS}
+    known = {name: v for name, v in found.items() if v is not None and not math.isnan(v)}
+    return {
+        n: str(v) if type(v) is int else f"{v:.0%}" if n == "undefined" else f"{v:.4f}"
+        for n, v in known.items()
+    }
+
+# %% ../../neuro_nbs/04b_score_sheet.ipynb #4b000001
+def _usual(rows: Sequence[Score]) -> dict[str, dict[str, str]]:
+    "For each metric, what most of its rows say of themselves."
+    found = {}
+    for row in rows:
+        for name, text in _company(row).items():
+            found.setdefault(row.metric, {}).setdefault(name, []).append(text)
+    return {m: {name: max(texts, key=texts.count) for name, texts in of.items()} for m, of in found.items()}
+
+
+def _remarks(rows: Sequence[Score], usual: dict[str, dict[str, str]]) -> list[str]:
+    "Notes, and what is not as usual, each once with the rows that it holds for."
+    told = {}
+    for row in rows:
+        odd = [f"{name} {text}" for name, text in _company(row).items() if usual[row.metric][name] != text]
+        for text in [", ".join(odd)] * bool(odd) + [row.note] * bool(row.note):
+            told.setdefault(text, {}).setdefault(_name(row), []).append(row.metric)
+    lines = []
+    for text, models in told.items():
+        same = {}
+        for model, metrics in models.items():
+            same.setdefault(tuple(metrics), []).append(model)
+        who = "; ".join(f"{', '.join(names)} ({', '.join(metrics)})" for metrics, names in same.items())
+        lines.append(f"{who}: {text}")
+    return lines
+
+# %% ../../neuro_nbs/04b_score_sheet.ipynb #4b000002
+def _scores(rows: Sequence[Score]) -> pd.DataFrame:
+    "Scores as text, models by metrics, or metrics by models if those are fewer."
+    metrics, models = (list(dict.fromkeys(map(of, rows))) for of in (lambda row: row.metric, _name))
+    cells = {(_name(row), row.metric): _score(row) for row in rows}
+    if len(metrics) > len(models):
+        return pd.DataFrame([{"metric": m} | {n: cells.get((n, m), "") for n in models} for m in metrics])
+    return pd.DataFrame([{"model": n} | {m: cells.get((n, m), "") for m in metrics} for n in models])
+
+
+def _block(rows: Sequence[Score]) -> tuple[str, list[pd.DataFrame], list[str]]:
+    "Of rows from one place: a heading, tables, and lines below them."
+    usual = _usual(rows)
+    names = dict.fromkeys(name for of in usual.values() for name in of)
+    values = {name: {of.get(name, "") for of in usual.values()} for name in names}
+    shared = {name: min(v) for name, v in values.items() if len(v) == 1}
+    counts = [f"{v} {n}" for n, v in shared.items() if n not in _LIMITS]
+    limits = [f"{n} {v}" for n, v in shared.items() if n in _LIMITS]
+    dataset, tier, split, digest = _place(rows[0])
+    title = f"{dataset}, split by {split} {digest[:8]}: " + ", ".join([tier, *counts, *limits])
+    left = [name for name in names if name not in shared]
+    rest = pd.DataFrame([{"metric": m} | {n: of.get(n, "") for n in left} for m, of in usual.items()])
+    return title, [_scores(rows), *([rest] if left else [])], _remarks(rows, usual)
 
 # %% ../../neuro_nbs/04b_score_sheet.ipynb #ad1ddb05
 def _panel(axis: Any, rows: Sequence[Score], names: Sequence[str]) -> None:
@@ -381,11 +428,33 @@ class ScoreSheet:
         "A line for each test tier that keeps count of its openings."
         return [f"{name}: test tier opened {n} time{'s' * (n != 1)}" for name, n in self.opened.items()]
 
+    def _blocks(self, metrics: Sequence[str]) -> list[tuple[str, list[pd.DataFrame], list[str]]]:
+        rows = [row for row in self.rows if not metrics or row.metric in metrics]
+        places = dict.fromkeys(map(_place, rows))
+        return [_block([row for row in rows if _place(row) == place]) for place in places]
+
+    def text(
+        self,
+        metrics: Sequence[str] = (),  # of these alone; empty: all
+        width: int = COLUMNS,  # of the terminal
+    ) -> str:
+        "The sheet as it is printed."
+        lines = []
+        for title, tables, remarks in self._blocks(metrics):
+            printed = [table_text(table, width=width) for table in tables]
+            lines += [
+                "\n".join([folded(title, width), "\n\n".join(printed), *(folded(r, width) for r in remarks)])
+            ]
+        return "\n".join(["\n\n".join(lines) or "empty score sheet", *self.looks])
+
     def __repr__(self) -> str:
-        return "\n".join(
-            [_readable(self.rows).to_string(index=False) if self.rows else "empty score sheet", *self.looks]
-        )
+        return self.text()
 
     def _repr_html_(self) -> str:
-        table = _readable(self.rows).to_html(index=False) if self.rows else "empty score sheet"
-        return table + "".join(f"<p>{line}</p>" for line in self.looks)
+        parts = []
+        for title, tables, remarks in self._blocks(()):
+            parts += [f"<p><strong>{escape(title)}</strong></p>"]
+            parts += [f"<div style='overflow-x:auto'>{t.to_html(index=False)}</div>" for t in tables]
+            parts += [f"<p>{escape(line)}</p>" for line in remarks]
+        looks = [f"<p>{escape(line)}</p>" for line in self.looks]
+        return "".join([*(parts or ["empty score sheet"]), *looks])

@@ -23,17 +23,21 @@ from transformers import PreTrainedModel
 
 from cortexlit.core import (
     DataError,
+    check_seal,
     claim,
     clear_leftovers,
     digest,
     load_array,
+    plain_values,
     read_json,
     runs,
     save_array,
+    seal,
     seeded,
     write_json,
 )
-from ..data.splits import UNITS, Split, audit_units
+from ..data.audit import audit_units
+from ..data.splits import UNITS, Split
 from ..shown import Shown
 from .augmentation import augment as with_made
 from .augmentation import check_augmentation
@@ -141,6 +145,12 @@ class FoldFits(Shown):
         content = read_json(folder / "folds.json")
         if not isinstance(content, dict) or not {"plan", "rows"} <= content.keys():
             raise DataError("not the result of fit_folds", path=folder / "folds.json")
+        check_seal(
+            content,
+            folder / "folds.json",
+            "the same call of fit_folds makes it again, once it is deleted",
+            "result",
+        )
         if content["plan"]["split"] != split.hash:
             raise DataError(
                 f"trained with the split {content['plan']['split']}", path=folder, expected=f"{split.hash}",
@@ -216,7 +226,8 @@ def fit_folds(
     for k in wanted:
         predictions[tiers[k][2]] = _sound(found[k], (len(tiers[k][2]), outputs), out / f"fold{k}.npy")
     known = save_array(out / "predictions.npy", predictions)
-    write_json(out / "folds.json", {"plan": plan, "rows": rows, "data": source(data), "sha256": known})
+    content = {"plan": plan, "rows": rows, "data": source(data), "sha256": known}
+    write_json(out / "folds.json", seal(plain_values(content)))
     return FoldFits.load(out, split)
 
 

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['HEAD_RECIPE', 'STUDY_HEAD', 'STUDY', 'FULL', 'CORE', 'SESSIONS', 'SCENE_RECIPE', 'CONV_RECIPE', 'DECODER_RECIPE',
-           'STUDY_DECODER', 'CLASSIFIER_RECIPE', 'STUDY_CLASSIFIER', 'RECIPES', 'Recipe', 'lora_recipe', 'recipe']
+__all__ = ['HEAD_RECIPE', 'STUDY_HEAD', 'STUDY', 'FULL', 'CORE', 'SESSIONS', 'SCENE_RECIPE', 'CONV_RECIPE', 'FILM_RECIPE',
+           'DECODER_RECIPE', 'STUDY_DECODER', 'CLASSIFIER_RECIPE', 'STUDY_CLASSIFIER', 'RECIPES', 'Recipe',
+           'lora_recipe', 'recipe']
 
 # %% ../../neuro_nbs/06d_recipes.ipynb #4b3a13b1
 from collections.abc import Mapping
@@ -189,6 +190,19 @@ SCENE_RECIPE = replace(
 CONV_RECIPE = replace(
     SCENE_RECIPE.but("conv + factorised", fit={"lr": 3e-3, "epochs": 5}, data={"located": False}), model=CONV
 )
+FILM_RECIPE = Recipe(
+    "conv + factorised, films",
+    {
+        "adapt": "full",
+        "loss": "mse",
+        "lr": 3e-3,
+        "schedule": "cosine",
+        "epochs": 3,
+        "batch_size": 10,
+        "by_video": True,
+    },
+    model=CONV | {"core_options": {"stride": 4, "layers": 2}},
+)
 
 # %% ../../neuro_nbs/06d_recipes.ipynb #64e499ea
 DECODER_RECIPE = Recipe("decoder", {"adapt": "full", "schedule": "plateau", "lr": 6e-3, "batch_size": 128, "epochs": 60,
@@ -201,7 +215,7 @@ STUDY_CLASSIFIER = Recipe("study classifier", {"adapt": "full", "loss": "cross-e
                           "schedule": "constant", "batch_size": 4, "epochs": 10}, source="study 3")  # fmt: skip
 RECIPES = {
     r.name: r
-    for r in (HEAD_RECIPE, STUDY_HEAD, *STUDY, FULL, *SESSIONS, SCENE_RECIPE, CONV_RECIPE, DECODER_RECIPE,
+    for r in (HEAD_RECIPE, STUDY_HEAD, *STUDY, FULL, *SESSIONS, SCENE_RECIPE, CONV_RECIPE, FILM_RECIPE, DECODER_RECIPE,
                    STUDY_DECODER, CLASSIFIER_RECIPE, STUDY_CLASSIFIER)
 }  # fmt: skip
 
