@@ -10,7 +10,7 @@ parser = ConfigParser(delimiters=["="])
 parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 lib = cfg["lib_path"]
-allen, tests = cfg["allen_requirements"].split(), cfg["dev_requirements"].split()
+allen, film, tests = (cfg[f"{name}_requirements"].split() for name in ("allen", "film", "dev"))
 
 setup(
     name=cfg["lib_name"],
@@ -31,10 +31,11 @@ setup(
     install_requires=cfg["requirements"].split(),
     extras_require={
         "allen": allen,
+        "film": film,
         "postgres": cfg["postgres_requirements"].split(),
         # What tests and notebooks need; those that need the Allen reader skip themselves.
-        "test": tests,
-        "dev": tests + allen,
+        "test": tests + film,
+        "dev": tests + film + allen,
     },
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),

@@ -1176,10 +1176,11 @@ def insilico_excite(
     seeds: Annotated[int, typer.Option(help="Climbs for each neuron; the best is written.")] = 2,
     steps: Annotated[int, typer.Option(help="Of a climb, at most.")] = 20,
     contrast: Annotated[float, typer.Option(help="Root mean square, above 0, up to 0.7.")] = 0.28,
+    kind: Annotated[str, typer.Option(help="Of the films: gif, webp, or mp4, which needs the extra film.")] = "gif",
     degrees: Degrees = None,
     overwrite: Replace = False, as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Climb a model to the films that its neurons answer most: a table, a gallery, a GIF each.
+    """Climb a model to the films that its neurons answer most: a table, a gallery, a film each.
 
     Examples:
       cortexlit insilico excite _runs/head data/mouse --out reports/excite --neurons 3 --neurons 5
@@ -1188,7 +1189,8 @@ def insilico_excite(
 
     twin = _twin(run, dataset, degrees, trust)
     other = None if unseen is None else _twin(unseen, dataset, degrees, trust)
-    options = {"still": still, "seeds": seeds, "steps": steps, "contrast": contrast, "suppress": suppress}
+    options = {"still": still, "seeds": seeds, "steps": steps, "contrast": contrast, "suppress": suppress,
+               "kind": kind}  # fmt: skip
     table = excite_report(
         twin, out, neurons, **options, unseen=other, overwrite=overwrite, progress=not as_json
     )

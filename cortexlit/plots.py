@@ -5,6 +5,7 @@
 # %% ../nbs/00a_plots.ipynb #96c9b51a
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from matplotlib.figure import Figure
 from nibabel.affines import apply_affine
 from PIL import Image
 
-from .core import DataError, MissingError
+from .core import DataError, MissingError, atomic_file
 
 # %% auto #0
 __all__ = ['STIMULUS_COLOURS', 'plot_rois', 'plot_traces', 'plot_timeline', 'draw_flat', 'save_pages', 'save_film']
@@ -244,15 +245,17 @@ def _flat(ax: Axes, mesh: Any, depth: np.ndarray, found: np.ndarray, colours: Ma
 
 # %% ../nbs/00a_plots.ipynb #a7f753f0
 def save_pages(
-    pages: Sequence[np.ndarray],  # (H, W) or (H, W, 3) uint8 each, one or more
-    path: str | Path,  # to write, .gif or .webp
+    pages: Sequence[np.ndarray],  # (H, W) or (H, W, 3) uint8 each, one or more, of one size
+    path: str | Path,  # to write, .gif, .webp or .mp4
     rate: float = 30.0,  # pages per second, above 0
-    comment: str = "",  # kept in the file: a GIF's comment, a WebP's image description
+    comment: str = "",  # kept in the file: a GIF's or an MP4's comment, a WebP's image description
 ) -> Path:
-    """Write a film that plays again and again; `DataError` for another suffix, or for no pages.
+    """Write a film; `DataError` for another suffix, or for no pages, `MissingError` for an MP4 without ffmpeg.
 
     A GIF counts time in hundredths of a second, 20 ms or more, and has 128 colours; a WebP counts in
-    milliseconds and loses nothing. Both keep pages that do not change as one that stays longer.
+    milliseconds and loses nothing; both play again and again, and keep pages that do not change as one that
+    stays longer. An MP4 (H.264, 4:2:0, what browsers play) has each page and the rate as it is; it plays
+    once, greys change by a level or two, and an odd height or width gets its last line twice.
 
     Examples
     --------
@@ -262,9 +265,11 @@ def save_pages(
     5
     """
     path, pages = Path(path), list(pages)
-    if path.suffix not in (".gif", ".webp") or not pages or not rate > 0:
-        raise DataError(f"{path.name}: {len(pages)} pages, {rate} per second",
-                        expected="a name that ends in .gif or .webp (no other kind of film can be written), a page, a rate")  # fmt: skip
+    if not pages or not 0 < rate < np.inf:
+        raise DataError(f"{path.name}: {len(pages)} pages, {rate} per second", expected="a page, a rate")
+    check_film_name(path)
+    if path.suffix == ".mp4":
+        return _save_mp4(pages, path, rate, comment)
     if path.suffix == ".gif":
         images = [Image.fromarray(p) if p.ndim == 2 else Image.fromarray(p).quantize(128, dither=Image.Dither.NONE)
                   for p in pages]  # fmt: skip
@@ -281,11 +286,63 @@ def save_pages(
     images[0].save(path, save_all=True, append_images=images[1:], loop=0, **told)
     return path
 
+# %% ../nbs/00a_plots.ipynb #5f0c1d2e
+FILM_KINDS = (".gif", ".webp", ".mp4")
+
+
+def ffmpeg() -> str:
+    "Where the program is; `MissingError` if the extra that brings it is not installed."
+    try:
+        from imageio_ffmpeg import get_ffmpeg_exe
+
+        return get_ffmpeg_exe()
+    except (ImportError, RuntimeError) as error:
+        raise MissingError(
+            f"an MP4 is written by ffmpeg, which cannot be used: {error}",
+            expected="the extra `film`; .gif and .webp are written without it",
+            fix='pip install "cortexlit[film]"',
+        ) from error
+
+
+def check_film_name(path: str | Path) -> None:
+    "Raise unless a film of this name can be written."
+    if Path(path).suffix not in FILM_KINDS:
+        raise DataError(
+            f"{Path(path).name}: no kind of film", expected="a name that ends in .gif, .webp or .mp4"
+        )
+    if Path(path).suffix == ".mp4":
+        ffmpeg()
+
+
+def _save_mp4(pages: list[np.ndarray], path: Path, rate: float, comment: str) -> Path:
+    film = np.stack(pages)
+    film = film if film.ndim == 4 else film[..., None].repeat(3, -1)
+    film = np.pad(film, [(0, 0), *((0, n % 2) for n in film.shape[1:3]), (0, 0)], mode="edge")
+    told = [
+        "-f",
+        "rawvideo",
+        "-pix_fmt",
+        "rgb24",
+        "-s",
+        f"{film.shape[2]}x{film.shape[1]}",
+        "-r",
+        f"{rate:.9g}",
+    ]
+    made = ["-c:v", "libx264", "-crf", "10", "-pix_fmt", "yuv420p", "-threads", "1", "-movflags", "+faststart",
+            "-bitexact", "-metadata", f"comment={comment}", "-f", "mp4"]  # fmt: skip
+    with atomic_file(path) as tmp:
+        quiet = [ffmpeg(), "-y", "-hide_banner", "-loglevel", "error", *told, "-i", "-", *made, str(tmp)]
+        done = subprocess.run(quiet, input=np.ascontiguousarray(film).tobytes(), capture_output=True)
+        if done.returncode:
+            problem = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or [done.returncode]
+            raise DataError(f"ffmpeg cannot write this film: {problem[0]}", path=path)
+    return path
+
 # %% ../nbs/00a_plots.ipynb #59801f12
 def save_film(
     film: np.ndarray,  # (frames, H, W), any numbers: the smallest is black, the largest white
     rows: Mapping[str, Mapping[str, np.ndarray]],  # title of a row -> name of a curve -> (frames,)
-    path: str | Path,  # to write, .gif or .webp
+    path: str | Path,  # to write, .gif, .webp or .mp4
     rate: float = 30.0,  # frames of the film per second; every second one is shown
     width: float = 7.2,  # inches, of 80 pixels
 ) -> Path:
@@ -302,6 +359,7 @@ def save_film(
     if film.ndim != 3 or not curves or any(np.shape(c) != film.shape[:1] for c in curves):
         raise DataError(f"a film {film.shape}, curves {sorted({np.shape(c) for c in curves})}",
                         expected="a film (frames, H, W), and one or more curves (frames,)")  # fmt: skip
+    check_film_name(path)
     still, screen, axes = _layout(film, rows, rate, width)
     top, left, height, wide = screen
     look = np.ix_(*(np.arange(n) * m // n for n, m in zip((height, wide), film.shape[1:], strict=True)))

@@ -695,7 +695,8 @@ def commands(root: Path) -> dict[str, tuple[list[str], dict[str, list[str]]]]:
             "--seed": WHOLE, "--out": outs}),
         "insilico excite": ([run, data, "--out", out, "--trust", "--degrees", "60", "120"], {
             "0": [*not_(), "owner/nothing"], "1": not_(data), "--neurons": [*WHOLE, "10000"], "--seeds": [*WHOLE, "0"],
-            "--steps": [*WHOLE, "0"], "--contrast": ["nothing", "0", "-1", "2", "nan"], "--unseen": not_(), "--out": outs}),
+            "--steps": [*WHOLE, "0"], "--contrast": ["nothing", "0", "-1", "2", "nan"], "--unseen": not_(), "--kind": ["nothing", "", "avi", "gif.txt"],
+            "--out": outs}),
     }  # fmt: skip
 
 

@@ -1,6 +1,9 @@
 "A trained model is opened, asked and written down: refused where it knows nothing, whole or not at all, by call and by command."
 
 import json
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -17,6 +20,7 @@ from cortexlit.insilico.fields import gradient_fields
 from cortexlit.insilico.reports import excite_report, fields_report, tuning_report
 from cortexlit.insilico.stimuli import Screen, open_twin, present, screen_of, white_noise
 from cortexlit.models.viv1t import ViV1T
+from cortexlit.plots import ffmpeg, save_pages
 from cortexlit.simulate.session import FIELD, filter_pictures, motion_energy, rate_of, resize
 from cortexlit.training.trainer import best_folder
 
@@ -207,13 +211,15 @@ def test_the_commands_write_the_same(trained, twin, tmp_path):
             "--still",
             "--steps",
             "2",
+            "--kind",
+            "mp4",
             "--unseen",
             run,
             "--out",
             str(tmp_path / "e"),
         ],
     )
-    assert done.exit_code == 0 and (tmp_path / "e" / "neuron_3.gif").stat().st_size > 500
+    assert done.exit_code == 0 and (tmp_path / "e" / "neuron_3.mp4").stat().st_size > 500
     told = json.loads(done.stdout)["neurons"]
     assert [row["answer"] for row in told] == pytest.approx([row["unseen"] for row in told])
     done = CliRunner().invoke(
@@ -261,9 +267,50 @@ def test_a_film_is_written_as_its_suffix_says_with_the_screen_in_it(tmp_path, su
     np.testing.assert_allclose(again, film[3], atol=0.005)
 
 
-@pytest.mark.parametrize("name", ["a.mp4", "a", "a.GIF.txt"])
+@pytest.mark.parametrize(("size", "enlarge", "held"), [((9, 16), 2, "32x18"), ((9, 15), 1, "16x10")])
+def test_an_mp4_has_every_frame_at_the_rate_of_the_screen_as_browsers_play_it(tmp_path, size, enlarge, held):
+    screen = Screen(size, (30.0, 60.0), rate=30.168)
+    film = np.random.default_rng(0).uniform(-1, 1, (7, 1, 1)) * np.ones((7, *size))
+    path = save_stimulus(film, tmp_path / "a.mp4", screen, "steps of grey", enlarge=enlarge)
+    pipe = [ffmpeg(), "-hide_banner", "-i", str(path), "-f", "rawvideo", "-pix_fmt", "gray", "-"]
+    done = subprocess.run(pipe, capture_output=True, check=True)
+    told = done.stderr.decode().split("Output #0")[0]
+    assert (
+        "h264" in told
+        and "yuv420p" in told
+        and f" {held}" in told
+        and "steps of grey; 60 x 30 degrees" in told
+    )
+    assert float(re.search(r"([\d.]+) fps", told)[1]) == 30.17
+    seconds = re.search(r"Duration: 00:00:([\d.]+)", told)[1]
+    assert abs(float(seconds) - 7 / 30.168) < 0.01
+    wide, high = map(int, held.split("x"))
+    again = np.frombuffer(done.stdout, np.uint8).reshape(-1, high, wide)
+    assert len(again) == 7
+    np.testing.assert_allclose(again / 127.5 - 1, np.broadcast_to(film[:, :1, :1], again.shape), atol=0.02)
+
+
+def test_an_mp4_without_ffmpeg_is_refused_before_anything_is_climbed_and_names_the_extra(
+    twin, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    monkeypatch.setattr("cortexlit.insilico.reports.exciting_films", lambda *_, **__: pytest.fail("climbed"))
+    for call in (lambda: save_stimulus(np.zeros((2, 36, 64)), tmp_path / "a.mp4", Screen()),
+                 lambda: excite_report(twin, tmp_path / "b", [3], kind="mp4")):  # fmt: skip
+        with pytest.raises(MissingError, match=r'pip install "cortexlit\[film\]"'):
+            call()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_film_that_ffmpeg_refuses_leaves_nothing(tmp_path):
+    with pytest.raises(DataError, match="ffmpeg cannot write"):
+        save_pages([np.zeros((0, 4), np.uint8)], tmp_path / "a.mp4")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a.avi", "a", "a.GIF.txt"])
 def test_other_kinds_of_films_are_refused_by_name(tmp_path, name):
-    with pytest.raises(DataError, match=f"(?s){name}.*ends in .gif or .webp"):
+    with pytest.raises(DataError, match=f"(?s){name}.*ends in .gif, .webp or .mp4"):
         save_stimulus(np.zeros((2, 36, 64)), tmp_path / name, Screen())
     assert not list(tmp_path.iterdir())
 

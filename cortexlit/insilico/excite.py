@@ -364,7 +364,7 @@ def _climbed(asks: list[Answer], pairs: list[tuple[int, int]], smooth: Callable,
 # %% ../../neuro_nbs/22_most_exciting_inputs.ipynb #22aa0039
 def save_stimulus(
     film: np.ndarray,  # (frames, H, W) contrast, -1 to 1
-    path: str | Path,  # to write, .gif or .webp
+    path: str | Path,  # to write, .gif, .webp or .mp4
     screen: Screen,
     caption: str = "",  # what it is
     enlarge: int = 4,  # sides of a pixel of the screen, in pixels of the file

@@ -19,6 +19,7 @@ from .excite import exciting_films, fewest_frames, save_stimulus
 from .fields import fit_gabors, gradient_fields
 from .stimuli import Twin, grating_table, present, white_noise
 from .tuning import grating_tuning, show_gratings
+from ..plots import check_film_name
 
 # %% auto #0
 __all__ = ['tuning_report', 'fields_report', 'excite_report']
@@ -47,7 +48,7 @@ def _table(twin: Twin, rows: np.ndarray, found: pd.DataFrame) -> pd.DataFrame:
 
 def _write(
     out: str | Path, kind: str, twin: Twin, table: pd.DataFrame, shown: dict[str, Any], figure: Figure,
-    overwrite: bool, gifs: dict[str, np.ndarray] | None = None, **arrays: np.ndarray,
+    overwrite: bool, shown_films: dict[str, np.ndarray] | None = None, **arrays: np.ndarray,
 ) -> None:  # fmt: skip
     "The folder of a report."
     with atomic_folder(out, overwrite, kind) as folder:
@@ -55,8 +56,10 @@ def _write(
         figure.savefig(folder / f"{kind}.png", dpi=110)
         for name, array in arrays.items():
             np.save(folder / f"{name}.npy", array.astype(np.float32))
-        for name, film in (gifs or {}).items():
-            save_stimulus(film, folder / f"{name}.gif", twin.screen, f"{name.replace('_', ' ')}, by a model")
+        for name, film in (shown_films or {}).items():
+            save_stimulus(
+                film, folder / name, twin.screen, f"{Path(name).stem.replace('_', ' ')}, by a model"
+            )
         about = {"kind": kind, "mouse": twin.mouse, "model": type(twin.model).__name__, "shown": shown,
                  "validation correlation": twin.scores, "neurons": len(table)}  # fmt: skip
         write_json(folder / f"{kind}.json", about | {"rows": table.to_dict("records")} | provenance())
@@ -197,7 +200,8 @@ def _pictures(fields: np.ndarray, table: pd.DataFrame, twin: Twin) -> Figure:
 # %% ../../neuro_nbs/21a_reports.ipynb #be039f80
 def excite_report(
     twin: Twin,
-    out: str | Path,  # folder to write: excite.csv, excite.json, excite.png, films.npy, a GIF each, card.json
+    out: str
+    | Path,  # folder to write: excite.csv, excite.json, excite.png, films.npy, a film each, card.json
     neurons: Sequence[int] | None = None,  # rows of neurons.csv; None: all
     still: bool = False,  # pictures that stay, instead of films
     seeds: int = 2,  # climbs for each neuron, from different noise; the film that is liked best is written
@@ -205,6 +209,7 @@ def excite_report(
     contrast: float = 0.28,  # root mean square, as `fix_contrast`
     suppress: bool = False,  # True: films for which the answer is lowest
     unseen: Twin | None = None,  # a replicate that chooses among steps and seeds
+    kind: str = "gif",  # of the films: "gif", "webp", or "mp4", which needs the extra `film`
     overwrite: bool = False,
     progress: bool = False,  # show a bar
 ) -> pd.DataFrame:  # a row for each neuron: neuron, cell_id, validation_correlation, then those below
@@ -220,6 +225,7 @@ def excite_report(
     rows = _rows(twin, neurons)
     if not 1 <= seeds <= 100:
         raise DataError(f"{seeds} seeds", expected="1 to 100")
+    check_film_name(f"neuron.{kind}")  # before anything is climbed
     options = {
         "still": still,
         "seeds": list(range(seeds)),
@@ -236,8 +242,8 @@ def excite_report(
         "answer": found.answers[best, at], "unseen": found.unseen[best, at],
         "grey": present(twin, np.zeros((1, frames, *twin.screen.size), np.float32)).mean(-1)[0, rows],
         "seed": best, "step": found.steps[best, at], "seeds_alike": _alike(found.films)}))  # fmt: skip
-    gifs = {f"neuron_{row}": film for row, film in zip(rows, films, strict=True)}
-    _write(out, "excite", twin, table, options, _gallery(films, table, twin), overwrite, gifs, films=films)
+    shown = {f"neuron_{row}.{kind}": film for row, film in zip(rows, films, strict=True)}
+    _write(out, "excite", twin, table, options, _gallery(films, table, twin), overwrite, shown, films=films)
     return table
 
 # %% ../../neuro_nbs/21a_reports.ipynb #d53cc4c6
