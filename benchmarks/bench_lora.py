@@ -1,12 +1,14 @@
 """Time and memory of a training step with adapters, against full fine-tuning, and with kept tokens.
 
-python benchmarks/bench_lora.py --out FILE.json [--rounds 2] [--steps 2] [--threads 2] [--device cpu]
+python benchmarks/bench_lora.py --out FILE.json [--rounds 2] [--steps 2] [--threads 2] [--device cpu] [--in-turn] [--frames 140]
 
 published: the published size, one clip of 140 frames. Adapters are those of study 1. Full fine-tuning is what the
            others are compared with; "by peft" computes the adapted layers as peft itself does.
 demo:      the demonstration core, a batch of the ten repeats of one clip (the core runs once for them), float32.
 Every variant runs in a process of its own, all in turn, `--rounds` times; the ratios are those of medians, of time
-and of processor time (all threads together), which other programs on the machine disturb less. Losses are recorded,
+and of processor time (all threads together), which other programs on the machine disturb less. With `--in-turn` the
+steps of all variants alternate in one process, so that all of them meet the same disturbance, and processes of their
+own measure only memory; `--frames` cuts the clip of the published size, whose steps take half a minute. Losses are recorded,
 so that variants which must agree can be seen to. `--precision` holds for all variants of the published size; a
 processor without bfloat16 in hardware multiplies it many times slower than float32.
 """
@@ -59,10 +61,15 @@ def held_mib(device: str) -> float:
     return held / 2**20
 
 
-def prepared(part: str, variant: str, device: str, precision: str) -> Callable[[], float]:
+def prepared(part: str, variant: str, args: argparse.Namespace) -> Callable[[], float]:
     "A training step; returns its loss."
-    half = part == "published" and precision == "bfloat16"
+    device, half = args.device, part == "published" and args.precision == "bfloat16"
     model, batch = (published if part == "published" else demo)(device)
+    if part == "published" and args.frames < 140:
+        batch = {
+            k: x[:, :, : args.frames] if k == "video" else x[..., : args.frames] for k, x in batch.items()
+        }
+        model.config.loss_frames = None
     if variant != "full":
         rank, targets = variant.split(",")[0].split("-")
         add_adapters(model, Adapters(int(rank[1:]), targets))
@@ -92,42 +99,68 @@ def prepared(part: str, variant: str, device: str, precision: str) -> Callable[[
     return step
 
 
+def clocked(step: Callable[[], float], device: str) -> tuple[float, float, float]:
+    "Seconds, processor seconds and loss of one step."
+    start, busy = time.perf_counter(), time.process_time()
+    loss = step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, time.process_time() - busy, loss
+
+
+def told(clocks: list[tuple[float, float, float]]) -> dict[str, list[float]]:
+    "Lists of seconds, without the first step, and of losses."
+    seconds, processor, losses = map(list, zip(*clocks, strict=True))
+    return {"seconds": seconds[1:], "processor": processor[1:], "losses": losses}
+
+
 def work(part: str, variant: str, args: argparse.Namespace) -> dict[str, object]:
     "Seconds, memory and losses of one variant in this process."
     torch.set_num_threads(args.threads)
-    step = prepared(part, variant, args.device, args.precision)
-    before, seconds, processor, losses = held_mib(args.device), [], [], []
-    for _ in range(args.steps + 1):  # the first is not counted
-        start, busy = time.perf_counter(), time.process_time()
-        losses.append(step())
-        if args.device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-        processor.append(time.process_time() - busy)
-    measured = {"seconds": seconds[1:], "processor": processor[1:], "losses": losses}
+    step = prepared(part, variant, args)
+    before = held_mib(args.device)
+    measured = told([clocked(step, args.device) for _ in range(args.steps + 1)])
     return measured | {"extra_mib": peak_mib(args.device) - before}
+
+
+def in_turn(part: str, variants: list[str], args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
+    "Steps of all variants, one after the other, in this process; each draws its own random numbers."
+    torch.set_num_threads(args.threads)
+    steps = {variant: prepared(part, variant, args) for variant in variants}
+    drawn = dict.fromkeys(variants, torch.get_rng_state())
+    clocks: dict[str, list] = {variant: [] for variant in variants}
+    for _ in range(args.rounds * args.steps + 1):
+        for variant, step in steps.items():
+            torch.set_rng_state(drawn[variant])
+            clocks[variant].append(clocked(step, args.device))
+            drawn[variant] = torch.get_rng_state()
+    return {variant: told(found) for variant, found in clocks.items()}
 
 
 def compare(part: str, args: argparse.Namespace) -> list[dict[str, object]]:
     "All variants of a part in turn; one case for each but the first."
     asked = [variant for variant in VARIANTS[part] if args.variants is None or variant in args.variants]
     found: dict[str, list[dict]] = {variant: [] for variant in asked}
-    for _ in range(args.rounds):
+    for _ in range(1 if args.in_turn else args.rounds):
         for variant in found:
-            job = [sys.executable, __file__, "--worker", part, variant, "--steps", str(args.steps)]
+            steps = 0 if args.in_turn else args.steps
+            job = [sys.executable, __file__, "--worker", part, variant, "--steps", str(steps)]
             job += ["--threads", str(args.threads), "--device", args.device, "--precision", args.precision]
+            job += ["--frames", str(args.frames)]
             done = subprocess.run(job, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"{part}: {variant}\n{done.stderr}")
             found[variant].append(json.loads(done.stdout.splitlines()[-1]))
-            least = min(found[variant][-1]["seconds"])
+            least = min(found[variant][-1]["seconds"], default=float("nan"))
             print(
                 f"{part}: {variant}: {least:.3f} s, {found[variant][-1]['extra_mib']:.0f} MiB",
                 file=sys.stderr,
             )
+    memory = {variant: max(run["extra_mib"] for run in runs) for variant, runs in found.items()}
+    if args.in_turn:
+        found = {variant: [run] for variant, run in in_turn(part, asked, args).items()}
     seconds = {variant: [s for run in runs for s in run["seconds"]] for variant, runs in found.items()}
     busy = {variant: [s for run in runs for s in run["processor"]] for variant, runs in found.items()}
-    memory = {variant: max(run["extra_mib"] for run in runs) for variant, runs in found.items()}
     losses = {variant: runs[0]["losses"] for variant, runs in found.items()}
     plain = losses["r8-all"]
     return [
@@ -177,6 +210,8 @@ def main() -> None:
     parser.add_argument(
         "--precision", default="float32", choices=["float32", "bfloat16"], help="published size"
     )
+    parser.add_argument("--in-turn", action="store_true", help="alternate the steps in one process")
+    parser.add_argument("--frames", type=int, default=140, help="published size: frames of the clip")
     parser.add_argument("--worker", nargs=2, metavar=("PART", "VARIANT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -186,7 +221,9 @@ def main() -> None:
         parser.error("--out is needed")
     cases = [case for part in args.parts for case in compare(part, args)]
     device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
-    options = {name: getattr(args, name) for name in ("threads", "rounds", "steps", "precision")}
+    options = {
+        name: getattr(args, name) for name in ("threads", "rounds", "steps", "precision", "in_turn", "frames")
+    }
     options["device"] = device
     write_json(args.out, {"cases": cases, "provenance": provenance(**options)})
     for case in cases:

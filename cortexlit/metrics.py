@@ -80,7 +80,7 @@ def _reduced(
     return mean_score(values) if reduce == "mean" else values if reduce is None else table()
 
 # %% ../neuro_nbs/04_metrics.ipynb #b2fb17d8
-def _blocks(shape: tuple[int, int, int], values: int = 1 << 16) -> Iterator[tuple[slice, slice]]:
+def _blocks(shape: tuple[int, int, int], values: int = 1 << 15) -> Iterator[tuple[slice, slice]]:
     "Slices over samples and neurons whose blocks hold about `values` numbers."
     samples, neurons, frames = shape
     rows = max(1, values // frames)
@@ -91,15 +91,20 @@ def _blocks(shape: tuple[int, int, int], values: int = 1 << 16) -> Iterator[tupl
             yield slice(i, i + tall), slice(j, j + wide)
 
 # %% ../neuro_nbs/04_metrics.ipynb #e5ea015c
-def _sums(pair: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "Mean, centred sum of squares and of products of (2, samples, neurons, frames) float64; may overwrite it."
-    frames = pair.shape[-1]
-    mean = np.einsum("kmnt->kmn", pair) / frames
-    squares = np.einsum("kmnt,kmnt->kmn", pair, pair)
-    if (frames * mean**2 > 0.999 * squares).any():  # the shortcut would lose digits: subtract the mean first
-        pair -= mean[..., None]
-        return mean, np.einsum("kmnt,kmnt->kmn", pair, pair), np.einsum("mnt,mnt->mn", *pair)
-    return mean, squares - frames * mean**2, np.einsum("mnt,mnt->mn", *pair) - frames * mean[0] * mean[1]
+def _sums(pair: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    "Sums of squares and of products of (2, samples, neurons, frames)."
+    return np.einsum("kmnt,kmnt->kmn", pair, pair), np.einsum("mnt,mnt->mn", *pair)
+
+
+def _pairs(predictions: np.ndarray, labels: np.ndarray) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+    "Blocks of both in float64 (2, samples, neurons, frames), each in the memory of the one before."
+    work = None
+    for at in _blocks(labels.shape):
+        block = labels[at]
+        work = np.empty((2, *block.shape)) if work is None else work  # the first is the largest
+        pair = work[:, : block.shape[0], : block.shape[1]]
+        pair[0], pair[1] = predictions[at], block
+        yield (slice(None), *at), pair
 
 # %% ../neuro_nbs/04_metrics.ipynb #f65a4b68
 def _moments(
@@ -112,23 +117,37 @@ def _moments(
     count, products = np.full(shape, float(frames)), np.empty(shape)
     means, squares = np.empty((2, *shape)), np.empty((2, *shape))
     with np.errstate(over="ignore", invalid="ignore"):
-        for at in _blocks(labels.shape):
-            block = labels[at]
-            pair = np.empty((2, *block.shape))
-            pair[0], pair[1] = predictions[at], block
-            both = (slice(None), *at)
+        for both, pair in _pairs(predictions, labels):
+            at = both[1:]
             if skip:
                 used = ~np.isnan(pair).any(0)
                 count[at] = used.sum(-1)
                 means[both] = np.where(used, pair, 0).sum(-1) / np.maximum(count[at], 1)
                 pair = np.where(used, pair - means[both][..., None], 0)  # left out: nothing to add
-                _, squares[both], products[at] = _sums(pair)
             else:
-                means[both], squares[both], products[at] = _sums(pair)
+                means[both] = pair @ np.full(frames, 1 / frames)
+            squares[both], products[at] = _sums(pair)
+        if not skip:
+            _centre(predictions, labels, means, squares, products)
     if not np.isfinite(squares).all():
         require_finite(skip, predictions=predictions, labels=labels)
         raise DataError("the squares of these values overflow float64", fix="rescale predictions and labels")
     return count, means, squares, products
+
+
+def _centre(
+    predictions: np.ndarray, labels: np.ndarray, means: np.ndarray, squares: np.ndarray, products: np.ndarray
+) -> None:
+    "Make plain sums centred ones, in place; once more from the values where too many digits would be lost."
+    frames = labels.shape[-1]
+    lost = frames * means**2 > 0.999 * squares
+    squares -= frames * means**2
+    products -= frames * means[0] * means[1]
+    if lost.any():
+        for both, pair in _pairs(predictions, labels):
+            if lost[both].any():
+                pair -= means[both][..., None]
+                squares[both], products[both[1:]] = _sums(pair)
 
 # %% ../neuro_nbs/04_metrics.ipynb #1b79c270
 def _constant(count: np.ndarray, means: np.ndarray, squares: np.ndarray) -> np.ndarray:

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from cortexlit.core import (
@@ -38,7 +39,6 @@ from cortexlit.core import (
     write_card,
     write_json,
 )
-from .layers import project
 
 # %% ../../neuro_nbs/05c_adapters.ipynb #b8636426
 TARGETS = {
@@ -143,6 +143,7 @@ class _Frozen:
     p: float  # of dropout after that
     seed: int
     half: torch.dtype | None  # of autocast
+    sizes: tuple[int, ...]  # outputs of each part, where the layer's output is handed on in parts
 
     def enter(self, x: Tensor) -> Tensor:
         "What dropout gets: (tokens, inputs)."
@@ -165,22 +166,31 @@ class _Corrected(torch.autograd.Function):
     "W x + scale B A x of what passes other layers first, with gradients of x, A and B."
 
     @staticmethod
-    def forward(ctx, x: Tensor, a: Tensor, b: Tensor, frozen: _Frozen) -> Tensor:
+    def forward(ctx, x: Tensor, a: Tensor, b: Tensor, frozen: _Frozen) -> tuple[Tensor, ...]:
         inner, (a_up, wide) = frozen.enter(x), frozen.matrices(a, b)
         both = wide.new_empty(len(inner), wide.shape[1])  # x, and A x beside it
         own, narrow = both.split([a.shape[1], len(a)], 1)
         own.copy_(inner) if not frozen.p else torch.mul(inner, _left(inner, frozen.p, frozen.seed), out=own)
         narrow.copy_(own @ a_up.T)
         with torch.autocast(x.device.type, enabled=False):
-            y = project(both.view(*x.shape[:-1], -1), wide)
+            y = F.linear(both.view(*x.shape[:-1], -1), wide)
         ctx.frozen = frozen
         ctx.save_for_backward(x, narrow.clone(), a, b)
-        return y if frozen.bias is None else y + frozen.bias.detach().to(y.dtype)
+        y = y if frozen.bias is None else y + frozen.bias.detach().to(y.dtype)
+        return y.split(frozen.sizes, -1)
 
 # %% ../../neuro_nbs/05c_adapters.ipynb #1a6c9d7c
+def _summed(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    "The sum of the products of matrices."
+    total = left[0] @ right[0]
+    for one, other in zip(left[1:], right[1:], strict=True):
+        total.addmm_(one, other)
+    return total
+
+
 @once_differentiable
-def _pulled_back(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
-    "Gradients of x, A and B."
+def _pulled_back(ctx, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
+    "Gradients of x, A and B; those of parts of the output are not put together first."
     (x, narrow, a, b), frozen = ctx.saved_tensors, ctx.frozen
     with torch.enable_grad():
         x = x.detach().requires_grad_(ctx.needs_input_grad[0])
@@ -189,15 +199,15 @@ def _pulled_back(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None
     keep = _left(own, frozen.p, frozen.seed) if frozen.p else None
     with torch.autocast(x.device.type, enabled=False):
         a_up, wide = frozen.matrices(a, b)
-        grad = grad.flatten(0, -2).to(wide.dtype)
-        db = frozen.scale * (narrow.T @ grad).T
+        grads = [grad.flatten(0, -2).to(wide.dtype) for grad in grads]
+        db = frozen.scale * torch.cat([narrow.T @ grad for grad in grads], 1).T
         if x.requires_grad:
-            pulled, low = (grad @ wide).split([a.shape[1], len(a)], 1)
+            pulled, low = _summed(grads, wide.split(frozen.sizes)).split([a.shape[1], len(a)], 1)
             pulled = torch.addmm(pulled, low, a_up).to(own.dtype)
             pulled = pulled if keep is None else pulled.mul_(keep)
             dx = torch.autograd.grad(inner, x, pulled)[0] if frozen.before else pulled.view(x.shape)
         else:
-            low = grad @ wide[:, a.shape[1] :]
+            low = _summed(grads, wide[:, a.shape[1] :].split(frozen.sizes))
         own = (own if keep is None else own * keep).to(low.dtype)
         da = frozen.up * (low.T @ own)
     return dx, da.to(a.dtype), db.to(b.dtype), None
@@ -211,18 +221,28 @@ class _Lean(lora.Linear):
 
     keeps_less = True
 
-    def forward(self, x: Tensor, *args, before: tuple[nn.Module, ...] = (), **kwargs) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *args,
+        before: tuple[nn.Module, ...] = (),
+        sizes: Sequence[int] | None = None,
+        **kwargs,
+    ) -> Tensor | tuple[Tensor, ...]:
         name = self._plain(before)
         if name is None or args or kwargs:
-            return super().forward(_through(before, x), *args, **kwargs)
+            y = super().forward(_through(before, x), *args, **kwargs)
+            return y if sizes is None else y.split(sizes, -1)
         last = before[-1] if before and isinstance(before[-1], nn.Dropout) else None
         kind, base = x.device.type, self.base_layer
         half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         inner = before if last is None else before[:-1]
         p = last.p if last is not None and last.training else 0.0
         seed = int(torch.randint(2**63 - 1, ())) if p else 0
-        frozen = _Frozen(base.weight, base.bias, self.scaling[name], inner, p, seed, half)
-        return _Corrected.apply(x, self.lora_A[name].weight, self.lora_B[name].weight, frozen)
+        parts = (len(base.weight),) if sizes is None else tuple(sizes)
+        frozen = _Frozen(base.weight, base.bias, self.scaling[name], inner, p, seed, half, parts)
+        out = _Corrected.apply(x, self.lora_A[name].weight, self.lora_B[name].weight, frozen)
+        return out[0] if sizes is None else out
 
     def _plain(self, before: tuple[nn.Module, ...]) -> str | None:
         "The one adapter that is trained while all else is frozen; None if there is none, or more is asked for."

@@ -105,13 +105,15 @@ class Projection(nn.Linear):
         return project(x, self.weight)
 
 
-def _behind(layer: nn.Module, x: Tensor, *before: nn.Module) -> Tensor:
-    "The layer behind others; one with `keeps_less` is told of them, so that it need not store what they gave."
+def _behind(
+    layer: nn.Module, x: Tensor, *before: nn.Module, sizes: list[int] | None = None
+) -> Tensor | tuple[Tensor, ...]:
+    "The layer behind others, in parts; one with `keeps_less` is told, so that it need not store or join what it can do without."
     if getattr(layer, "keeps_less", False):
-        return layer(x, before=before)
+        return layer(x, before=before, sizes=sizes)
     for part in before:
         x = part(x)
-    return layer(x)
+    return layer(x) if sizes is None else layer(x).split(sizes, -1)
 
 
 class ParallelBlock(nn.Module):
@@ -152,7 +154,7 @@ class ParallelBlock(nn.Module):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         "q, k, v (samples, heads, tokens, head_dim) and the feed-forward units: views of one product."
-        *qkv, ff = _behind(self.fused_linear, x, self.norm).split(self.sizes, dim=-1)
+        *qkv, ff = _behind(self.fused_linear, x, self.norm, sizes=self.sizes)
         q, k, v = (part.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2) for part in qkv)
         return q, k, v, ff
 
