@@ -17,6 +17,7 @@ from cortexlit.data.scenes import SceneArrays, load_scenes
 from cortexlit.evaluation.baselines import gabor_bank
 from cortexlit.evaluation.intervals import contributions, spread
 from cortexlit.evaluation.scenes import (
+    MIN_FEVE,
     as_clips,
     average_table,
     correlation_table,
@@ -395,6 +396,26 @@ def test_behaviour_of_the_test_tier_does_not_teach(arrays, tmp_path):
     shift = second["behaviour ridge"] - first["behaviour ridge"]
     np.testing.assert_allclose(second["energy + behaviour"] - first["energy + behaviour"], shift, atol=1e-5)
     np.testing.assert_allclose(shift, np.broadcast_to(shift[0], shift.shape), atol=1e-4)  # linear, same slope
+
+
+@pytest.mark.parametrize("repeated", [MIN_FEVE - 1, MIN_FEVE])
+def test_no_feve_from_a_few_pictures(tmp_path, repeated):
+    "Of the pictures of each tier, so many are shown twice, and one once."
+    draw, count = rng(0, "few"), 3 * (repeated + 1)
+    image = np.repeat(np.arange(count), np.where(np.arange(count) < count - 3, 2, 1))
+    tier = np.array(["train", "validation", "test"])[image % 3]
+    signal = draw.normal(size=(count, 4)).astype("float32")
+    responses = signal[image] + 0.1 * draw.normal(size=(len(image), 4))
+    out = import_arrays(
+        draw.normal(size=(count, 9, 9)), responses, tmp_path / "data", image_id=image, split=list(tier)
+    )
+    mine = {"mine": signal[load_scenes(out, "test").image]}
+    row = score_scenes(out, mine).table().set_index(["model", "metric"]).loc[("mine", "FEVE")]
+    if repeated < MIN_FEVE:
+        told = f"{repeated} pictures were shown twice or more, {MIN_FEVE} are needed"
+        assert np.isnan(row["value"]) and row["note"] == told
+    else:
+        assert row["value"] > 0.9 and row["n_clips"] == repeated
 
 
 def test_without_behaviour_and_without_repeats(tmp_path):

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['gabor_energies', 'picture_ridge', 'as_clips', 'scene_baselines', 'correlation_table', 'average_table', 'feve_table',
-           'other_repeats', 'score_scenes']
+__all__ = ['MIN_FEVE', 'gabor_energies', 'picture_ridge', 'as_clips', 'scene_baselines', 'correlation_table', 'average_table',
+           'feve_table', 'other_repeats', 'score_scenes']
 
 # %% ../../neuro_nbs/10a_scene_baselines.ipynb #3a6acd56
 from collections.abc import Mapping, Sequence
@@ -281,6 +281,9 @@ def _checked(name: object, predictions: np.ndarray, test: SceneArrays) -> np.nda
     return predictions
 
 # %% ../../neuro_nbs/10a_scene_baselines.ipynb #9380d31c
+MIN_FEVE = 20  # pictures shown twice or more, below which there is no FEVE
+
+
 def score_scenes(
     root: str | Path,  # a folder made by `build_scenes` or one of the importers
     predictions: Mapping[str | tuple[str, int], np.ndarray]
@@ -316,6 +319,7 @@ def score_scenes(
     ceilings = {"single-trial correlation": np.nan, "correlation to average": np.nan, "FEVE": 1.0}
     ceilings |= {metric: mean_score(values) for metric, values in halves.items()}
     reference = tables["pixel ridge" if isinstance(rows["picture mean"], str) else "picture mean"]
+    repeated = len(_repeated(test.image))
     sheet = ScoreSheet()
     where = {"tier": "test", "dataset": name or card["name"]}
     where |= {"split": card["options"]["split"], "split_hash": card["split_hash"]}
@@ -328,6 +332,8 @@ def score_scenes(
                 found, note = None, "the oracle contains the presentations it would be compared with"
             elif found is None and not note:
                 note = "needs repeats in the test tier"
+            elif found is not None and metric == "FEVE" and repeated < MIN_FEVE:
+                found, note = None, f"{repeated} pictures were shown twice or more, {MIN_FEVE} are needed"
             values, clip = (None, None) if found is None else found
             model, seed = label if isinstance(label, tuple) else (label, None)
             sheet.add(model, metric, values, clip=clip, seed=seed, note=note, **where, **limits)
