@@ -302,6 +302,13 @@ def test_an_mp4_without_ffmpeg_is_refused_before_anything_is_climbed_and_names_t
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("kind", ["", "avi", "GIF", "x/y.gif", "gif.txt"])
+def test_kinds_of_films_that_are_none_are_refused(twin, tmp_path, kind):
+    with pytest.raises(DataError, match="gif, webp or mp4"):
+        excite_report(twin, tmp_path / "a", [3], kind=kind)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_film_that_ffmpeg_refuses_leaves_nothing(tmp_path):
     with pytest.raises(DataError, match="ffmpeg cannot write"):
         save_pages([np.zeros((0, 4), np.uint8)], tmp_path / "a.mp4")

@@ -19,7 +19,7 @@ from .excite import exciting_films, fewest_frames, save_stimulus
 from .fields import fit_gabors, gradient_fields
 from .stimuli import Twin, grating_table, present, white_noise
 from .tuning import grating_tuning, show_gratings
-from ..plots import check_film_name
+from ..plots import FILM_KINDS, check_film_name
 
 # %% auto #0
 __all__ = ['tuning_report', 'fields_report', 'excite_report']
@@ -225,6 +225,8 @@ def excite_report(
     rows = _rows(twin, neurons)
     if not 1 <= seeds <= 100:
         raise DataError(f"{seeds} seeds", expected="1 to 100")
+    if f".{kind}" not in FILM_KINDS:
+        raise DataError(f"films of the kind {kind!r}", expected="gif, webp or mp4")
     check_film_name(f"neuron.{kind}")  # before anything is climbed
     options = {
         "still": still,
