@@ -17,13 +17,13 @@ import numpy as np
 import pandas as pd
 
 # %% auto #0
-__all__ = ['COLUMNS', 'folded', 'Shown', 'card_html', 'picture_html', 'curve_html', 'table_text']
+__all__ = ['COLUMNS', 'in_lines', 'Shown', 'card_html', 'picture_html', 'curve_html', 'table_text']
 
 # %% ../nbs/00c_shown.ipynb #0c500012
 COLUMNS = 80  # of a terminal that is not asked for its own width
 
 
-def folded(
+def in_lines(
     line: str,
     width: int = COLUMNS,
 ) -> str:
@@ -31,7 +31,7 @@ def folded(
 
     Examples
     --------
-    >>> print(folded("a line that is longer than that", 20))
+    >>> print(in_lines("a line that is longer than that", 20))
     a line that is
       longer than that
     """
@@ -66,7 +66,7 @@ class Shown:
 
     def __repr__(self) -> str:
         title, facts = self._facts()
-        return "\n".join([title, *(folded(f"  {name}: {fact}") for name, fact in facts.items())])
+        return "\n".join([title, *(in_lines(f"  {name}: {fact}") for name, fact in facts.items())])
 
     def _repr_html_(self) -> str:
         return card_html(*self._facts(), self._picture())
@@ -220,4 +220,4 @@ def table_text(
 
     text = pd.DataFrame({name: [cell(v) for v in frame[name]] for name in frame}, dtype=object)
     tables = [_printed(group, right, width) for group in _groups(text, width)] if frame.size else []
-    return "\n\n".join(["\n".join([*([folded(title, width)] if title else []), *tables[:1]]), *tables[1:]])
+    return "\n\n".join(["\n".join([*([in_lines(title, width)] if title else []), *tables[:1]]), *tables[1:]])

@@ -366,7 +366,7 @@ def test_a_part_of_the_demonstration_that_fails_leaves_the_others(tmp_path, monk
     assert end.value.code == 1
     assert [row.dataset for row in ScoreSheet.load(tmp_path).rows] == ["embedded"]
     assert (tmp_path / "scores.png").is_file()
-    assert "0.1000 (0.100 to 0.100)" in told.out
+    assert "0.1000 [0.1000, 0.1000]" in told.out
     assert "real recording: left out, the recording is not here" in told.err
     assert "scores 2 of 3: second: FAILED" in told.err and "ZeroDivisionError: by nothing" in told.err
     assert "\x1b" not in told.out + told.err
@@ -431,7 +431,7 @@ def test_a_page_that_fails_loses_neither_scores_nor_other_pages(tmp_path, monkey
     assert status == 1
     assert {p.name for p in (tmp_path / "out").glob("*.html")} == {"00_good.html", "08_head_training.html"}
     assert ScoreSheet.load(tmp_path / "out").rows[0].dataset == "embedded"
-    assert told.index("0.1000 (0.100 to 0.100)") < told.index("FAILED: 08_head_training.ipynb")
+    assert told.index("0.1000 [0.1000, 0.1000]") < told.index("FAILED: 08_head_training.ipynb")
     assert "ZeroDivisionError" in told and told.rstrip().endswith("1 failed: 08_head_training.ipynb")
     assert told.index("ok     embedded session by stimuli") < told.index(
         "FAILED 08_head_training.ipynb"

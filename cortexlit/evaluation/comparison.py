@@ -26,7 +26,7 @@ from cortexlit.evaluation.intervals import (
     require_shared,
     spread,
 )
-from ..shown import folded, table_text
+from ..shown import in_lines, table_text
 
 # %% auto #0
 __all__ = ['Comparison', 'compare']
@@ -111,7 +111,7 @@ class Comparison:
 
     def __repr__(self) -> str:
         tables = (self.models, "Models, best first"), (self.pairs, "Pairs")
-        return "\n\n".join([folded(self.statement), *(table_text(table, title) for table, title in tables)])
+        return "\n\n".join([in_lines(self.statement), *(table_text(table, title) for table, title in tables)])
 
     def _repr_html_(self) -> str:
         tables = (table.round(4).to_html(index=False) for table in (self.models, self.pairs))

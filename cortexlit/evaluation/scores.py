@@ -28,7 +28,7 @@ from cortexlit.core import (
 )
 from .intervals import MIN_CLIPS, score_interval
 from ..metrics import mean_score
-from ..shown import COLUMNS, folded, table_text
+from ..shown import COLUMNS, in_lines, table_text
 
 # %% auto #0
 __all__ = ['Score', 'ScoreSheet']
@@ -443,7 +443,9 @@ class ScoreSheet:
         for title, tables, remarks in self._blocks(metrics):
             printed = [table_text(table, width=width) for table in tables]
             lines += [
-                "\n".join([folded(title, width), "\n\n".join(printed), *(folded(r, width) for r in remarks)])
+                "\n".join(
+                    [in_lines(title, width), "\n\n".join(printed), *(in_lines(r, width) for r in remarks)]
+                )
             ]
         return "\n".join(["\n\n".join(lines) or "empty score sheet", *self.looks])
 
