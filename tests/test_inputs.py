@@ -205,7 +205,8 @@ def test_predictions_come_back_in_one_unit(inputs):
 
 def test_nothing_that_trains_opens_a_folder_past_the_model():
     "`MouseDataset(...)` in the library's training would take the default normalisation, whatever the core was taught."
-    known = {"folds.py": 1, "lora.py": 1}  # the hash of a folder; clips dealt to folds without a model
+    # the hash of a folder; clips dealt to folds without a model; the shapes for a model that is yet to be made
+    known = {"folds.py": 1, "lora.py": 1, "films.py": 1}
     root = Path(__file__).resolve().parents[1] / "cortexlit"
     files = [*(root / "training").glob("*.py"), root / "cli.py"]
     found = {path.name: path.read_text(encoding="utf-8").count("MouseDataset(") for path in files}

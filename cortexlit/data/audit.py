@@ -550,8 +550,8 @@ def audit_units(
     >>> audit_units(samples, [0], [1, 2], forbid=["image"])[["what", "shared", "test_trials"]].values.tolist()
     [['image', 0, 0.0], ['concept', 1, 0.5]]
     >>> clips = pd.DataFrame({"movie": "m", "start": [0, 50]})
-    >>> audit_units(clips, [0], [1], (), clip_frames=60).set_index("what").loc["frame", "shared"]
-    10
+    >>> audit_units(clips, [0], [1], (), clip_frames=60)[["what", "shared"]].values.tolist()
+    [['movie', 1], ['frame', 10]]
     """
     train, test = np.asarray(train), np.asarray(test)
     if both := len(np.intersect1d(train, test)):
