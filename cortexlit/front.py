@@ -9,6 +9,7 @@ import importlib
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 # %% auto #0
@@ -258,17 +259,15 @@ def _score_folder(
 
 
 def _loaded(folder: Path, root: Path) -> tuple[str, Any]:
-    "The best model of a run folder, as `fit` returns it; its name tells runs of one model apart."
-    import pandas as pd
-
+    "The best model of a run folder; its name tells runs of one model apart."
     from cortexlit.data.folder import read_card
     from cortexlit.models.v1t import V1T
     from cortexlit.models.viv1t import ViV1T
-    from cortexlit.training.trainer import Fit, best_folder
+    from cortexlit.training.trainer import best_folder
 
     kind = V1T if read_card(root).get("kind") == "scenes" else ViV1T
     model = kind.from_pretrained(best_folder(folder)).eval()
-    return f"{model.label} {folder.name}", Fit(model, pd.read_csv(folder / "history.csv"), folder)
+    return f"{model.label} {folder.name}", SimpleNamespace(model=model, folder=folder)
 
 
 def _predicted(run: Any, root: Path, kind: str, last: int | None) -> Any:
