@@ -30,14 +30,9 @@ import pandas as pd
 from side_by_side import peak_mib
 
 from cortexlit.core import locked, provenance, write_json
-from cortexlit.data.things import (
-    ThingsDataset,
-    build_things,
-    load_properties,
-    open_things,
-    things_table,
-    write_nifti,
-)
+from cortexlit.data.cached import ThingsDataset, build_things
+from cortexlit.data.things import load_properties, open_things, things_table
+from cortexlit.data.volumes import write_nifti
 from cortexlit.simulate.subject import embedded_things
 
 PARTS = ["load", "build", "table", "volumes"]

@@ -858,7 +858,8 @@ def things_build(
       cortexlit things build ~/THINGS-fMRI --subject 02 --out _data/things-02
       cortexlit things build --embedded demo --out _data/things-demo
     """
-    from cortexlit.data.things import build_things, open_things
+    from cortexlit.data.cached import build_things
+    from cortexlit.data.things import open_things
     from cortexlit.simulate.subject import embedded_things
 
     if (root is None) == (embedded is None):
@@ -892,7 +893,8 @@ def _subject(
     cache: Path, ratings: Path, rois: str, properties: list[str] | None = None, form: str = "voxels"
 ) -> Any:
     "Cached trials with the ratings of their concepts."
-    from cortexlit.data.things import PROPERTIES, ThingsDataset, load_properties
+    from cortexlit.data.cached import ThingsDataset
+    from cortexlit.data.things import PROPERTIES, load_properties
 
     rated = load_properties(ratings, properties or PROPERTIES)
     return ThingsDataset(cache, rated, None if rois == "all" else rois, form=form)
@@ -1063,7 +1065,7 @@ def things_score(
 
 def _bands(responses: np.ndarray, data: Any, first: str) -> dict[str, np.ndarray]:
     "Responses in some regions, and in all others."
-    from cortexlit.data.things import select_rois
+    from cortexlit.data.volumes import select_rois
 
     inside = select_rois(data.rois, first)
     if inside.all() or not inside.any():
@@ -1289,8 +1291,9 @@ def _demo_real(out: Path) -> Any:
 # %% ../neuro_nbs/19_cli.ipynb #b981fd17
 def _demo_fmri(out: Path) -> Any:
     "Score sheet of a synthetic fMRI subject: constants, ridge, and a transformer on regions."
+    from cortexlit.data.cached import build_things
     from cortexlit.data.splits import split_by_concept
-    from cortexlit.data.things import build_things, open_things
+    from cortexlit.data.things import open_things
     from cortexlit.evaluation.decoding import score_subject
     from cortexlit.models.vit3d import decoder
     from cortexlit.simulate.subject import embedded_things

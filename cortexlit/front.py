@@ -26,7 +26,8 @@ NAMES = {
     "data.scenes": "build_scenes ScenesDataset",
     "data.exchange": "import_tree import_arrays",
     "data.folds": "build_folds",
-    "data.things": "open_things build_things ThingsDataset load_properties",
+    "data.things": "open_things load_properties",
+    "data.cached": "build_things ThingsDataset",
     "data.splits": "split_by_concept split_by_session split_of",
     "models.viv1t": "ViV1T ViV1TConfig",
     "models.v1t": "V1T V1TConfig",
@@ -90,8 +91,9 @@ def build(
     'train'
     """
     from cortexlit.core import DataError
+    from cortexlit.data.cached import build_things
     from cortexlit.data.recordings import Recording
-    from cortexlit.data.things import Things, build_things
+    from cortexlit.data.things import Things
 
     if isinstance(source, Things) and kind in (None, "things"):
         return build_things(source, out, **options)
@@ -144,7 +146,7 @@ def open_dataset(
 
     kind = read_card(folder).get("kind", "clips")
     if kind == "things":
-        from cortexlit.data.things import ThingsDataset
+        from cortexlit.data.cached import ThingsDataset
 
         return ThingsDataset(folder, **options | ({} if tier is None else {"role": tier}))
     if kind == "folds":

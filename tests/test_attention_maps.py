@@ -10,7 +10,7 @@ from sklearn.utils.estimator_checks import estimator_checks_generator
 from torch import nn
 
 from cortexlit.core import DataError
-from cortexlit.data.things import read_nifti, write_nifti
+from cortexlit.data.volumes import read_nifti, write_nifti
 from cortexlit.evaluation.attention_maps import (
     MapChoice,
     as_smooth_as,

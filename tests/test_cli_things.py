@@ -11,8 +11,9 @@ import pytest
 from cortexlit import cli
 from cortexlit.core import DataError, MissingError, read_json
 from cortexlit.data.audit import openings, sample_marks
+from cortexlit.data.cached import ThingsDataset, build_things
 from cortexlit.data.splits import split_by_concept
-from cortexlit.data.things import ThingsDataset, build_things, load_properties, open_things
+from cortexlit.data.things import load_properties, open_things
 from cortexlit.evaluation.decoding import score_subject
 from cortexlit.evaluation.scores import ScoreSheet
 from cortexlit.simulate.subject import write_things

@@ -12,10 +12,11 @@ from toys import toy_recording
 import cortexlit as cx
 from cortexlit import front
 from cortexlit.core import CortexlitError, DataError, MissingError
+from cortexlit.data.cached import ThingsDataset, build_things
 from cortexlit.data.clips import MouseDataset, build_dataset
 from cortexlit.data.exchange import import_arrays
 from cortexlit.data.scenes import ScenesDataset
-from cortexlit.data.things import ThingsDataset, build_things, open_things
+from cortexlit.data.things import open_things
 from cortexlit.simulate.subject import write_things
 
 pytestmark = pytest.mark.usefixtures("no_curves")

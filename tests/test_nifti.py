@@ -9,8 +9,10 @@ import pytest
 
 import cortexlit as cx
 from cortexlit.core import DataError, MissingError
+from cortexlit.data.cached import ThingsDataset, build_things
 from cortexlit.data.nifti import bids_trials, open_nifti
-from cortexlit.data.things import ThingsDataset, build_things, open_things, write_nifti
+from cortexlit.data.things import open_things
+from cortexlit.data.volumes import write_nifti
 from cortexlit.simulate.subject import write_things
 
 

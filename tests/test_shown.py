@@ -10,8 +10,9 @@ import pytest
 import torch
 from toys import toy_recording
 
+from cortexlit.data.cached import ThingsDataset, build_things
 from cortexlit.data.clips import MouseDataset, build_dataset
-from cortexlit.data.things import ThingsDataset, build_things, open_things
+from cortexlit.data.things import open_things
 from cortexlit.evaluation.comparison import compare
 from cortexlit.shown import Shown, card_html, curve_html, picture_html, table_text
 from cortexlit.simulate.subject import write_things

@@ -9,11 +9,12 @@ from toys import toy_recording
 
 from cortexlit.core import DataError, MissingError, SplitLeak, read_json
 from cortexlit.data.audit import audit_units
+from cortexlit.data.cached import ThingsDataset, build_things
 from cortexlit.data.clips import build_dataset
 from cortexlit.data.exchange import import_arrays
 from cortexlit.data.folds import build_folds, fold_folders
 from cortexlit.data.splits import Split, split_by_concept, split_by_session, split_of
-from cortexlit.data.things import ThingsDataset, build_things, open_things
+from cortexlit.data.things import open_things
 from cortexlit.simulate.subject import write_things
 
 SMALL = {"clip_frames": 26, "size": (10, 14), "gap": 5}

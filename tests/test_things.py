@@ -15,24 +15,20 @@ import torch
 from cortexlit.core import DataError, MissingError, SplitLeak, data_home, rng
 from cortexlit.data import things as module
 from cortexlit.data.audit import audit_units
+from cortexlit.data.cached import ThingsDataset, build_things, reliability
 from cortexlit.data.splits import Split, split_by_concept, split_by_session
 from cortexlit.data.things import (
     LAYOUTS,
     PROPERTIES,
     THINGS_TABLES,
-    ThingsDataset,
     TrialIndex,
-    build_things,
     concept_of,
     find_layout,
     load_properties,
     open_things,
-    read_nifti,
-    reliability,
-    select_rois,
     things_table,
-    write_nifti,
 )
+from cortexlit.data.volumes import read_nifti, select_rois, write_nifti
 from cortexlit.simulate.subject import SUBJECT_SIZES, load_subject_truth, write_things
 
 KEYS = ["session", "run", "trial", "image", "concept", "role"]

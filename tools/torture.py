@@ -40,11 +40,12 @@ from toy_training import FRAMES, LAST, Toy, tiers, tiny_model  # noqa: E402
 from toys import toy_recording  # noqa: E402
 
 from cortexlit import cli, core  # noqa: E402
+from cortexlit.data.cached import ThingsDataset, build_things  # noqa: E402
 from cortexlit.data.clips import MouseDataset, build_dataset  # noqa: E402
 from cortexlit.data.exchange import import_arrays  # noqa: E402
 from cortexlit.data.scenes import ScenesDataset  # noqa: E402
 from cortexlit.data.splits import split_by_concept  # noqa: E402
-from cortexlit.data.things import ThingsDataset, build_things, open_things  # noqa: E402
+from cortexlit.data.things import open_things  # noqa: E402
 from cortexlit.models.adapters import Adapters, add_adapters, load_adapters, save_adapters  # noqa: E402
 from cortexlit.simulate.session import embedded_session, write_session  # noqa: E402
 from cortexlit.simulate.subject import write_things  # noqa: E402

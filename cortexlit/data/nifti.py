@@ -21,14 +21,11 @@ from cortexlit.data.things import (
     ThingsLayout,
     TrialIndex,
     needs_columns,
-    on_grid,
-    one_valued,
-    read_mask,
-    read_nifti,
     read_text_table,
     trial_index,
     with_underscores,
 )
+from .volumes import on_grid, one_valued, read_mask, read_nifti
 
 # %% auto #0
 __all__ = ['NiftiSubject', 'open_nifti', 'bids_trials']

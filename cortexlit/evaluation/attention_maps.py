@@ -184,7 +184,7 @@ def enrichment(
 def atlas_regions(
     mask: np.ndarray,  # (x, y, z) bool: voxels of the map, in MNI space
     affine: np.ndarray,  # (4, 4) their indices to mm
-    atlas: np.ndarray,  # (x, y, z) whole numbers, 0 outside; e.g. from `cortexlit.data.things.read_nifti`
+    atlas: np.ndarray,  # (x, y, z) whole numbers, 0 outside; e.g. from `cortexlit.data.volumes.read_nifti`
     atlas_affine: np.ndarray,  # (4, 4) the atlas's own
     names: Mapping[int, str],  # label -> name
     path: str | Path | None = None,  # the atlas's file, to be named in errors

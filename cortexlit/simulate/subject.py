@@ -28,16 +28,8 @@ from cortexlit.core import (
     write_json,
 )
 from ..data.checks import consistent, load_arrays
-from cortexlit.data.things import (
-    LAYOUTS,
-    PRF_AREAS,
-    PROPERTIES,
-    load_properties,
-    read_text_table,
-    roi_name,
-    things_table,
-    write_nifti,
-)
+from ..data.things import LAYOUTS, PROPERTIES, load_properties, read_text_table, things_table
+from ..data.volumes import PRF_AREAS, roi_name, write_nifti
 
 # %% auto #0
 __all__ = ['SUBJECT_SIZES', 'ThingsSize', 'write_things', 'embedded_things', 'load_subject_truth']
