@@ -1,8 +1,10 @@
 """Fixtures for all tests: private folders, and a tiny session with known ground truth."""
 
+import functools
 import gc
 import itertools
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.configuration import set_hypothesis_home_dir
 
+gc.disable()  # until all is imported: what that makes stays, and would be looked at again and again
 os.environ.setdefault("MPLBACKEND", "Agg")  # no test opens a window
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the network
 
@@ -38,6 +41,11 @@ def pytest_collection_finish() -> None:
     """What has been imported stays; so each training run, which sweeps the memory at its end, need not look at it."""
     gc.collect()
     gc.freeze()
+    gc.enable()
+    if imports := sys.modules.get(
+        "accelerate.utils.imports"
+    ):  # it looks for a package twice in each training step
+        imports._is_package_available = functools.cache(imports._is_package_available)
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from cortexlit.core import DataError, SplitLeak
+from cortexlit.data.cached import ThingsDataset, build_things
 from cortexlit.data.splits import Split, split_by_concept, split_by_session
-from cortexlit.training.decoders import FoldFits, fit_folds
+from cortexlit.data.things import load_properties, open_things
+from cortexlit.simulate.subject import write_things
+from cortexlit.training.decoders import FoldFits, _More, _Named, _Part, fit_folds
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 
@@ -322,3 +325,30 @@ def test_made_trials_that_cannot_be_are_refused(fits, tmp_path):
         "volume": torch.from_numpy(self.voxels[i]), "labels": torch.from_numpy(self.labels[i])}})  # fmt: skip
     with pytest.raises(DataError, match='augment="noise" of volumes'):
         fit_folds(build, volumes, split, tmp_path / "v", folds=[0], augment="noise", **OPTIONS)
+
+
+def test_trials_read_many_at_a_time_are_those_trials(tmp_path):
+    things = open_things(write_things(tmp_path / "study", "tiny", layouts=("figshare",)))
+    data = ThingsDataset(
+        build_things(things, tmp_path / "cache"), load_properties(tmp_path / "study" / "ratings")
+    )
+    rows, numbers = np.array([9, 4, 4, 30]), np.arange(len(data))
+    parts = [
+        _Part(data, rows, np.float32([1.0]), np.float32([2.0])),
+        _Named(data, rows, numbers),
+        _More(_Part(data, rows, np.float32([1.0]), np.float32([2.0])), "noise", 1.0, 0),
+        _Part(TiedToItems(data), rows, np.float32([1.0]), np.float32([2.0])),
+    ]
+    for part in parts:
+        for name, values in part.batch([2, 0, 0]).items():
+            assert values.equal(torch.stack([part[i][name] for i in (2, 0, 0)])), (type(part), name)
+
+
+class TiedToItems:
+    "A data set of somebody else's, which gives one item at a time."
+
+    def __init__(self, data):
+        self.data = data
+
+    def __getitem__(self, i):
+        return self.data[i]

@@ -19,12 +19,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from cortexlit.core import DataError, read_json, rng
+from cortexlit.data.audit import sample_marks
 from cortexlit.data.clips import MouseDataset, build_dataset
 from cortexlit.metrics import single_trial_correlation
 from cortexlit.models.adapters import Adapters, load_adapters
 from cortexlit.models.losses import LOSSES
 from cortexlit.models.viv1t import ViV1T, ViViT
-from cortexlit.training.trainer import Fit, _Batches, _collate, _last_checkpoint, fit, predict
+from cortexlit.training.features import fingerprint
+from cortexlit.training.trainer import Fit, _Batches, _last_checkpoint, _Looked, _Mice, fit, predict, several
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 CURVES = Fit.curves
@@ -553,11 +555,35 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
 
 
 def test_a_batch_of_one_sample_is_its_tensors_and_no_copy():
-    item = {"labels": torch.rand(2, 3), "features": torch.rand(4), "mouse_id": "A", "weight": 0.5}
-    batch, joined = _collate([item]), _collate([item, item])
+    item = {"labels": torch.rand(2, 3), "features": torch.rand(4), "weight": 0.5}
+    batch, joined = several([item], [0]), several([item, item], [0, 1])
     for name, value in joined.items():
-        if name == "mouse_id":
-            assert batch[name] == value == "A"
-        else:
-            torch.testing.assert_close(batch[name], value[:1])
+        torch.testing.assert_close(batch[name], value[:1])
     assert batch["features"].data_ptr() == item["features"].data_ptr()
+    assert _Mice({"A": [item]}).__getitems__([0])["mouse_id"] == "A"
+
+
+class InOneRead(list):
+    "Items that can be read many at a time."
+
+    def batch(self, rows):
+        return torch.utils.data.default_collate([self[i] for i in rows])
+
+
+def test_what_reads_many_at_a_time_is_the_same_data():
+    draw = rng(0, "many at a time")
+    items = [
+        {"voxels": torch.from_numpy(draw.normal(size=4)), "labels": torch.arange(9.0) + i} for i in range(70)
+    ]
+    read = InOneRead(items)
+    assert fingerprint(read) == fingerprint(items) and fingerprint(read) != fingerprint(
+        InOneRead(items[::-1])
+    )
+    assert sample_marks(read) == sample_marks(items)
+    assert fingerprint(_Looked(read, "training", 9)) == fingerprint(items)
+    items[66]["voxels"][2] = float("nan")
+    for data in (items, InOneRead(items)):
+        with pytest.raises(DataError, match="voxels of training sample 66: 1 of 4"):
+            fingerprint(_Looked(data, "training", 9))
+        with pytest.raises(DataError, match="labels of training sample 0: 9"):
+            fingerprint(_Looked(data, "training", 8))

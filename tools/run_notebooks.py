@@ -11,6 +11,7 @@ Exit status 1 if a notebook fails; the others run all the same.
 
 import argparse
 import contextlib
+import functools
 import gc
 import io
 import json
@@ -158,6 +159,11 @@ def execute(
             undo.enter_context(mock.patch.object(FigureCanvasBase, "draw_idle", lambda *_, **__: None))
             # each training run would sweep the whole memory at its end
             undo.enter_context(mock.patch.object(gc, "collect", lambda *_: 0))
+            if imports := sys.modules.get(
+                "accelerate.utils.imports"
+            ):  # it looks for a package twice in each step
+                known = functools.cache(imports._is_package_available)
+                undo.enter_context(mock.patch.object(imports, "_is_package_available", known))
         for number, cell in enumerate(nb.cells):
             if why_not(cell, flags, missing, skip):
                 continue

@@ -354,6 +354,18 @@ class ThingsDataset(Shown):
             item["labels"] = self.labels[place]
         return {k: torch.from_numpy(v) for k, v in item.items()}
 
+    def batch(
+        self,
+        rows: Sequence[int],  # positions in the dataset
+    ) -> dict[str, torch.Tensor]:  # as the items, with a first axis for the rows
+        "Several items at once, several times as fast as one by one."
+        rows = np.asarray(rows)
+        values = np.ascontiguousarray(np.asarray(self._values[self._rows[rows]])[:, self._columns])
+        item = {"voxels": values} if self.form == "voxels" else {"volume": self.unmask(values)[:, None]}
+        if self.labels is not None:
+            item["labels"] = self.labels[rows]
+        return {k: torch.from_numpy(v) for k, v in item.items()}
+
 
 def _joined(concepts: pd.Series, ratings: pd.DataFrame) -> np.ndarray:
     "Ratings of each trial's concept (trials, properties) float32; none may be missing."

@@ -43,7 +43,7 @@ from .augmentation import augment as with_made
 from .augmentation import check_augmentation
 from .features import fingerprint, source
 from .folds import run_folds
-from .trainer import check_options, fit, origin, predict
+from .trainer import check_options, fit, origin, predict, several
 
 # %% ../../neuro_nbs/13a_decoder_training.ipynb #cede30a4
 class _Part(torch.utils.data.Dataset):
@@ -57,7 +57,12 @@ class _Part(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        item = self.data[int(self.rows[i])]
+        return self._told(self.data[int(self.rows[i])])
+
+    def batch(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        return self._told(several(self.data, self.rows[np.asarray(rows)].tolist()))
+
+    def _told(self, item: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return item | {"labels": (item["labels"] - self.mean) / self.spread}
 
 
@@ -73,15 +78,19 @@ class _Named(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
         return self.data[int(self.rows[i])] | {"labels": self.numbers[i]}
 
+    def batch(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        rows = np.asarray(rows)
+        return several(self.data, self.rows[rows].tolist()) | {"labels": self.numbers[rows]}
+
 
 class _More(torch.utils.data.Dataset):
     "Training rows, and below them trials that were made from these rows alone."
 
     def __init__(self, part: _Part, name: str, ratio: float, seed: int):
-        items = [part[i] for i in range(len(part))]
-        if "voxels" not in items[0]:
+        if "voxels" not in part[0]:
             raise DataError(f'augment="{name}" of volumes', fix='ThingsDataset(..., form="voxels")')
-        patterns, labels = (np.stack([item[key].numpy() for item in items]) for key in ("voxels", "labels"))
+        items = part.batch(range(len(part)))
+        patterns, labels = (items[key].numpy() for key in ("voxels", "labels"))
         made = with_made(name, patterns, labels, ratio, seed)
         self.patterns, self.labels = map(torch.from_numpy, made)
 
@@ -90,6 +99,10 @@ class _More(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
         return {"voxels": self.patterns[i], "labels": self.labels[i]}
+
+    def batch(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        rows = np.asarray(rows)
+        return {"voxels": self.patterns[rows], "labels": self.labels[rows]}
 
 # %% ../../neuro_nbs/13a_decoder_training.ipynb #ff3de807
 _COLUMNS = ["fold", "train", "validation", "test", "best epoch", "validation correlation", "slope", "seconds"]

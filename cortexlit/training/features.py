@@ -35,6 +35,7 @@ from cortexlit.core import (
     sha256,
     write_json,
 )
+from ..data.audit import each_sample
 from ..data.clips import MouseDataset
 from ..data.inputs import check_inputs
 from ..models.adapters import tensors_digest
@@ -141,8 +142,8 @@ def fingerprint(
     False
     """
     hashes: dict[str, Any] = {}
-    for i in range(len(dataset)):
-        for name, value in dataset[i].items():
+    for i, item in enumerate(each_sample(dataset)):
+        for name, value in item.items():
             value = np.ascontiguousarray(value)
             known = hashes.setdefault(name, hashlib.sha256())
             known.update(f"{i} {value.dtype} {value.shape}".encode())

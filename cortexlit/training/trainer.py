@@ -12,7 +12,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from numbers import Integral, Real
@@ -88,6 +88,17 @@ from cortexlit.training.features import (
     weights_digest,
 )
 
+# %% ../../neuro_nbs/06b_trainer.ipynb #79964d28
+def several(dataset: Any, rows: Sequence[int]) -> dict[str, Any]:
+    "Items of a map-style dataset as one batch: by its own `batch(rows)`, if it has one, or one after the other."
+    if hasattr(dataset, "batch"):
+        return dict(dataset.batch(rows))
+    items = [dataset[i] for i in rows]
+    if len(items) > 1:
+        return default_collate(items)
+    one = items[0].items()  # nothing to join: no copy
+    return {k: v[None] if isinstance(v, torch.Tensor) else default_collate([v]) for k, v in one}
+
 # %% ../../neuro_nbs/06b_trainer.ipynb #3d389ec2
 class _Mice:
     "Datasets of several mice as one; an item also says whose it is, if it is a mouse's."
@@ -106,21 +117,15 @@ class _Mice:
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        mouse, i = self.items[row]
-        return dict(self.mice[mouse][i]) | ({} if mouse is None else {"mouse_id": mouse})
+    def __getitems__(self, rows: Sequence[int]) -> dict[str, Any]:
+        "A batch, of one mouse."
+        mouse = self.items[rows[0]][0]
+        found = several(self.mice[mouse], [self.items[row][1] for row in rows])
+        return found | ({} if mouse is None else {"mouse_id": mouse})
 
 
-def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    "A batch of samples of one mouse."
-    mouse = {"mouse_id": items[0]["mouse_id"]} if "mouse_id" in items[0] else {}
-    if len(items) == 1:  # nothing to join: no copy
-        batch = {
-            k: v[None] if isinstance(v, torch.Tensor) else default_collate([v]) for k, v in items[0].items()
-        }
-    else:
-        batch = default_collate(items)
-    batch |= mouse
+def _checked(batch: dict[str, Any]) -> dict[str, Any]:
+    "A batch whose labels are numbers."
     if not torch.isfinite(batch.get("labels", torch.zeros(1))).all():
         raise DataError(
             "labels: values that are not finite (NaN or infinity), in this batch of training or validation samples",
@@ -211,7 +216,7 @@ class _Trainer(Trainer):
         data, args = self.train_dataset, self.args
         size = args.per_device_train_batch_size * args.world_size
         batches = _Batches(data.rows, size, args.seed, args.process_index, args.world_size)
-        loader = DataLoader(data, batch_sampler=batches, collate_fn=_collate)
+        loader = DataLoader(data, batch_sampler=batches, collate_fn=_checked)
         return prepare_data_loader(loader, num_processes=1, process_index=0)  # the shares are made already
 
     def create_optimizer(self, *_: Any) -> torch.optim.Optimizer:
@@ -252,7 +257,7 @@ class _Trainer(Trainer):
         size = args.per_device_train_batch_size
         parts = [rows[k : k + size] for rows in data.rows.values() for k in range(0, len(rows), size)]
         for part in parts[args.process_index :: args.world_size]:
-            batch = self._prepare_inputs(_collate([data[row] for row in part]))
+            batch = self._prepare_inputs(_checked(data.__getitems__(part)))
             out, labels = model(**batch), batch["labels"]
             if not torch.isfinite(out.logits).all():
                 raise Diverged(
@@ -725,9 +730,20 @@ class _Looked:
 
     def __init__(self, dataset: Any, what: str, outputs: int | None):
         self.dataset, self.what, self.outputs = dataset, what, outputs
+        if hasattr(dataset, "batch"):
+            self.batch = self._batch
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    def _batch(self, rows: Sequence[int]) -> dict[str, Any]:
+        found = self.dataset.batch(rows)
+        with suppress(DataError):
+            for value in filter(torch.is_floating_point, found.values()):
+                finite("a batch", value.numpy())
+            if self.outputs is None or found["labels"].shape[1:2] == (self.outputs,):
+                return found
+        return default_collate([self[i] for i in rows])  # it is said which sample
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         item = self.dataset[i]
@@ -1079,7 +1095,7 @@ def predict(
     mouse = {"mouse_id": mouse_id} if hasattr(model.config, "neurons") else {}
     model.eval()
     for k in range(0, len(dataset), batch_size):
-        batch = default_collate([dataset[i] for i in range(k, min(k + batch_size, len(dataset)))])
+        batch = several(dataset, range(k, min(k + batch_size, len(dataset))))
         batch = {name: value.to(device) for name, value in batch.items() if name != "labels"}
         responses = model(**batch, **mouse).logits
         responses = responses[..., -last:] if responses.ndim == 3 else responses
