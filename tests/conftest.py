@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What has been imported stays; so each training run, which sweeps the memory at its end, need not look at it."""
+    """What has been imported stays, and need not be looked at again."""
     gc.collect()
     gc.freeze()
     gc.enable()
@@ -50,14 +50,20 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="module")
 def no_curves() -> Iterator[None]:
-    """For tests that train dozens of tiny models: an empty picture in place of the curves of each run, and no sweep
-    of the memory after it."""
+    "For tests that train dozens of tiny models: an empty picture in place of the curves of each run."
     from matplotlib.figure import Figure
 
     from cortexlit.training.trainer import Fit
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Fit, "curves", lambda run: Figure())
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_sweeps() -> Iterator[None]:
+    "Memory is swept when there is much to sweep, and not each time that a library asks for it, as after every training."
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gc, "collect", lambda *_: 0)
         yield
 

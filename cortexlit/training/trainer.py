@@ -356,10 +356,11 @@ class _Keeper(TrainerCallback):
             if state.best_global_step == state.global_step:
                 _save_best(self.folder, state.global_step, self.spec.save)
             _tidy(self.folder)
+            history = _history(state)
             with atomic_file(self.folder / "history.csv") as tmp:
-                _history(state).to_csv(tmp, index=False)
+                history.to_csv(tmp, index=False)
             if self.spec.on_epoch is not None:
-                self.spec.on_epoch(_history(state))
+                self.spec.on_epoch(history)
         control.should_training_stop = _finished(state, self.spec.patience)
         return control
 
