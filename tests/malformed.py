@@ -425,7 +425,7 @@ def readers(root: Path, study: Path, cache: Path) -> dict[str, Reader]:
     made["folds"] = build_folds(recording(), root / "folds", folds=3, clip_frames=10, size=(6, 8), gap=2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        made["things"] = things.build_things(things.open_things(study, "01", "figshare"), root / "things")
+        made["things"] = build_things(things.open_things(study, "01", "figshare"), root / "things")
     for layout in READERS:
         made[layout] = tree(root / layout, layout)
     for layout in ("figshare", "volumes"):
@@ -602,6 +602,7 @@ def commands(root: Path) -> dict[str, tuple[list[str], dict[str, list[str]]]]:
     from toy_training import tiny_model
 
     from cortexlit.data import things
+    from cortexlit.data.cached import build_things
     from cortexlit.data.folds import build_folds
     from cortexlit.simulate import subject
 
@@ -610,7 +611,7 @@ def commands(root: Path) -> dict[str, tuple[list[str], dict[str, list[str]]]]:
     (root / "thesis/chapter1.tex").write_text("years")
     study = subject.embedded_things("tiny", layouts=("figshare",))
     data, pictures = str(clips(root / "clips")), str(scenes(root / "scenes"))
-    cache = str(things.build_things(things.open_things(study), root / "cache"))
+    cache = str(build_things(things.open_things(study), root / "cache"))
     folds = str(build_folds(recording(), root / "folds", folds=3, clip_frames=10, size=(6, 8), gap=2))
     model = tiny_model(core_state=False, size=(6, 8))
     model.save_core(root / "core")
