@@ -5,35 +5,52 @@
 # %% ../neuro_nbs/19_cli.ipynb #5b9f17b5
 from __future__ import annotations
 
-import json
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from . import __version__, core
+from .commands.fmri import DECODED, rated_subject, things
+from .commands.pictures import scenes
+from cortexlit.commands.shell import (
+    ERR,
+    OUT,
+    Batch,
+    Cache,
+    Core,
+    Embedded,
+    Epochs,
+    Json,
+    Last,
+    Rate,
+    Resume,
+    Scale,
+    Storage,
+    cache_of,
+    given_of,
+    open_named,
+    print_json,
+    show,
+    tell_card,
+    tell_run,
+    tell_sheet,
+)
+from .commands.silico import insilico
 
 # %% auto #0
-__all__ = ['app', 'Json', 'Cache', 'Embedded', 'METRICS', 'Scale', 'Core', 'Epochs', 'Rate', 'Batch', 'Tried', 'Trials',
-           'Sampler', 'Pruner', 'Storage', 'Search', 'Resume', 'Last', 'FilmModel', 'scenes', 'SceneModel', 'things',
-           'Rois', 'Ratings', 'Properties', 'Folds', 'Decoder', 'Patch', 'DECODED', 'Cached', 'insilico', 'Run',
-           'Dataset', 'Report', 'Neurons', 'Trust', 'Replace', 'Degrees', 'DEMO_RECORDING', 'DEMO', 'sessions',
-           'build_command', 'score_command', 'import_command', 'export_command', 'fit_command', 'grid',
-           'design_command', 'folds', 'scenes_build', 'scenes_fit', 'scenes_tune', 'scenes_score', 'things_build',
-           'things_fit', 'things_tune', 'things_score', 'insilico_tune', 'insilico_fields', 'insilico_excite',
-           'real_files', 'data', 'clear_demo', 'run_demo', 'show_demo', 'demo', 'pretrain_command', 'main']
+__all__ = ['app', 'METRICS', 'FilmModel', 'DEMO_RECORDING', 'DEMO', 'sessions', 'build_command', 'score_command',
+           'import_command', 'export_command', 'fit_command', 'grid', 'design_command', 'folds', 'real_files', 'data',
+           'clear_demo', 'run_demo', 'show_demo', 'demo', 'pretrain_command', 'main']
 
 # %% ../neuro_nbs/19_cli.ipynb #5b9f17b6
 if TYPE_CHECKING:  # a command that prints no table starts without them
-    import numpy as np
     import pandas as pd
 
 # %% ../neuro_nbs/19_cli.ipynb #797b884d
@@ -59,87 +76,9 @@ def _every(
     "Models of visual cortex: from a recording to a score you can defend."
 
 
-_out, _err = Console(), Console(stderr=True)
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
-Cache = Annotated[
-    Path | None, typer.Option(help="Folder of an allensdk cache; default CORTEXLIT_DATA/allen.")
-]
-Embedded = Annotated[
-    str | None, typer.Option(help="Use the embedded synthetic session instead: tiny, demo or full.")
-]
-
-# %% ../neuro_nbs/19_cli.ipynb #8246f871
-def _show(title: str, rows: pd.DataFrame | list[dict[str, Any]]) -> None:
-    from cortexlit.shown import table_text
-
-    _out.print(table_text(rows, title, _out.width), markup=False, highlight=False, soft_wrap=True)
-
-
-def _print_json(obj: Any) -> None:
-    print(json.dumps(core.plain_values(obj), indent=1, allow_nan=False))
-
-
-def _tell_card(folder: Path, as_json: bool, *fields: str) -> None:
-    "The card of a dataset folder, or some of its fields as JSON."
-    from cortexlit.data.folder import check_folder
-
-    card = check_folder(folder)
-    if as_json:
-        _print_json({"folder": folder, **{k: card[k] for k in fields}})
-    else:
-        _out.print((folder / "card.md").read_text(encoding="utf-8"), markup=False)
-
-
-def _tell_run(title: str, done: Any, as_json: bool) -> None:
-    "Where a training run lies, and how well it did on validation."
-    found = {
-        "folder": str(done.folder),
-        "best_epoch": done.best_epoch,
-        "validation_correlation": done.correlation,
-    }
-    if as_json:
-        _print_json(found)
-    else:
-        _show(title, [found])
-
-
-def _tell_sheet(
-    sheet: Any,
-    out: Path | None = None,
-    as_json: bool = False,
-    metrics: tuple[str, ...] = (),  # printed; empty: all
-) -> None:
-    "Save a score sheet if asked to, and print it."
-    if out is not None:
-        sheet.save(out)
-    if as_json:
-        _print_json([asdict(row) for row in sheet.rows])
-    else:
-        _out.print(sheet.text(metrics, _out.width), markup=False, highlight=False, soft_wrap=True)
-
-
-def _is_number(session: str) -> bool:
-    return session.isascii() and session.isdigit()
-
-
-def _open(session: str, cache: Path | None, embedded: str | None) -> Any:
-    "A recording by Allen id, or by the name of an open recording."
-    if not _is_number(session):
-        from cortexlit.data.opendata import open_recording
-
-        return open_recording(session)
-    from cortexlit.data.allen import open_session
-
-    return open_session(int(session), cache_dir=_cache(cache, embedded))
-
-
-def _cache(cache: Path | None, embedded: str | None) -> Path | None:
-    if embedded is None:
-        return cache
-    from cortexlit.simulate.session import embedded_session
-
-    return embedded_session(embedded)
+app.add_typer(scenes, name="scenes")
+app.add_typer(things, name="things")
+app.add_typer(insilico, name="insilico")
 
 # %% ../neuro_nbs/19_cli.ipynb #34f852a2
 def _in_short(found: pd.DataFrame) -> pd.DataFrame:
@@ -173,7 +112,7 @@ def sessions(
     from cortexlit.data.allen import list_sessions
 
     found = list_sessions(
-        cache_dir=_cache(cache, embedded),
+        cache_dir=cache_of(cache, embedded),
         area=area,
         cre_line=cre_line,
         depth_um=depth,
@@ -181,9 +120,9 @@ def sessions(
         eye_tracking=eye_tracking or None,
     ).reset_index()
     if as_json:
-        _print_json(found.to_dict("records"))
+        print_json(found.to_dict("records"))
     else:
-        _show(f"{len(found)} sessions (--json tells more)", _in_short(found))
+        show(f"{len(found)} sessions (--json tells more)", _in_short(found))
 
 # %% ../neuro_nbs/19_cli.ipynb #ca56d5f8
 @app.command("build")
@@ -224,12 +163,12 @@ def build_command(
         raise core.DataError(f"--folds {folds} with --split {split}", expected="--split folds")
     options = {"clip_frames": clip_frames, "alignment": alignment, "gap": gap, "resample": resample, "pupil": pupil,
                "overwrite": overwrite}  # fmt: skip
-    recording = _open(session, cache, embedded)
+    recording = open_named(session, cache, embedded)
     if split == "folds":
         build_folds(recording, out, 5 if folds is None else folds, **options)
     else:
         build_dataset(recording, out, split=split, **options)
-    _tell_card(
+    tell_card(
         out, as_json, "name", "source", "signal", "options", "counts", "audit", "split_hash", "warnings"
     )
 
@@ -257,7 +196,7 @@ def score_command(
     from cortexlit.front import score
 
     core.check_out(out)
-    _tell_sheet(score(dataset, *run or (), last=last), out, as_json, METRICS)
+    tell_sheet(score(dataset, *run or (), last=last), out, as_json, METRICS)
 
 
 METRICS = ("single-trial correlation", "flattened correlation")  # printed; scores.json holds all
@@ -291,7 +230,7 @@ def import_command(
     from cortexlit.data.exchange import import_folder
 
     import_folder(folder, out, frames, constant_neurons, allow_shared_stimuli, overwrite)
-    _tell_card(out, as_json, "name", "counts", "split_hash", "warnings")
+    tell_card(out, as_json, "name", "counts", "split_hash", "warnings")
 
 
 @app.command("export")
@@ -327,47 +266,14 @@ def export_command(
         export_tree(dataset, out, layout, overwrite)
     found = {"folder": str(out), "layout": layout, "files": sum(p.is_file() for p in out.rglob("*"))}
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
-        _show("exported", [found])
+        show("exported", [found])
 
 # %% ../neuro_nbs/19_cli.ipynb #5911f38a
-Scale = Annotated[
-    str | None,
-    typer.Option(help="demo (a fifteenth of the epochs) or paper; default CORTEXLIT_SCALE, or demo."),
-]
-Core = Annotated[
-    str | None,
-    typer.Option(
-        "--core",
-        help="Core folder, published run or Hugging Face repository; default the demonstration core.",
-    ),
-]
-Epochs = Annotated[int | None, typer.Option(help="In place of those of the recipe.")]
-Rate = Annotated[float | None, typer.Option(help="Highest learning rate, likewise.")]
-Batch = Annotated[int | None, typer.Option(help="Samples in a step, likewise.")]
-Tried = Annotated[
-    list[str],
-    typer.Option(
-        "--set", help="What to try, such as lr=1e-4..1e-2:log, depth=1..4, emb_dim=16,32 (repeat the option)."
-    ),
-]
-Trials = Annotated[int, typer.Option(help="In all, those of other workers and of earlier calls included.")]
-Sampler = Annotated[str, typer.Option(help="tpe or random.")]
-Pruner = Annotated[str, typer.Option(help="Gives up hopeless trials: median, hyperband, or none.")]
-Storage = Annotated[
-    str | None,
-    typer.Option(help="Database URL, or journal:///FILE, shared by workers; default SQLite in --out."),
-]
-Search = Annotated[
-    Path | None, typer.Option(help="Folder of the search; the same call again goes on with it.")
-]
-Resume = Annotated[bool, typer.Option(help="Go on with a run that is in the folder.")]
-Last = Annotated[
-    int | None,
-    typer.Option(
-        help="Frames at the end of each clip that are fitted and scored; default 66 of 140, in proportion."
-    ),
+FilmModel = Annotated[
+    str,
+    typer.Option(help="viv1t, or conv: a few convolutions with a factorised readout, from random weights."),
 ]
 
 
@@ -385,39 +291,6 @@ def _options(scale: str | None, core_given: str | None) -> tuple[str, dict]:
             fix="--scale demo uses the demonstration core",
         )
     return scale, dict(STUDY_HEAD.at(scale).fit)
-
-
-def _given(**options: Any) -> dict[str, Any]:
-    "Options that were given."
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _searching(sampler: str, pruner: str, storage: str | None) -> dict[str, Any]:
-    return {"sampler": sampler, "pruner": None if pruner == "none" else pruner, "storage": storage}
-
-
-def _tell_search(title: str, found: Any, as_json: bool) -> None:
-    table = found.table()
-    best = {"folder": found.folder, "best": found.best, "best_runs": found.best_runs}
-    best |= {"validation_correlation": found.value}
-    if as_json:
-        _print_json(best | {"trials": table.to_dict("records")})
-        return
-    _show(f"{title}, {len(table)} trials in {found.folder}", table)
-    told = ", ".join(
-        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in found.best.items()
-    )
-    _out.print(
-        f"best: {told}; validation correlation {found.value:.4f}, chosen among {len(table)}; run in {found.best_runs[0]}",
-        markup=False,
-    )
-
-
-FilmModel = Annotated[
-    str,
-    typer.Option(help="viv1t, or conv: a few convolutions with a factorised readout, from random weights."),
-]
 
 
 @app.command("fit")
@@ -460,7 +333,7 @@ def fit_command(
     from cortexlit.training.trainer import fit as train
 
     common = {"last": last, "resume": resume, "progress": not as_json}
-    given = _given(epochs=epochs, lr=lr, batch_size=batch_size)
+    given = given_of(epochs=epochs, lr=lr, batch_size=batch_size)
     if model != "viv1t":
         off = {
             "--adapt": adapt,
@@ -469,7 +342,7 @@ def fit_command(
             "--scale": scale,
             "--core": core_folder,
         }
-        _fit_films(dataset, model, _given(**off), seed, out, common | given, as_json)
+        _fit_films(dataset, model, given_of(**off), seed, out, common | given, as_json)
         return
     adapt = "head" if adapt is None else adapt
     if adapt not in ADAPT:
@@ -491,7 +364,7 @@ def fit_command(
     done = train_head(dataset, core_folder, seed=seed, out=head_out, **head_options)
     if adapt != "head":
         done = train(done.model, dataset, out=out, seed=seed, **options)
-    _tell_run(f"adapt={adapt}", done, as_json)
+    tell_run(f"adapt={adapt}", done, as_json)
 
 
 def _fit_films(
@@ -513,7 +386,7 @@ def _fit_films(
         raise core.DataError(f"{next(iter(not_its))} with --model conv", "--model viv1t",
                              "leave it out: all weights are trained, from random ones, by one recipe")  # fmt: skip
     core.check_out(out)
-    _tell_run(FILM_RECIPE.name, train_films(dataset, seed=seed, out=out, **options), as_json)
+    tell_run(FILM_RECIPE.name, train_films(dataset, seed=seed, out=out, **options), as_json)
 
 
 def _configurations(ranks: list[int] | None, targets: list[str] | None) -> list:
@@ -567,7 +440,7 @@ def grid(
         raise core.DataError("there are finished runs", path=whole.folder, fix="--resume, or another --out")
     table = whole.run(progress=not as_json).table()
     if as_json:
-        _print_json(
+        print_json(
             {
                 "folder": whole.folder,
                 "storage": whole.storage,
@@ -576,8 +449,8 @@ def grid(
             }
         )
     else:
-        _show(f"{len(table)} runs in {whole.folder}", table)
-        _out.print(f"best on the validation tier, over seeds: {whole.best()}")
+        show(f"{len(table)} runs in {whole.folder}", table)
+        OUT.print(f"best on the validation tier, over seeds: {whole.best()}")
 
 # %% ../neuro_nbs/19_cli.ipynb #19c00002
 @app.command("design")
@@ -605,11 +478,11 @@ def design_command(
             k: getattr(found, k)
             for k in ("effect", "power", "clips", "neurons", "repeats", "score", "protocol")
         }
-        _print_json(told | {"statement": found.statement, "table": found.table.to_dict("records")})
+        print_json(told | {"statement": found.statement, "table": found.table.to_dict("records")})
         return
     columns = [c for c in found.table if c.startswith(("smallest", "power", "clips", "neurons"))]
-    _show(f"{dataset.name}: what settles a difference", found.table[["score", "pair", "effect", *columns]])
-    _out.print(found.statement, markup=False, highlight=False)
+    show(f"{dataset.name}: what settles a difference", found.table[["score", "pair", "effect", *columns]])
+    OUT.print(found.statement, markup=False, highlight=False)
 
 
 @app.command()
@@ -654,550 +527,7 @@ def folds(
         dataset, dict(given[a] for a in wanted), core_folder, range(seeds), CONTROLS if controls else (), last,
         head_options, progress=not as_json,
     )  # fmt: skip
-    _tell_sheet(score_dataset(dataset, last=last, models=models), out, as_json, METRICS)
-
-# %% ../neuro_nbs/19_cli.ipynb #10532a15
-scenes = typer.Typer(help="Natural scenes: a static dataset, V1T, scores.", no_args_is_help=True)
-app.add_typer(scenes, name="scenes")
-SceneModel = Annotated[str, typer.Option(help="v1t, or conv: a few convolutions with a factorised readout.")]
-
-
-@scenes.command("build")
-def scenes_build(
-    session: Annotated[str, typer.Argument(help="Allen session id (natural scenes are in sessions B).")],
-    out: Annotated[Path, typer.Option(help="Dataset folder to write.")],
-    split: Annotated[
-        str, typer.Option(help="images (no picture in two tiers) or presentations (as published).")
-    ] = "images",
-    signal: Annotated[str, typer.Option(help="dff, corrected or events.")] = "dff",
-    delay: Annotated[float, typer.Option(help="Seconds from onset to the window.")] = 0.0,
-    window: Annotated[float, typer.Option(help="Seconds that are averaged.")] = 0.5,
-    size: Annotated[tuple[int, int], typer.Option(help="Rows and columns of the pictures.")] = (36, 64),
-    constant_neurons: Annotated[
-        str, typer.Option(help="error, or drop neurons that never change in training.")
-    ] = "error",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
-    cache: Cache = None,
-    embedded: Embedded = None,
-    as_json: Json = False,
-) -> None:
-    """Turn a session with natural scenes into a static dataset folder.
-
-    Examples:
-      cortexlit scenes build 501559087 --out _data/scenes
-      cortexlit scenes build 900000002 --embedded demo --signal events --out _data/scenes
-    """
-    from cortexlit.data.allen import open_session
-    from cortexlit.data.scenes import build_scenes
-
-    if not _is_number(session):
-        raise core.DataError(
-            f"session {session!r}", expected="an Allen session id: open recordings have no scenes"
-        )
-    recording = open_session(int(session), cache_dir=_cache(cache, embedded), signal=signal)
-    build_scenes(recording, out, window_s=window, delay_s=delay, size=size, split=split,
-                 constant_neurons=constant_neurons, overwrite=overwrite)  # fmt: skip
-    _tell_card(out, as_json, "name", "signal", "options", "counts", "split_hash", "warnings")
-
-
-@scenes.command("fit")
-def scenes_fit(
-    dataset: Annotated[Path, typer.Argument(help="Folder made by `cortexlit scenes build`.")],
-    session: Annotated[
-        int | None,
-        typer.Option(
-            help="Training session of the study, 1 to 6 (1 to 3 take pictures of 144 x 256); default the recipe that does better."
-        ),
-    ] = None,
-    model: SceneModel = "v1t",
-    epochs: Epochs = None,
-    lr: Rate = None,
-    batch_size: Batch = None,
-    seed: Annotated[int, typer.Option(help="Of the weights, the drawn presentations and their order.")] = 0,
-    out: Annotated[
-        Path | None, typer.Option(help="Run folder; default one in _runs named after all options.")
-    ] = None,
-    scale: Annotated[
-        str | None, typer.Option(help="demo (a small core, a hundredth of the epochs) or paper.")
-    ] = None,
-    resume: Resume = True,
-    as_json: Json = False,
-) -> None:
-    """Train V1T or the convolutional baseline by the library's recipe, or V1T as in one of the study's six sessions; the same call again goes on where it stopped.
-
-    Examples:
-      cortexlit scenes fit _data/scenes --epochs 10
-      cortexlit scenes fit _data/scenes --model conv
-      cortexlit scenes fit _data/scenes --session 4
-      cortexlit scenes fit _data/501559087 --session 5 --scale paper
-    """
-    from cortexlit.training.recipes import CONV_RECIPE, SCENE_RECIPE, SESSIONS
-    from cortexlit.training.scenes import train_scenes
-
-    if session is not None and not 1 <= session <= len(SESSIONS):
-        raise core.DataError(f"--session {session}", expected=f"1 to {len(SESSIONS)}")
-    if session is None and scale is not None:
-        raise core.DataError(
-            f"--scale {scale} without --session", "the recipe has one size; sessions have two: demo, paper"
-        )
-    if model not in ("v1t", "conv") or (model == "conv" and session is not None):
-        told = "v1t or conv" if session is None else "v1t, which the sessions are of"
-        raise core.DataError(f"--model {model}", expected=told)
-    core.check_out(out)
-    chosen = CONV_RECIPE if model == "conv" else SCENE_RECIPE
-    chosen = chosen if session is None else SESSIONS[session - 1].at(scale)
-    given = _given(epochs=epochs, lr=lr, batch_size=batch_size) | {"resume": resume}
-    done = train_scenes(dataset, chosen, seed=seed, out=out, progress=not as_json, **given)
-    _tell_run(chosen.name, done, as_json)
-
-
-@scenes.command("tune")
-def scenes_tune(
-    dataset: Annotated[Path, typer.Argument(help="Folder made by `cortexlit scenes build`.")],
-    tried: Tried,
-    model: SceneModel = "v1t",
-    trials: Trials = 20,
-    epochs: Epochs = None,
-    lr: Rate = None,
-    batch_size: Batch = None,
-    sampler: Sampler = "tpe",
-    pruner: Pruner = "median",
-    storage: Storage = None,
-    seed: Annotated[int, typer.Option(help="Of the search, the weights and the order of presentations.")] = 0,
-    out: Search = None,
-    as_json: Json = False,
-) -> None:
-    """Search for options of the model and of training on the training and validation tiers; the test stays closed.
-
-    Examples:
-      cortexlit scenes tune _data/scenes --set lr=3e-4..3e-3:log --set depth=1..3 --trials 30
-      cortexlit scenes tune _data/scenes --model conv --set lr=1e-3..1e-2:log --storage journal:///mnt/lab/tune.log
-    """
-    from cortexlit.training.recipes import CONV_RECIPE, SCENE_RECIPE
-    from cortexlit.training.tuning import Space, tune_scenes
-
-    if model not in ("v1t", "conv"):
-        raise core.DataError(f"--model {model}", expected="v1t or conv")
-    core.check_out(out)
-    given = _given(epochs=epochs, lr=lr, batch_size=batch_size) | _searching(sampler, pruner, storage)
-    recipe = CONV_RECIPE if model == "conv" else SCENE_RECIPE
-    found = tune_scenes(
-        dataset, Space.read(tried), recipe, seed, out=out, trials=trials, progress=not as_json, **given
-    )
-    _tell_search(recipe.name, found, as_json)
-
-
-@scenes.command("score")
-def scenes_score(
-    dataset: Annotated[Path, typer.Argument(help="Folder made by `cortexlit scenes build`.")],
-    run: Annotated[
-        list[Path] | None, typer.Option(help="Run folder of `scenes fit` (repeat the option).")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for scores.csv and scores.json.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Baselines, trained models, oracle and ceilings on the test tier.
-
-    Examples:
-      cortexlit scenes score _data/scenes --run _runs/full-0123456789abcdef
-    """
-    from cortexlit.data.scenes import ScenesDataset
-    from cortexlit.front import score
-
-    core.check_out(out)
-    ScenesDataset(dataset, "test")  # refuses another kind of folder
-    _tell_sheet(score(dataset, *run or ()), out, as_json)
-
-# %% ../neuro_nbs/19_cli.ipynb #2e989e0e
-things = typer.Typer(help="Human fMRI: from a THINGS subject to a decoder's score.", no_args_is_help=True)
-app.add_typer(things, name="things")
-
-Rois = Annotated[
-    str, typer.Option(help="Voxels: early, ventral, category, visual, or one region such as V1; all.")
-]
-Ratings = Annotated[Path, typer.Option(help="Property ratings: a file, or a folder that holds one.")]
-Properties = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Only these ratings, such as manmade or size (repeat the option); default the study's ten."
-    ),
-]
-Folds = Annotated[int, typer.Option(help="Folds of whole concepts.")]
-Decoder = Annotated[
-    str, typer.Option(help="parcels (a token per region), patches of the mask, or the study's.")
-]
-Patch = Annotated[tuple[int, int, int], typer.Option(help="Voxels of a patch.")]
-DECODED = ("R2 mean", "r mean")  # printed; scores.json holds all
-Cached = Annotated[Path, typer.Argument(help="Folder made by `cortexlit things build`.")]
-
-
-@things.command("build")
-def things_build(
-    out: Annotated[Path, typer.Option(help="Cache folder to write.")],
-    root: Annotated[
-        Path | None,
-        typer.Argument(help="Folder with the subject's files, in one of the three public layouts."),
-    ] = None,
-    subject: Annotated[str, typer.Option(help="01, 02 or 03.")] = "01",
-    layout: Annotated[
-        str | None, typer.Option(help="figshare, openneuro or volumes; default the one found.")
-    ] = None,
-    zscore: Annotated[str, typer.Option(help="Within session, run, or none.")] = "session",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
-    embedded: Annotated[
-        str | None,
-        typer.Option(
-            help="Use a synthetic study instead: tiny, demo, or design (the real trials and ratings)."
-        ),
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Read a subject in any layout, and cache its responses, z-scored, as float32.
-
-    Examples:
-      cortexlit things build ~/THINGS-fMRI --subject 02 --out _data/things-02
-      cortexlit things build --embedded demo --out _data/things-demo
-    """
-    from cortexlit.data.cached import build_things
-    from cortexlit.data.things import open_things
-    from cortexlit.simulate.subject import embedded_things
-
-    if (root is None) == (embedded is None):
-        given = "neither a folder nor --embedded" if root is None else f"a folder and --embedded {embedded}"
-        raise core.DataError(given, path=root, expected="one of the two")
-    if embedded is not None:
-        root = _from_here(embedded_things(embedded, layouts=(layout or "figshare",)))
-    build_things(open_things(root, subject, layout), out, zscore, overwrite=overwrite)
-    card = core.read_json(out / "card.json")
-    trials, voxels = card["shape"]
-    found = {k: card[k] for k in ("subject", "layout", "zscore")} | {
-        "trials": trials,
-        "voxels": voxels,
-        "folder": str(out),
-    }
-    ratings = {"ratings": str(root / "ratings")} if embedded is not None else {}
-    if as_json:
-        _print_json(found | ratings)
-    else:
-        _show(f"subject {subject} of {root}", [found])
-        for name, path in ratings.items():
-            _out.print(f"{name}: {path}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _from_here(path: Path) -> Path:
-    "The path as seen from the working directory, if it lies below."
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
-def _subject(
-    cache: Path, ratings: Path, rois: str, properties: list[str] | None = None, form: str = "voxels"
-) -> Any:
-    "Cached trials with the ratings of their concepts."
-    from cortexlit.data.cached import ThingsDataset
-    from cortexlit.data.things import PROPERTIES, load_properties
-
-    rated = load_properties(ratings, properties or PROPERTIES)
-    return ThingsDataset(cache, rated, None if rois == "all" else rois, form=form)
-
-
-@things.command("fit")
-def things_fit(
-    cache: Cached,
-    ratings: Ratings,
-    out: Annotated[Path, typer.Option(help="Folder of the runs; the same folder resumes them.")],
-    model: Decoder = "parcels",
-    patch: Patch = (4, 4, 4),
-    layers: Annotated[
-        int | None,
-        typer.Option(help="Of the transformer; default 6 in the study's, which also had 3, else 1."),
-    ] = None,
-    noise: Annotated[
-        float, typer.Option(help="Added to z-scored responses in training; not in the study's.")
-    ] = 1.5,
-    mixing: Annotated[
-        float,
-        typer.Option(
-            help="Trains on mixtures of two trials, with shares from Beta(mixing, mixing); 0: none; not in the study's."
-        ),
-    ] = 0.0,
-    augment: Annotated[
-        str,
-        typer.Option(
-            help="Adds made trials to the training trials of each fold, by a generator fitted to them alone: none, normal, vae or gan; not to the study's."
-        ),
-    ] = "none",
-    ratio: Annotated[float, typer.Option(help="Of --augment: made trials for each recorded one.")] = 1.0,
-    rois: Rois = "visual",
-    properties: Properties = None,
-    folds: Folds = 5,
-    seed: Annotated[
-        int, typer.Option(help="Of the folds, the weights at the start, and the order of trials.")
-    ] = 0,
-    epochs: Annotated[int, typer.Option(help="At most; --patience stops sooner.")] = 60,
-    patience: Annotated[
-        int, typer.Option(help="Stop after so many epochs without a better validation score.")
-    ] = 5,
-    lr: Annotated[float, typer.Option(help="Step size of AdamW.")] = 6e-3,
-    batch_size: Annotated[int, typer.Option(help="Trials in a batch.")] = 128,
-    as_json: Json = False,
-) -> None:
-    """Train a 3-D vision transformer on every fold of held-out concepts; each stops on a validation fold.
-
-    Examples:
-      cortexlit things fit _data/things-02 --ratings ~/THINGSplus --out _runs/parcels-02
-      cortexlit things fit _data/things-02 --ratings ~/THINGSplus --model study --rois all --patch 12 13 15 --lr 1e-4 --out _runs/study-02
-      cortexlit things fit _data/things-02 --ratings ~/THINGSplus --properties lives --properties size --out _runs/two-02
-      cortexlit things fit _data/things-02 --ratings ~/THINGSplus --augment gan --ratio 1 --out _runs/gan-02
-    """
-    from cortexlit.data.splits import split_by_concept
-    from cortexlit.models.vit3d import decoder
-    from cortexlit.training.augmentation import check_augmentation, check_worthwhile
-    from cortexlit.training.decoders import fit_folds
-    from cortexlit.training.recipes import decoder_options
-    from cortexlit.training.trainer import check_options
-
-    core.check_out(out)
-    check_worthwhile(augment)
-    check_augmentation(augment, ratio, seed)
-    if augment != "none" and model == "study":
-        raise core.DataError(
-            "--augment with --model study", expected="--model parcels or patches, or no --augment"
-        )
-    check_options(adapt="full", seed=seed, lr=lr, epochs=epochs, patience=patience, batch_size=batch_size)
-    data = _subject(cache, ratings, rois, properties, "volume" if model == "study" else "voxels")
-    split = split_by_concept(data.trials, folds, seed)
-    options = {"lr": lr, "epochs": epochs, "patience": patience, "batch_size": batch_size}
-    options = decoder_options(model) | options
-    options |= {} if augment == "none" else {"augment": augment, "ratio": ratio}
-    maker = decoder(data, model, patch, noise, mixing, layers)
-    done = fit_folds(maker, data, split, out, seed=seed, progress=not as_json, **options)
-    if as_json:
-        _print_json({"folder": done.folder, "split_hash": split.hash, "folds": done.table.to_dict("records")})
-    else:
-        _show(f"{model}, runs in {done.folder}", done.table)
-
-
-@things.command("tune")
-def things_tune(
-    cache: Cached,
-    ratings: Ratings,
-    tried: Tried,
-    model: Decoder = "parcels",
-    patch: Patch = (4, 4, 4),
-    trials: Trials = 20,
-    epochs: Epochs = None,
-    lr: Rate = None,
-    batch_size: Batch = None,
-    sampler: Sampler = "tpe",
-    pruner: Pruner = "median",
-    storage: Storage = None,
-    rois: Rois = "visual",
-    properties: Properties = None,
-    folds: Folds = 5,
-    fold: Annotated[int, typer.Option(help="Its training and validation trials are used, from 0 up.")] = 0,
-    seed: Annotated[
-        int, typer.Option(help="Of the folds, the search, the weights, the order of trials.")
-    ] = 0,
-    out: Search = None,
-    as_json: Json = False,
-) -> None:
-    """Search for options of a decoder (layers, noise, mixing) and of training on one fold; its test trials stay closed, those of the other folds do not: score the choice on this fold alone.
-
-    Examples:
-      cortexlit things tune _data/things-02 --ratings ~/THINGSplus --set lr=1e-3..1e-2:log --set noise=0..3.0 --trials 30
-    """
-    from cortexlit.data.splits import split_by_concept
-    from cortexlit.training.tuning import Space, tune_decoder
-
-    core.check_out(out)
-    data = _subject(cache, ratings, rois, properties, "volume" if model == "study" else "voxels")
-    split = split_by_concept(data.trials, folds, seed)
-    given = _given(epochs=epochs, lr=lr, batch_size=batch_size) | _searching(sampler, pruner, storage)
-    found = tune_decoder(data, Space.read(tried), split, fold, model, seed, patch=patch, out=out, trials=trials,
-                         progress=not as_json, **given)  # fmt: skip
-    _tell_search(f"{model}, fold {fold}", found, as_json)
-
-
-@things.command("score")
-def things_score(
-    cache: Cached,
-    ratings: Ratings,
-    rois: Rois = "visual",
-    properties: Properties = None,
-    bands: Annotated[
-        str | None,
-        typer.Option(help="Adds banded ridge: these regions, such as early, against the rest of --rois."),
-    ] = None,
-    folds: Folds = 5,
-    seed: Annotated[int, typer.Option(help="Of the folds and the permutations.")] = 0,
-    permutations: Annotated[int, typer.Option(help="For the p-values of ridge; 0 for none.")] = 100,
-    run: Annotated[
-        list[Path] | None, typer.Option(help="Folder made by `cortexlit things fit` (repeat the option).")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for scores.csv and scores.json.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Constants, ridge and trained decoders on held-out concepts.
-
-    Examples:
-      cortexlit things score _data/things-02 --ratings ~/THINGSplus --run _runs/parcels-02 --out _runs/things-02
-      cortexlit things score _data/things-02 --ratings ~/THINGSplus --bands early
-    """
-    from cortexlit.data.splits import split_by_concept
-    from cortexlit.evaluation.decoding import score_subject
-
-    core.check_out(out)
-    if permutations < 0:
-        raise core.DataError(f"--permutations {permutations}", expected="a whole number from 0 up")
-    data = _subject(cache, ratings, rois, properties)
-    split = split_by_concept(data.trials, folds, seed)
-    split.audit()
-    responses = data.responses.astype(float)
-    name = f"{cache.name}, subject {data.card['subject']}, {rois}"
-    runs = {folder.name: _predictions(folder, data, split) for folder in run or ()}
-    sheet = score_subject(
-        responses, data.labels.astype(float), data.trials["concept"].to_numpy(), split, data.properties, runs,
-        bands=None if bands is None else _bands(responses, data, bands), permutations=permutations,
-        dataset=name, root=cache, seed=seed,
-    )  # fmt: skip
-    _tell_sheet(sheet, out, as_json, DECODED)
-
-
-def _bands(responses: np.ndarray, data: Any, first: str) -> dict[str, np.ndarray]:
-    "Responses in some regions, and in all others."
-    from cortexlit.data.volumes import select_rois
-
-    inside = select_rois(data.rois, first)
-    if inside.all() or not inside.any():
-        raise core.DataError(
-            f"--bands {first}: {inside.sum()} of the {len(inside)} voxels of --rois",
-            expected="some of them, and others left",
-        )
-    return {first: responses[:, inside], "rest": responses[:, ~inside]}
-
-
-def _predictions(folder: Path, data: Any, split: Any) -> np.ndarray:
-    "What `things fit` predicted, if it was for this subject, split and these ratings."
-    from cortexlit.training.decoders import FoldFits
-
-    if not (folder / "folds.json").is_file():
-        raise core.MissingError(
-            "no finished run", path=folder, expected="a folder made by `cortexlit things fit`"
-        )
-    return FoldFits.load(folder, split, data).predictions
-
-# %% ../neuro_nbs/19_cli.ipynb #fab3109d
-insilico = typer.Typer(
-    help="What a trained model says of its neurons: tuning, fields, films.", no_args_is_help=True
-)
-app.add_typer(insilico, name="insilico")
-
-Run = Annotated[
-    Path, typer.Argument(help="Folder of a run, by `cortexlit fit` or `train_head`, or of weights.")
-]
-Dataset = Annotated[Path, typer.Argument(help="The dataset folder that it was trained on.")]
-Report = Annotated[Path, typer.Option(help="Folder to write: a table, a figure, JSON.")]
-Neurons = Annotated[
-    list[int] | None, typer.Option(help="Rows of neurons.csv, from 0 (repeat the option); default all.")
-]
-Trust = Annotated[
-    bool, typer.Option("--trust", help="Ask a model that is no better than its baselines, too.")
-]
-Replace = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier report.")]
-
-
-Degrees = Annotated[
-    tuple[float, float] | None,
-    typer.Option(help="Height and width of the screen, where the recording's source does not say."),
-]
-
-
-def _twin(run: Path, dataset: Path, degrees: tuple[float, float] | None, trust: bool) -> Any:
-    "The model in a laboratory with its screen."
-    from cortexlit.insilico.stimuli import open_twin, screen_of
-
-    return open_twin(run, dataset, screen_of(dataset, degrees), trust)
-
-
-def _tell_report(title: str, table: Any, twin: Any, out: Path, as_json: bool) -> None:
-    "A report in short."
-    if as_json:
-        _print_json({"folder": out, "validation": twin.scores, "neurons": table.to_dict("records")})
-        return
-    _show(f"{title}, simulated by the model: {out}", table.round(2).head(20))
-    scores = ", ".join(f"{name} {score:.4f}" for name, score in twin.scores.items())
-    _out.print(f"validation correlation: {scores}", markup=False, highlight=False, soft_wrap=True)
-
-
-@insilico.command("tune")
-def insilico_tune(
-    run: Run, dataset: Dataset, out: Report, neurons: Neurons = None, trust: Trust = False,
-    directions: Annotated[int, typer.Option(help="Directions of drift, evenly spaced.")] = 16,
-    curves: Annotated[bool, typer.Option("--curves", help="Contrast and size, too, by gratings of each neuron's own.")] = False,
-    degrees: Degrees = None,
-    overwrite: Replace = False, as_json: Json = False,
-) -> None:  # fmt: skip
-    """Show drifting gratings to a model: preferred orientation, direction and frequencies of its neurons.
-
-    Examples:
-      cortexlit insilico tune _runs/head data/mouse --out reports/tuning --neurons 3 --neurons 5
-    """
-    from cortexlit.insilico.reports import tuning_report
-
-    twin = _twin(run, dataset, degrees, trust)
-    options = {"directions": directions, "curves": curves, "overwrite": overwrite, "progress": not as_json}
-    _tell_report("tuning", tuning_report(twin, out, neurons, **options), twin, out, as_json)
-
-
-@insilico.command("fields")
-def insilico_fields(
-    run: Run, dataset: Dataset, out: Report, neurons: Neurons = None, trust: Trust = False,
-    pictures: Annotated[int, typer.Option(help="Noise pictures around which gradients are taken.")] = 24,
-    seed: Annotated[int, typer.Option(help="Of the pictures.")] = 0,
-    degrees: Degrees = None,
-    overwrite: Replace = False, as_json: Json = False,
-) -> None:  # fmt: skip
-    """Differentiate a model: where its neurons look, with a Gabor for each.
-
-    Examples:
-      cortexlit insilico fields _runs/head data/mouse --out reports/fields
-    """
-    from cortexlit.insilico.reports import fields_report
-
-    twin = _twin(run, dataset, degrees, trust)
-    table = fields_report(twin, out, neurons, pictures, seed, overwrite, progress=not as_json)
-    _tell_report("receptive fields", table, twin, out, as_json)
-
-
-@insilico.command("excite")
-def insilico_excite(
-    run: Run, dataset: Dataset, out: Report, neurons: Neurons = None, trust: Trust = False,
-    unseen: Annotated[Path | None, typer.Option(help="Another run of the dataset, which chooses among the steps.")] = None,
-    still: Annotated[bool, typer.Option("--still", help="Pictures that stay, instead of films.")] = False,
-    suppress: Annotated[bool, typer.Option("--suppress", help="What is answered least.")] = False,
-    seeds: Annotated[int, typer.Option(help="Climbs for each neuron; the best is written.")] = 2,
-    steps: Annotated[int, typer.Option(help="Of a climb, at most.")] = 20,
-    contrast: Annotated[float, typer.Option(help="Root mean square, above 0, up to 0.7.")] = 0.28,
-    kind: Annotated[str, typer.Option(help="Of the films: gif, webp, or mp4, which needs the extra film.")] = "gif",
-    degrees: Degrees = None,
-    overwrite: Replace = False, as_json: Json = False,
-) -> None:  # fmt: skip
-    """Climb a model to the films that its neurons answer most: a table, a gallery, a film each.
-
-    Examples:
-      cortexlit insilico excite _runs/head data/mouse --out reports/excite --neurons 3 --neurons 5
-    """
-    from cortexlit.insilico.reports import excite_report
-
-    twin = _twin(run, dataset, degrees, trust)
-    other = None if unseen is None else _twin(unseen, dataset, degrees, trust)
-    options = {"still": still, "seeds": seeds, "steps": steps, "contrast": contrast, "suppress": suppress,
-               "kind": kind}  # fmt: skip
-    table = excite_report(
-        twin, out, neurons, **options, unseen=other, overwrite=overwrite, progress=not as_json
-    )
-    title = f"{'least' if suppress else 'most'} exciting {'pictures' if still else 'films'}"
-    _tell_report(title, table, twin, out, as_json)
+    tell_sheet(score_dataset(dataset, last=last, models=models), out, as_json, METRICS)
 
 # %% ../neuro_nbs/19_cli.ipynb #b7e2f0d4
 def real_files() -> dict[str, Any]:  # by name: `OpenFile`
@@ -1228,9 +558,9 @@ def data(
         there = (core.data_home() / entry.path).is_file()
         rows.append({"name": name, "file": entry.path, "MB": entry.bytes / 1e6, "here": there})
     if as_json:
-        _print_json({"folder": core.data_home(), "files": rows})
+        print_json({"folder": core.data_home(), "files": rows})
     else:
-        _show("real files, below the folder that CORTEXLIT_DATA names", rows)
+        show("real files, below the folder that CORTEXLIT_DATA names", rows)
 
 # %% ../neuro_nbs/19_cli.ipynb #73a21bb4
 DEMO_RECORDING = "park_230809"  # the real recording of the demonstration
@@ -1302,7 +632,7 @@ def _demo_fmri(out: Path) -> Any:
 
     root = embedded_things("demo")
     things = open_things(root, "01", "figshare")
-    data = _subject(
+    data = rated_subject(
         build_things(things, out / "datasets" / "things", overwrite=True), root / "ratings", "visual"
     )
     split = split_by_concept(data.trials, 5, 0)
@@ -1399,10 +729,10 @@ def show_demo(out: Path) -> None:
         if (folder / "scores.json").is_file():
             sheet = ScoreSheet.load(folder)
             names += [row.dataset for row in sheet.rows]
-            _tell_sheet(sheet, metrics=metrics)
+            tell_sheet(sheet, metrics=metrics)
     if DEMO_RECORDING not in names:
         entry = real_files()[DEMO_RECORDING]
-        _out.print(
+        OUT.print(
             f"{DEMO_RECORDING}, a real recording, is left out: {entry.path} is not in {core.data_home()}; "
             f"cortexlit data --fetch (or make data) downloads it, {entry.bytes / 1e6:.1f} MB from {entry.url}",
             markup=False, highlight=False, soft_wrap=True,
@@ -1422,14 +752,14 @@ def demo(
       cortexlit demo
       cortexlit demo --out /tmp/demo --json
     """
-    problems = run_demo(out, lambda line: _err.print(line, markup=False, highlight=False))
+    problems = run_demo(out, lambda line: ERR.print(line, markup=False, highlight=False))
     if as_json:
         saved = (folder / "scores.json" for folder in _sheets_of(out).values())
-        _print_json([row for path in saved if path.is_file() for row in core.read_json(path)["rows"]])
+        print_json([row for path in saved if path.is_file() for row in core.read_json(path)["rows"]])
     else:
         show_demo(out)
     if problems:
-        _err.print("\n".join(["FAILED", *problems]), markup=False, highlight=False)
+        ERR.print("\n".join(["FAILED", *problems]), markup=False, highlight=False)
         raise typer.Exit(1)
 
 # %% ../neuro_nbs/19_cli.ipynb #89acf5a4
@@ -1446,7 +776,7 @@ def pretrain_command(
     from cortexlit.training import pretraining
 
     core.check_out(out)
-    _out.print(f"The core is in {pretraining.pretrain(out, seed=seed)}", markup=False, soft_wrap=True)
+    OUT.print(f"The core is in {pretraining.pretrain(out, seed=seed)}", markup=False, soft_wrap=True)
 
 # %% ../neuro_nbs/19_cli.ipynb #0e90262c
 def main() -> None:
@@ -1456,8 +786,8 @@ def main() -> None:
             app()
     except core.CortexlitError as error:
         if "--json" in sys.argv:
-            _print_json({"error": str(error)})
+            print_json({"error": str(error)})
         else:
             told = f"[red]{type(error).__name__}[/]: {escape(str(error))}"
-            _err.print(told, highlight=False, soft_wrap=True)
+            ERR.print(told, highlight=False, soft_wrap=True)
         sys.exit(1)

@@ -408,7 +408,8 @@ def readers(root: Path, study: Path, cache: Path) -> dict[str, Reader]:
     from toy_training import LAST, Toy, tiers, tiny_model
 
     from cortexlit.core import load_array
-    from cortexlit.data import allen, opendata, splits, things
+    from cortexlit.data import allen, cached, opendata, splits, things
+    from cortexlit.data import volumes as nifti
     from cortexlit.data.clips import MouseDataset
     from cortexlit.data.exchange import import_arrays, import_sensorium2022, import_tree
     from cortexlit.data.folds import build_folds, fold_folders, pooled_tier
@@ -425,7 +426,7 @@ def readers(root: Path, study: Path, cache: Path) -> dict[str, Reader]:
     made["folds"] = build_folds(recording(), root / "folds", folds=3, clip_frames=10, size=(6, 8), gap=2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        made["things"] = things.build_things(things.open_things(study, "01", "figshare"), root / "things")
+        made["things"] = cached.build_things(things.open_things(study, "01", "figshare"), root / "things")
     for layout in READERS:
         made[layout] = tree(root / layout, layout)
     for layout in ("figshare", "volumes"):
@@ -433,7 +434,7 @@ def readers(root: Path, study: Path, cache: Path) -> dict[str, Reader]:
     shutil.copy(study / "ratings/animacy.csv", root)
     np.save(root / "images.npy", np.random.default_rng(0).random((9, 4, 5)))
     np.savez(root / "arrays.npz", a=np.arange(9.0), b=np.array(["x"]))
-    split = splits.split_by_concept(things.ThingsDataset(made["things"]).trials)
+    split = splits.split_by_concept(cached.ThingsDataset(made["things"]).trials)
     split.save(root / "split.json")
     out, responses = root / "out", np.random.default_rng(1).random((9, 2))
 
@@ -495,7 +496,7 @@ def readers(root: Path, study: Path, cache: Path) -> dict[str, Reader]:
     figshare, volumes = root / "fmri-figshare", root / "fmri-volumes"
     nwb = mouse / f"ophys_experiment_data/{session}.nwb"
     voxel_cache = {
-        "read": lambda: [(d := things.ThingsDataset(made["things"])).responses, d.rois, d.trials, d.mask]
+        "read": lambda: [(d := cached.ThingsDataset(made["things"])).responses, d.rois, d.trials, d.mask]
     }
     found = {
         "array": Reader(root / "images.npy", lambda: load_array(root / "images.npy"), bare=True),
@@ -513,7 +514,7 @@ def readers(root: Path, study: Path, cache: Path) -> dict[str, Reader]:
         "2022, ids": Reader(made["2022"] / "meta/neurons/unit_ids.npy", lambda: importing(import_sensorium2022, made["2022"])),
         "laboratory": Reader(root / "images.npy", lambda: importing(import_arrays, root / "images.npy", responses)),
         "ratings": Reader(root / "animacy.csv", lambda: things.load_properties(root / "animacy.csv", ["lives"])),
-        "volume": Reader(one(volumes, "sub-01*brainmask*"), partial(things.read_nifti, one(volumes, "sub-01*brainmask*")), bare=True),
+        "volume": Reader(one(volumes, "sub-01*brainmask*"), partial(nifti.read_nifti, one(volumes, "sub-01*brainmask*")), bare=True),
         "mask": Reader(one(volumes, "sub-01*brainmask*"), lambda: voxels("volumes")),
         "region": Reader(one(volumes, "*_parcels/sub-01_*.nii.gz"), lambda: voxels("volumes")),
         "areas": Reader(one(volumes, "prf/sub-01/resampled_varea.nii.gz"), lambda: voxels("volumes")),
@@ -602,6 +603,7 @@ def commands(root: Path) -> dict[str, tuple[list[str], dict[str, list[str]]]]:
     from toy_training import tiny_model
 
     from cortexlit.data import things
+    from cortexlit.data.cached import build_things
     from cortexlit.data.folds import build_folds
     from cortexlit.simulate import subject
 
@@ -610,7 +612,7 @@ def commands(root: Path) -> dict[str, tuple[list[str], dict[str, list[str]]]]:
     (root / "thesis/chapter1.tex").write_text("years")
     study = subject.embedded_things("tiny", layouts=("figshare",))
     data, pictures = str(clips(root / "clips")), str(scenes(root / "scenes"))
-    cache = str(things.build_things(things.open_things(study), root / "cache"))
+    cache = str(build_things(things.open_things(study), root / "cache"))
     folds = str(build_folds(recording(), root / "folds", folds=3, clip_frames=10, size=(6, 8), gap=2))
     model = tiny_model(core_state=False, size=(6, 8))
     model.save_core(root / "core")

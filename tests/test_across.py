@@ -9,7 +9,9 @@ from cortexlit.insilico import excite
 from cortexlit.insilico.across import across_stimuli, simulated_trials
 from cortexlit.insilico.excite import true_cells
 from cortexlit.insilico.stimuli import Screen, grating_table, render_gratings
-from cortexlit.simulate.session import FIELD, embedded_session, load_truth, receptive_fields, resize
+from cortexlit.simulate.cortex import receptive_fields
+from cortexlit.simulate.screen import FIELD, resize
+from cortexlit.simulate.session import embedded_session, load_truth
 
 SCREEN = Screen(rate=30.168)
 

@@ -152,7 +152,7 @@ def test_grid_shows_every_run_and_goes_on(inputs, tmp_path, capsys, monkeypatch)
 
 
 def test_sessions_fit_into_80_columns(tiny_cache, capsys, monkeypatch):
-    monkeypatch.setattr(cli._out, "width", 80)
+    monkeypatch.setattr(cli.OUT, "width", 80)
     monkeypatch.setattr(sys, "argv", ["cortexlit", "sessions", "--cache", str(tiny_cache)])
     with contextlib.suppress(SystemExit):
         cli.main()

@@ -28,7 +28,13 @@ MADE = {
     "brain",
     "head",
 }  # by `names`, not for nothing
-COMMANDS = {"cli"}  # `cortexlit COMMAND --help` says how a command is used
+COMMANDS = {
+    "cli",
+    "commands.fmri",
+    "commands.pictures",
+    "commands.shell",
+    "commands.silico",
+}  # `cortexlit COMMAND --help` says how a command is used
 COSTLY = {  # CPU seconds of an example that is run only by `COSTLY=1 pytest tests/test_examples.py`
     "insilico.stimuli.demo_twin": 5,
     "simulate.populations.v1like_session": 4,

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from toys import toy_recording
 
 from cortexlit.core import CortexlitError, DataError, MissingError, SplitLeak, read_json, seal, write_json
-from cortexlit.data import allen, opendata, things
+from cortexlit.data import allen, cached, opendata, things, volumes
 from cortexlit.data import folder as folder_checks
 from cortexlit.data.clips import NORMALISATIONS, MouseDataset, build_dataset, load_tier
 from cortexlit.data.exchange import export_tree, import_arrays, import_sensorium2022, import_tree
@@ -278,14 +278,14 @@ def test_responses_of_voxels(part, tmp_path, value, layout, call):
             file["ResponseData/block0_values"][5, 7] = value
     else:
         path = one(root, "sub-01_*run-01_betas.nii.gz")
-        values, affine = things.read_nifti(path)
+        values, affine = volumes.read_nifti(path)
         values = values.astype(float)
-        mask = things.read_mask(one(root, "sub-01*brainmask*"), None, root)[0]
+        mask = volumes.read_mask(one(root, "sub-01*brainmask*"), None, root)[0]
         values[tuple(np.argwhere(mask)[5])] = value  # in all volumes of the run
-        things.write_nifti(path, values, affine)
+        volumes.write_nifti(path, values, affine)
     opened = things.open_things(root, "01", layout)
     with pytest.raises(DataError, match=rf"(?s)not finite.*{path.name}"):
-        opened.read() if call == "read" else things.build_things(opened, tmp_path / "out")
+        opened.read() if call == "read" else cached.build_things(opened, tmp_path / "out")
 
 
 def test_a_rating_that_is_infinite(study, tmp_path):
@@ -850,20 +850,20 @@ def test_regions_are_placed_by_their_affine(part):
     for k, path in enumerate(
         files
     ):  # the same region, stored from right to left, or with its axes in another order
-        values, affine = things.read_nifti(path)
+        values, affine = volumes.read_nifti(path)
         if k % 2:
             turn = np.eye(4)[[2, 0, 1, 3]].T
-            things.write_nifti(path, values.transpose(2, 0, 1).copy(), affine @ turn)
+            volumes.write_nifti(path, values.transpose(2, 0, 1).copy(), affine @ turn)
         else:
             flip = np.diag([-1.0, 1, 1, 1])
             flip[0, 3] = values.shape[0] - 1
-            things.write_nifti(path, values[::-1].copy(), affine @ flip)
+            volumes.write_nifti(path, values[::-1].copy(), affine @ flip)
     pd.testing.assert_frame_equal(things.open_things(root, "01").rois, want)
-    values, affine = things.read_nifti(files[0])
-    things.write_nifti(files[0], values, affine + np.eye(4)[:, [3, 3, 3, 0]].T * 0)
+    values, affine = volumes.read_nifti(files[0])
+    volumes.write_nifti(files[0], values, affine + np.eye(4)[:, [3, 3, 3, 0]].T * 0)
     shift = affine.copy()
     shift[0, 3] += 3.0  # less than a voxel
-    things.write_nifti(files[0], values, shift)
+    volumes.write_nifti(files[0], values, shift)
     with pytest.raises(DataError, match="wrong subject grid"):
         things.open_things(root, "01")
 
@@ -909,8 +909,8 @@ def test_brain_masks(part, name):
     root, (change, why) = part("volumes"), MASKS[name]
     want = things.open_things(root, "01")
     path = one(root, "sub-01*brainmask.nii.gz")
-    values, affine = things.read_nifti(path)
-    things.write_nifti(path, change(values), affine)
+    values, affine = volumes.read_nifti(path)
+    volumes.write_nifti(path, change(values), affine)
     if why is None:
         got = things.open_things(root, "01")
         np.testing.assert_array_equal(got.mask, want.mask)
@@ -941,8 +941,8 @@ def test_unpacked_volumes_and_nifti_2(part):
 def test_areas_that_were_interpolated(part):
     root = part("volumes")
     path = one(root, "prf/sub-01/resampled_varea.nii.gz")
-    values, affine = things.read_nifti(path)
-    things.write_nifti(path, values.astype("f4") * 0.9, affine)
+    values, affine = volumes.read_nifti(path)
+    volumes.write_nifti(path, values.astype("f4") * 0.9, affine)
     with pytest.raises(DataError, match="(?s)between two areas.*varea"):
         things.open_things(root, "01")
 
@@ -1341,7 +1341,7 @@ def test_an_edited_card(bench, kind):
     path = bench["cache, card.json" if kind == "things" else f"{kind}, card.json"].path
     whole = path.read_text()
     read = {"clips": lambda p: MouseDataset(p, "train"), "folds": pooled_tier,
-            "scenes": lambda p: ScenesDataset(p, "train"), "things": things.ThingsDataset}[kind]  # fmt: skip
+            "scenes": lambda p: ScenesDataset(p, "train"), "things": cached.ThingsDataset}[kind]  # fmt: skip
     card = json.loads(whole)
     try:
         for change in (
@@ -1375,7 +1375,7 @@ def test_folders_of_another_kind(bench):
         k: bench[f"{'cache' if k == 'things' else k}, card.json"].path.parent for k in folder_checks.KINDS
     }
     read = {"clips": lambda p: MouseDataset(p, "train"), "folds": pooled_tier,
-            "scenes": lambda p: ScenesDataset(p, "train"), "things": things.ThingsDataset}  # fmt: skip
+            "scenes": lambda p: ScenesDataset(p, "train"), "things": cached.ThingsDataset}  # fmt: skip
     for kind, call in read.items():
         call(folder[kind])
         for other in folder.keys() - {kind}:
@@ -1395,10 +1395,10 @@ def test_the_cache_of_a_subject_is_verified(bench):
         ):
             np.save(path, np.ascontiguousarray(change))
             with pytest.raises(CortexlitError, match="responses.npy"):
-                things.ThingsDataset(path.parent)
+                cached.ThingsDataset(path.parent)
     finally:
         path.write_bytes(whole)
-    np.testing.assert_array_equal(things.ThingsDataset(path.parent).responses, values)
+    np.testing.assert_array_equal(cached.ThingsDataset(path.parent).responses, values)
 
 
 # --- kind: manifests and addresses

@@ -940,7 +940,7 @@ def test_messages_keep_their_brackets(monkeypatch, capsys, text):
     with pytest.raises(SystemExit):
         cli.main()
     assert text in capsys.readouterr().err
-    cli._show(text[:60], [{"[b]": "[/c]"}])
+    cli.show(text[:60], [{"[b]": "[/c]"}])
     assert "[/c]" in capsys.readouterr().out
 
 

@@ -208,7 +208,7 @@ def test_nothing_that_trains_opens_a_folder_past_the_model():
     # the hash of a folder; clips dealt to folds without a model; the shapes for a model that is yet to be made
     known = {"folds.py": 1, "lora.py": 1, "films.py": 1}
     root = Path(__file__).resolve().parents[1] / "cortexlit"
-    files = [*(root / "training").glob("*.py"), root / "cli.py"]
+    files = [*(root / "training").glob("*.py"), root / "cli.py", *(root / "commands").glob("*.py")]
     found = {path.name: path.read_text(encoding="utf-8").count("MouseDataset(") for path in files}
     assert {name: n for name, n in found.items() if n} == known
 

@@ -173,6 +173,10 @@ WITHOUT_PICTURE = {
     "19_cli": "what commands print",
     "19a_refusals": "messages of errors",
     "19c_many_processes": "what commands print",
+    "19d_shell": "what commands print",
+    "19e_pictures": "what commands print",
+    "19f_fmri": "what commands print",
+    "19g_silico": "what commands print",
 }
 
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cortexlit.core import DataError, read_json
+from cortexlit.simulate import cortex, screen
 from cortexlit.simulate import populations as pop
 from cortexlit.simulate import session as syn
 from cortexlit.simulate.populations import V1Like, divided, respond, swept
@@ -71,7 +72,7 @@ def above_rest(mouse, i: int, turned: float = 0.0, contrast: float = 0.8, bare: 
 @pytest.mark.parametrize("seed", [0, 3])
 def test_old_seeds_keep_their_content(seed, tmp_path):
     root = syn.write_session(tmp_path / "mouse", "tiny", seed)
-    assert [content(root, k) for k in syn._session_ids(seed).values()] == FIRST[seed]
+    assert [content(root, k) for k in cortex.session_ids(seed).values()] == FIRST[seed]
     assert "population" not in read_json(root / "cortexlit.json")
 
 
@@ -109,8 +110,8 @@ def test_a_mask_at_right_angles_suppresses_only_the_normalised(mouse):
     steps = np.arange(60) / 30
     i = int(neurons["peak_rate"].argmax())
     n = neurons.iloc[i]
-    own = syn.grating(n.direction, n.frequency, n.temporal_frequency * steps, 0.15)
-    mask = syn.grating(n.direction + 90, n.frequency, n.temporal_frequency * steps, 0.6)
+    own = screen.grating(n.direction, n.frequency, n.temporal_frequency * steps, 0.15)
+    mask = screen.grating(n.direction + 90, n.frequency, n.temporal_frequency * steps, 0.6)
     alone, masked = (
         respond(kind, neurons.iloc[[i]], scale[[i]], film)[0, -30:].mean() - n.rest_rate
         for film in (own, own + mask)
@@ -124,10 +125,12 @@ def test_surround_index_is_what_is_stated(mouse):
 
 
 def test_running_suppresses_the_stated_cells(root):
-    still = syn.Behaviour(np.zeros(600), np.full(600, 1700.0), np.zeros((600, 2)), np.zeros(600, bool))
-    runs = syn.Behaviour(np.full(600, 30.0), np.full(600, 1700.0), np.zeros((600, 2)), np.zeros(600, bool))
+    still = cortex.Behaviour(np.zeros(600), np.full(600, 1700.0), np.zeros((600, 2)), np.zeros(600, bool))
+    runs = cortex.Behaviour(np.full(600, 30.0), np.full(600, 1700.0), np.zeros((600, 2)), np.zeros(600, bool))
     neurons = V1Like(suppressed=0.3).neurons(50, 0)
-    ratio = np.array([syn.gain_of(runs, n)[-1] / syn.gain_of(still, n)[-1] for _, n in neurons.iterrows()])
+    ratio = np.array(
+        [cortex.gain_of(runs, n)[-1] / cortex.gain_of(still, n)[-1] for _, n in neurons.iterrows()]
+    )
     assert (ratio < 0.9).sum() == round(0.3 * len(neurons))
     assert (ratio > 1).sum() == len(neurons) - round(0.3 * len(neurons))
     assert (V1Like(suppressed=0.0).neurons(50, 0)["gain_running"] > 0).all()
@@ -135,7 +138,7 @@ def test_running_suppresses_the_stated_cells(root):
 
 def test_fast_gratings_equal_the_film(mouse):
     kind, neurons, _ = mouse
-    film = syn.grating(35, 0.015, 2 * np.arange(60) / 30, 0.5)
+    film = screen.grating(35, 0.015, 2 * np.arange(60) / 30, 0.5)
     whole = kind.filter(film, neurons, [(0.0, 0.0)])[:, :, 0]
     np.testing.assert_allclose(swept(kind, neurons, 35, 0.015, 2.0, 0.5), whole, atol=1e-5)
 
@@ -169,7 +172,7 @@ def test_it_opens_and_all_truths_are_there(root):
 def test_same_seed_same_content_and_no_shared_id(root, tmp_path):
     twin = syn.write_session(tmp_path / "twin", "tiny", 0, V1Like())
     assert [content(twin, k) for k in (A, B)] == [content(root, k) for k in (A, B)]
-    first = {*syn._session_ids(0).values(), *syn._session_ids(9_999).values()}
+    first = {*cortex.session_ids(0).values(), *cortex.session_ids(9_999).values()}
     assert not first & {A, B}
 
 
@@ -192,7 +195,7 @@ def test_wear_is_off_by_default():
 @settings(max_examples=25, deadline=None)
 @given(bleaching=st.floats(0, 0.9), drift=st.floats(-20, 20))
 def test_bleaching_and_drift_do_what_they_say(bleaching, drift):
-    hour = int(3600 * syn.FRAME_RATE)
+    hour = int(3600 * screen.FRAME_RATE)
     neuron = V1Like().neurons(4, 0).iloc[0]
     kind = V1Like(bleaching=bleaching, drift=drift)
     bright = kind.brightness(neuron, hour + 1)

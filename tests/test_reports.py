@@ -21,7 +21,8 @@ from cortexlit.insilico.reports import excite_report, fields_report, tuning_repo
 from cortexlit.insilico.stimuli import Screen, open_twin, present, screen_of, white_noise
 from cortexlit.models.viv1t import ViV1T
 from cortexlit.plots import ffmpeg, save_pages
-from cortexlit.simulate.session import FIELD, filter_pictures, motion_energy, rate_of, resize
+from cortexlit.simulate.cortex import filter_pictures, motion_energy, rate_of
+from cortexlit.simulate.screen import FIELD, resize
 from cortexlit.training.trainer import best_folder
 
 pytestmark = pytest.mark.usefixtures("no_curves")

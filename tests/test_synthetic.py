@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cortexlit.core import CortexlitError, DataError, MissingError, read_json, sha256
+from cortexlit.simulate import cortex, screen
 from cortexlit.simulate import session as syn
 
 A, B = 900_000_001, 900_000_002
@@ -41,7 +42,7 @@ def boc(allensdk, root):
 
 @pytest.fixture(scope="module")
 def stage():
-    return syn.set_stage(syn.SESSION_A, "tiny")
+    return cortex.set_stage(screen.SESSION_A, "tiny")
 
 
 # ---------------------------------------------------------------- bytes and files
@@ -135,7 +136,7 @@ def test_truth_of_what_is_not_there(root, tmp_path):
 
 
 def test_published_epochs_and_master_table():
-    timeline = syn.session_timeline(syn.SESSION_A, "demo")
+    timeline = screen.session_timeline(screen.SESSION_A, "demo")
     assert timeline.epochs[["start", "end"]].to_numpy().ravel().tolist() == EPOCHS
     assert sum(map(len, timeline.tables.values())) == 45_629
     assert len(timeline.timestamps) == 115_690
@@ -146,16 +147,16 @@ def test_published_epochs_and_master_table():
 
 
 def test_session_b_counts():
-    tables = syn.session_timeline(syn.SESSION_B, "demo").tables
+    tables = screen.session_timeline(screen.SESSION_B, "demo").tables
     scenes = tables["natural_scenes"]["frame"].value_counts()
     assert scenes.drop(-1).tolist() == [50] * 118 and scenes[-1] == 50
     assert len(tables["static_gratings"]) == 6000 and len(tables["natural_movie_one"]) == 9000
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.integers(0, 9999), st.sampled_from([syn.SESSION_A, syn.SESSION_B]))
+@given(st.integers(0, 9999), st.sampled_from([screen.SESSION_A, screen.SESSION_B]))
 def test_timelines_of_all_mice(seed, session_type):
-    timeline = syn.session_timeline(session_type, "tiny", seed)
+    timeline = screen.session_timeline(session_type, "tiny", seed)
     assert (np.diff(timeline.timestamps) > 0).all()
     last = len(timeline.timestamps)
     for table in timeline.tables.values():
@@ -163,7 +164,7 @@ def test_timelines_of_all_mice(seed, session_type):
         assert table["end"].max() < last
         at = np.interp(table["onset"], timeline.timestamps, np.arange(last))
         assert np.array_equal(np.floor(at), table["start"])
-    reference = syn.session_timeline(session_type, "tiny", 0).epochs
+    reference = screen.session_timeline(session_type, "tiny", 0).epochs
     pd.testing.assert_frame_equal(timeline.epochs, reference)
 
 
@@ -179,11 +180,11 @@ def test_cache_queries(boc):
     assert len(boc.get_experiment_containers()) == 1 and len(boc.get_cell_specimens()) == 10
 
 
-@pytest.mark.parametrize("session, kind", [(A, syn.SESSION_A), (B, syn.SESSION_B)])
+@pytest.mark.parametrize("session, kind", [(A, screen.SESSION_A), (B, screen.SESSION_B)])
 def test_allensdk_reads_everything(boc, root, session, kind):
     data = boc.get_ophys_experiment_data(session)
     clock, raw = data.get_fluorescence_traces()
-    timeline = syn.session_timeline(kind, "tiny")
+    timeline = screen.session_timeline(kind, "tiny")
     assert np.array_equal(clock, timeline.timestamps) and raw.shape == (8, len(clock))
     _, demixed = data.get_demixed_traces()
     _, neuropil = data.get_neuropil_traces()
@@ -287,30 +288,30 @@ def test_truth_belongs_to_the_file(root, boc, stage):
     assert np.allclose(r, truth["ceiling"], atol=0.01)
     assert truth["ceiling"][truth["kind"] == "reliable"].mean() > 0.2
     for movie in ("natural_movie_one", "natural_movie_three"):
-        rates, response = syn.movie_responses(stage, movie)
+        rates, response = cortex.movie_responses(stage, movie)
         assert np.allclose(truth[f"rate_{movie}"], rates, rtol=1e-4, atol=1e-5)
         assert np.allclose(truth[f"expected_{movie}"], response, rtol=1e-4, atol=1e-5)
 
 
 def test_true_response_is_aligned_with_the_tables(stage):
     """Straight gaze, no running: the conditional expectation must be the looped movie response, frame for frame."""
-    still = syn.Behaviour(
+    still = cortex.Behaviour(
         np.zeros_like(stage.behaviour.running),
         np.full_like(stage.behaviour.pupil_area, 1700.0),
         np.zeros_like(stage.behaviour.gaze),
         stage.behaviour.blink,
     )
-    calm = syn.Stage(**{**vars(stage), "behaviour": still, "weights": syn.gaze_weights(still.gaze)})
+    calm = cortex.Stage(**{**vars(stage), "behaviour": still, "weights": cortex.gaze_weights(still.gaze)})
     starts = stage.timeline.tables["natural_movie_one"]["start"].to_numpy().reshape(10, 150)[3:]
-    looped = syn.movie_responses(calm, "natural_movie_one")[1]
+    looped = cortex.movie_responses(calm, "natural_movie_one")[1]
     for i in np.argsort(-looped.std(1))[:4]:
-        trials = syn.simulate_cell(calm, int(i)).expected[starts]
+        trials = cortex.simulate_cell(calm, int(i)).expected[starts]
         r = [[np.corrcoef(np.roll(looped[i], k), t)[0, 1] for k in range(-6, 7)] for t in trials]
         assert abs(int(np.mean(r, 0).argmax()) - 6) <= 1 and np.mean(r, 0).max() > 0.97
 
 
 def test_one_cell_can_be_made_again_alone(root, boc, stage):
-    cell = syn.simulate_cell(stage, 5)
+    cell = cortex.simulate_cell(stage, 5)
     assert np.array_equal(cell.dff, boc.get_ophys_experiment_data(A).get_dff_traces()[1][5])
 
 
@@ -332,13 +333,13 @@ def test_resize_is_torch_bilinear():
         want = torch.nn.functional.interpolate(torch.from_numpy(stack)[None], shape, mode="bilinear")[
             0
         ].numpy()
-        assert np.allclose(syn.resize(stack, shape), want, atol=1e-5)
+        assert np.allclose(screen.resize(stack, shape), want, atol=1e-5)
 
 
 def test_linear_drive_is_the_recursion_it_says():
-    neuron = syn.make_neurons(8).iloc[0]
+    neuron = cortex.make_neurons(8).iloc[0]
     signal = (np.arange(40) % 7 + 1j * (np.arange(40) % 5)).astype(np.complex64)
-    pole = np.exp((-1 / syn.MEMORY + 2j * np.pi * neuron.temporal_frequency) / 30)
+    pole = np.exp((-1 / cortex.MEMORY + 2j * np.pi * neuron.temporal_frequency) / 30)
     late, stages = np.concatenate([np.zeros(1), signal[:-1]]), []
     for _ in range(2):
         out, y = [], 0
@@ -347,44 +348,44 @@ def test_linear_drive_is_the_recursion_it_says():
             out.append(y)
         late = np.array(out)
         stages.append(late)
-    assert np.allclose(syn.linear_drive(signal, neuron, 30.0)[0], stages[-1])
+    assert np.allclose(cortex.linear_drive(signal, neuron, 30.0)[0], stages[-1])
 
 
 @pytest.mark.parametrize("direction", [20.0, 110.0, 250.0])
 def test_neuron_prefers_its_own_direction(direction):
     neurons = (
-        syn.make_neurons(8)
+        cortex.make_neurons(8)
         .iloc[[0]]
         .assign(direction=direction, direction_selectivity=0.9, complex_cell=True, azimuth=0.0, altitude=0.0)
     )
     row, moments = neurons.iloc[0], np.arange(90) / 30
     energy = {}
     for d in (direction, direction + 180, direction + 90):
-        pictures = syn.grating(d, row.frequency, row.temporal_frequency * moments)
-        signal = syn.filter_pictures(pictures, neurons, gazes=[(0.0, 0.0)])[0, :, 0]
-        energy[d - direction] = syn.motion_energy(signal, row, 30.0)[30:].mean()
+        pictures = screen.grating(d, row.frequency, row.temporal_frequency * moments)
+        signal = cortex.filter_pictures(pictures, neurons, gazes=[(0.0, 0.0)])[0, :, 0]
+        energy[d - direction] = cortex.motion_energy(signal, row, 30.0)[30:].mean()
     assert energy[0] > 1.5 * energy[180] and energy[0] > 5 * energy[90]
 
 
 def test_gaze_moves_the_receptive_field():
-    neurons = syn.make_neurons(8)
-    step = syn.DEGREES_PER_FIELD_PX
-    still, moved = syn.receptive_fields(neurons), syn.receptive_fields(neurons, (4 * step, 0.0))
+    neurons = cortex.make_neurons(8)
+    step = screen.DEGREES_PER_FIELD_PX
+    still, moved = cortex.receptive_fields(neurons), cortex.receptive_fields(neurons, (4 * step, 0.0))
     assert np.allclose(moved[..., 12:-8], still[..., 8:-12], atol=2e-3)
-    weights = syn.gaze_weights(np.array(syn.GAZES))
+    weights = cortex.gaze_weights(np.array(cortex.GAZES))
     assert np.allclose(weights, np.eye(9))
 
 
 def test_running_and_pupil_raise_the_rate():
-    neuron = syn.make_neurons(8).iloc[0].copy()
+    neuron = cortex.make_neurons(8).iloc[0].copy()
     neuron["gain_running"], neuron["gain_pupil"] = 0.5, 0.2
     frames = 600
 
     def gain(speed: float, area: float) -> float:
-        b = syn.Behaviour(
+        b = cortex.Behaviour(
             np.full(frames, speed), np.full(frames, area), np.zeros((frames, 2)), np.zeros(frames, bool)
         )
-        return syn.gain_of(b, neuron)[-1]
+        return cortex.gain_of(b, neuron)[-1]
 
     assert gain(0, 1700) == pytest.approx(1)
     assert gain(20, 1700) > 1.4 and gain(0, 3000) > 1.2 and gain(-5, 1700) == pytest.approx(1)
@@ -392,7 +393,7 @@ def test_running_and_pupil_raise_the_rate():
 
 @pytest.mark.parametrize("cells", [8, 64, 227])
 def test_masks_never_overlap(cells):
-    neurons = syn.make_neurons(cells, seed=2)
+    neurons = cortex.make_neurons(cells, seed=2)
     assert len(neurons) == int(np.ceil(1.2 * cells)) and neurons["cell_id"].is_unique
     masks = syn.roi_masks(neurons, 2, (3, -2))
     assert masks.sum(0).max() == 1 and masks.sum((1, 2)).min() > 50
@@ -400,7 +401,7 @@ def test_masks_never_overlap(cells):
 
 
 def test_movies_are_one_over_f():
-    movie = syn.natural_movie("natural_movie_three", 290).astype(float) - 128
+    movie = screen.natural_movie("natural_movie_three", 290).astype(float) - 128
     power = (np.abs(np.fft.rfft2(movie - movie.mean((1, 2), keepdims=True))) ** 2).mean(0)
     f = np.hypot(np.fft.fftfreq(76)[:, None], np.fft.rfftfreq(152))
     use = (f > 0.02) & (f < 0.2)

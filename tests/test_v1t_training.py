@@ -12,7 +12,7 @@ from cortexlit.core import DataError, rng
 from cortexlit.data.exchange import import_arrays
 from cortexlit.data.scenes import ScenesDataset, load_scenes
 from cortexlit.models.v1t import V1T, V1TConfig
-from cortexlit.simulate.session import scene
+from cortexlit.simulate.screen import scene
 from cortexlit.simulate.tiles import neuron_types, simulated_responses
 from cortexlit.training.recipes import CORE, SCENE_RECIPE, SESSIONS, Recipe
 from cortexlit.training.scenes import (

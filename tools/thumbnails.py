@@ -28,7 +28,6 @@ CARD_SIZE = (1200, 630)  # as the networks cut it
 # Which figure of a page, where that is not the first: the one that is closest to the page's answer and still
 # recognised when small.
 CHOSEN = {
-    "neuro_nbs/02_synthetic_session.ipynb": 4,
     "neuro_nbs/03_dataset.ipynb": 1,
     "neuro_nbs/04_metrics.ipynb": 1,
     "neuro_nbs/05_baseline.ipynb": 4,

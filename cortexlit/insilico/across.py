@@ -20,7 +20,8 @@ from ..core import DataError, rng
 from ..evaluation.intervals import contributions, score_interval
 from .excite import TrueCells
 from ..metrics import single_trial_correlation
-from ..simulate.session import calcium, fire, wander
+from ..simulate.cortex import calcium, fire
+from ..simulate.screen import wander
 
 # %% ../../neuro_nbs/23_across_stimuli.ipynb #23aa0014
 def simulated_trials(

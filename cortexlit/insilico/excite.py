@@ -21,18 +21,8 @@ from tqdm.std import tqdm
 from ..core import DataError, digest, generated, made_once, rng
 from .stimuli import Screen, Twin
 from ..plots import save_pages
-from cortexlit.simulate.session import (
-    FIELD,
-    LATENCY,
-    MEMORY,
-    WORLD,
-    energy_scale,
-    make_neurons,
-    natural_movie,
-    receptive_fields,
-    resize,
-    size_named,
-)
+from ..simulate.cortex import LATENCY, MEMORY, energy_scale, make_neurons, receptive_fields
+from ..simulate.screen import FIELD, WORLD, natural_movie, resize, size_named
 
 # %% ../../neuro_nbs/22_most_exciting_inputs.ipynb #22aa0008
 def fix_contrast(

@@ -21,19 +21,16 @@ from scipy.optimize import brentq
 from scipy.signal import lfilter
 
 from ..core import DataError, digest, generated, locked, rng, without_subnormals
-from cortexlit.simulate.session import (
+from .cortex import GAZES, LATENCY, Population, make_neurons
+from cortexlit.simulate.screen import (
     DEGREES_PER_FIELD_PX,
     FIELD,
     FRAME_RATE,
-    GAZES,
-    LATENCY,
-    Population,
     grating,
-    make_neurons,
     movie_on_field,
     size_named,
-    write_session,
 )
+from .session import write_session
 
 # %% ../../neuro_nbs/02b_second_population.ipynb #6938840e
 SUBUNITS = 3

@@ -11,18 +11,16 @@ import numpy as np
 import pandas as pd
 
 from ..core import DataError
-from cortexlit.simulate.session import (
-    FIELD,
+from cortexlit.simulate.cortex import (
     GABORS,
     LATENCY,
-    WORLD,
     Population,
     energy_of,
     rate_of,
     receptive_fields,
-    resize,
     resonated,
 )
+from .screen import FIELD, WORLD, resize
 
 # %% auto #0
 __all__ = ['neuron_types', 'tiled', 'energies', 'simulated_responses']

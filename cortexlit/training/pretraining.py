@@ -46,18 +46,9 @@ from cortexlit.core import (
 from ..data.clips import resize_frames
 from ..metrics import single_trial_correlation
 from ..models.viv1t import ViV1T, ViV1TConfig
+from ..simulate.cortex import GABORS, Population, calcium, rate_of, receptive_fields
 from ..simulate.populations import V1Like, drives, filtered, pools, two_lobes
-from cortexlit.simulate.session import (
-    FIELD,
-    FRAME_RATE,
-    GABORS,
-    Population,
-    calcium,
-    rate_of,
-    receptive_fields,
-    resize,
-    scene,
-)
+from ..simulate.screen import FIELD, FRAME_RATE, resize, scene
 from ..simulate.tiles import energies, neuron_types, tiled
 
 # %% ../../neuro_nbs/07_pretraining.ipynb #6c796ec1

@@ -23,7 +23,7 @@ from ..data.clips import resize_frames
 from ..data.scenes import SceneArrays, ScenesDataset, load_scenes
 from ..models.readouts import standard_coordinates
 from ..models.v1t import V1T, V1TConfig
-from ..simulate.session import DEGREES_PER_PX, WORLD, scene
+from ..simulate.screen import DEGREES_PER_PX, WORLD, scene
 from ..simulate.tiles import neuron_types, simulated_responses
 from .recipes import CORE, SCENE_RECIPE, Recipe
 from .trainer import Fit, check_options, fit
