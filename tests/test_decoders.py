@@ -340,7 +340,7 @@ def test_trials_read_many_at_a_time_are_those_trials(tmp_path):
         _Part(TiedToItems(data), rows, np.float32([1.0]), np.float32([2.0])),
     ]
     for part in parts:
-        for name, values in part.batch([2, 0, 0]).items():
+        for name, values in part.stacked([2, 0, 0]).items():
             assert values.equal(torch.stack([part[i][name] for i in (2, 0, 0)])), (type(part), name)
 
 

@@ -566,7 +566,7 @@ def test_a_batch_of_one_sample_is_its_tensors_and_no_copy():
 class InOneRead(list):
     "Items that can be read many at a time."
 
-    def batch(self, rows):
+    def stacked(self, rows):
         return torch.utils.data.default_collate([self[i] for i in rows])
 
 

@@ -195,11 +195,11 @@ def same_stimuli(
 
 # %% ../../neuro_nbs/03a_audit.ipynb #6e218199
 def each_sample(dataset: Any) -> Iterator[Mapping[str, Any]]:
-    "The items of a map-style dataset in their order; read many at a time where it has `batch(rows)`."
+    "The items of a map-style dataset in their order; read many at a time where it has `stacked(rows)`."
     for start in range(0, len(dataset), 64):
         rows = range(start, min(start + 64, len(dataset)))
-        if hasattr(dataset, "batch"):
-            both = dataset.batch(rows)
+        if hasattr(dataset, "stacked"):
+            both = dataset.stacked(rows)
             yield from ({name: values[k] for name, values in both.items()} for k in range(len(rows)))
         else:
             yield from (dataset[i] for i in rows)

@@ -354,7 +354,7 @@ class ThingsDataset(Shown):
             item["labels"] = self.labels[place]
         return {k: torch.from_numpy(v) for k, v in item.items()}
 
-    def batch(
+    def stacked(
         self,
         rows: Sequence[int],  # positions in the dataset
     ) -> dict[str, torch.Tensor]:  # as the items, with a first axis for the rows

@@ -59,7 +59,7 @@ class _Part(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
         return self._told(self.data[int(self.rows[i])])
 
-    def batch(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+    def stacked(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
         return self._told(several(self.data, self.rows[np.asarray(rows)].tolist()))
 
     def _told(self, item: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -78,7 +78,7 @@ class _Named(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
         return self.data[int(self.rows[i])] | {"labels": self.numbers[i]}
 
-    def batch(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+    def stacked(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
         rows = np.asarray(rows)
         return several(self.data, self.rows[rows].tolist()) | {"labels": self.numbers[rows]}
 
@@ -89,7 +89,7 @@ class _More(torch.utils.data.Dataset):
     def __init__(self, part: _Part, name: str, ratio: float, seed: int):
         if "voxels" not in part[0]:
             raise DataError(f'augment="{name}" of volumes', fix='ThingsDataset(..., form="voxels")')
-        items = part.batch(range(len(part)))
+        items = part.stacked(range(len(part)))
         patterns, labels = (items[key].numpy() for key in ("voxels", "labels"))
         made = with_made(name, patterns, labels, ratio, seed)
         self.patterns, self.labels = map(torch.from_numpy, made)
@@ -100,7 +100,7 @@ class _More(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
         return {"voxels": self.patterns[i], "labels": self.labels[i]}
 
-    def batch(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+    def stacked(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
         rows = np.asarray(rows)
         return {"voxels": self.patterns[rows], "labels": self.labels[rows]}
 

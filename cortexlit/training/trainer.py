@@ -90,9 +90,9 @@ from cortexlit.training.features import (
 
 # %% ../../neuro_nbs/06b_trainer.ipynb #79964d28
 def several(dataset: Any, rows: Sequence[int]) -> dict[str, Any]:
-    "Items of a map-style dataset as one batch: by its own `batch(rows)`, if it has one, or one after the other."
-    if hasattr(dataset, "batch"):
-        return dict(dataset.batch(rows))
+    "Items of a map-style dataset as one batch: by its own `stacked(rows)`, if it has one, or one after the other."
+    if hasattr(dataset, "stacked"):
+        return dict(dataset.stacked(rows))
     items = [dataset[i] for i in rows]
     if len(items) > 1:
         return default_collate(items)
@@ -731,14 +731,14 @@ class _Looked:
 
     def __init__(self, dataset: Any, what: str, outputs: int | None):
         self.dataset, self.what, self.outputs = dataset, what, outputs
-        if hasattr(dataset, "batch"):
-            self.batch = self._batch
+        if hasattr(dataset, "stacked"):
+            self.stacked = self._stacked
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def _batch(self, rows: Sequence[int]) -> dict[str, Any]:
-        found = self.dataset.batch(rows)
+    def _stacked(self, rows: Sequence[int]) -> dict[str, Any]:
+        found = self.dataset.stacked(rows)
         with suppress(DataError):
             for value in filter(torch.is_floating_point, found.values()):
                 finite("a batch", value.numpy())
