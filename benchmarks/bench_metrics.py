@@ -95,9 +95,11 @@ def main() -> None:
         "--repeats", type=int, default=5, help="runs of the loop (5 of the library's to each)"
     )
     args = parser.parse_args()
+    load = [round(os.getloadavg()[0], 2)]  # processes that wanted a processor, before and after
     cases = [compare(last, args.repeats) for last in (None, 66)]
-    threads = os.environ.get("OMP_NUM_THREADS")
-    write_json(args.out, {"shape": SHAPE, "cases": cases, "provenance": provenance(omp_num_threads=threads)})
+    load.append(round(os.getloadavg()[0], 2))
+    about = provenance(omp_num_threads=os.environ.get("OMP_NUM_THREADS"), load=load)
+    write_json(args.out, {"shape": SHAPE, "cases": cases, "provenance": about})
     for case in cases:
         print(json.dumps({k: v for k, v in case.items() if not k.endswith("_s")}))
 

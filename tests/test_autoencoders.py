@@ -11,6 +11,9 @@ from torch.distributions import Independent, MultivariateNormal, Normal, kl_dive
 
 from cortexlit.core import DataError
 from cortexlit.models.autoencoders import VAE, VAEConfig
+from cortexlit.models.diffusion import Diffusion
+from cortexlit.models.flows import FlowMatching
+from cortexlit.models.gan import GAN
 
 
 def small(**options):
@@ -202,3 +205,27 @@ def test_options_that_no_model_can_be_built_from(wrong, said):
 def test_inputs_that_do_not_fit(call, said):
     with pytest.raises(DataError, match=said):
         call(small(labels=2), torch.randn(3, 7), torch.ones(3, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [VAE, GAN, Diffusion, FlowMatching])
+def test_bfloat16_weights_answer_and_learn_nearly_as_float32(kind, dtype):
+    torch.manual_seed(0)
+    model, x, y = kind(kind.config_class(inputs=6, labels=3)).eval(), torch.randn(8, 6), torch.randn(8, 3)
+
+    def answer(x, y):
+        if kind is Diffusion:
+            return model.predict(x, torch.arange(10, 90, 10), y)
+        if kind is FlowMatching:
+            return model.velocity(x, 0.5, y)
+        return model(x, y).logits if kind is GAN else model.encode(x, y)[0]
+
+    with torch.no_grad():
+        full = answer(x, y)
+        model.to(torch.bfloat16)
+        x, y = x.to(dtype), y.to(dtype)
+        assert (answer(x, y).float() - full).norm() < 0.05 * full.norm()
+        assert torch.isfinite(model.sample(y)).all()
+    loss = model.judge_loss(x, y) + model.generator_loss(y) if kind is GAN else model.loss(x, y)
+    loss.mean().backward()
+    assert all(torch.isfinite(weight.grad).all() for weight in model.parameters())

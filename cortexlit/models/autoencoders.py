@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..core import DataError
+from .readouts import as_weights
 from .viv1t import Saved, check_sizes, refuse_unknown
 
 # %% auto #0
@@ -171,15 +172,15 @@ class Patterns(Saved, PreTrainedModel):
     def _joined(
         self, name: str, values: torch.Tensor, width: int, labels: torch.Tensor | None
     ) -> torch.Tensor:
-        "Values with the labels beside them; `DataError` if either does not fit."
+        "Values with the labels beside them, in the type of the weights; `DataError` if either does not fit."
         if labels is not None and not self.config.labels:
             kind = type(self.config).__name__
             raise DataError("labels for a model without", expected="none", fix=f"{kind}(labels=...)")
         self._fits(name, values, width)
         if not self.config.labels:
-            return values
+            return as_weights(self, values)
         self._fits("labels", labels, self.config.labels, len(values))
-        return torch.cat([values, labels], 1)
+        return as_weights(self, torch.cat([values, labels], 1))
 
     def _draw(self, like: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
         "Standard normal numbers of the same shape."

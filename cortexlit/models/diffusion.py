@@ -115,7 +115,7 @@ class Diffusion(Patterns):
         c = self.config
         beta = torch.linspace(*c.betas, c.times, dtype=torch.float64)
         share = torch.cat([beta.new_ones(1), (1 - beta).cumprod(0)])
-        return share.to(self.device, self.dtype)[times]
+        return share.to(self.device, torch.promote_types(self.dtype, torch.float32))[times]
 
     def predict(
         self,
@@ -132,11 +132,11 @@ class Diffusion(Patterns):
         if len(times) and not 1 <= int(times.min()) <= int(times.max()) <= c.times:
             raise DataError("times outside the model's", expected=f"1 to {c.times}")
         angle = times[:, None] / c.times * 1000 * 1e-4 ** (torch.arange(16, device=self.device) / 16)
-        clock, seen = torch.cat([angle.sin(), angle.cos()], 1), noisy
+        clock, seen = torch.cat([angle.sin(), angle.cos()], 1).to(self.dtype), noisy
         if c.labels:
             shown = torch.ones_like(noisy[:, :1]) if known is None else known.to(noisy.dtype)[:, None]
             seen = torch.cat([noisy, labels * shown, shown], 1)
-        left = self.kept(times)[:, None]
+        left, seen = self.kept(times)[:, None], seen.to(self.dtype)
         rest = self.net(torch.cat([seen, clock], 1)) + self.up(self.gate(clock) * self.down(seen))
         return (1 - left).sqrt() * noisy + left.sqrt() * rest
 

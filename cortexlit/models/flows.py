@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 
 from ..core import DataError
 from .autoencoders import Patterns, check_widths, how_many, linear_layers, whole_option
+from .readouts import as_weights
 from .viv1t import refuse_unknown
 
 # %% auto #0
@@ -112,7 +113,8 @@ class FlowMatching(Patterns):
         if not ((times >= 0) & (times <= 1)).all():
             raise DataError("times outside 0 to 1", expected="0: noise, 1: responses")
         column = times.expand(len(points)).view(-1, 1)
-        return self.net(torch.cat([points, column] + ([labels] if self.config.labels else []), 1))
+        seen = torch.cat([points, column] + ([labels] if self.config.labels else []), 1)
+        return self.net(as_weights(self.net, seen))
 
     def _road(
         self,

@@ -119,9 +119,11 @@ class GAN(Patterns):
     ) -> GANOutput:
         "The judge's view of responses."
         self._joined("responses", responses, self.config.inputs, labels)
-        seen = F.elu(self.judge(responses))
+        seen = F.elu(self.judge(responses.to(self.dtype)))
         logits = self.verdict(seen)[:, 0]
-        return GANOutput(logits if self.match is None else logits + (seen * self.match(labels)).sum(1))
+        if self.match is not None:
+            logits = logits + (seen * self.match(labels.to(self.dtype))).sum(1)
+        return GANOutput(logits)
 
     def decode(
         self,
