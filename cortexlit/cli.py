@@ -728,6 +728,8 @@ def show_demo(out: Path) -> None:
     for folder, metrics in zip(_sheets_of(out).values(), (METRICS, DECODED), strict=True):
         if (folder / "scores.json").is_file():
             sheet = ScoreSheet.load(folder)
+            if names:
+                OUT.print()  # a sheet begins after an empty line
             names += [row.dataset for row in sheet.rows]
             tell_sheet(sheet, metrics=metrics)
     if DEMO_RECORDING not in names:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -155,9 +156,14 @@ def curve_html(
 _WRAPPED = 26  # a cell that is longer may wrap: a score with its interval is shorter
 
 
+def _whole(text: str) -> str:
+    "With blanks that do not break within short parentheses: the seed of a model stays on one line."
+    return re.sub(r"\([^()]{1,20}\)", lambda found: found[0].replace(" ", "\u00a0"), text)
+
+
 def _needed(cells: pd.Series) -> int:
     "Columns of a terminal that a column of text asks for at least."
-    words = [len(word) for text in [*cells, str(cells.name)] for word in text.split()]
+    words = [len(word) for text in [*cells, str(cells.name)] for word in re.split("[ \t\n]+", _whole(text))]
     return max([1, *words, *(min(len(cell), _WRAPPED) for cell in cells)])
 
 
@@ -180,10 +186,16 @@ def _printed(text: pd.DataFrame, right: Sequence[str], width: int) -> str:
         more = more if more <= left else left * any(len(cell) > _WRAPPED for cell in cells)
         widths[name], left = widths[name] + more, left - more
 
-    def lines(cells: Sequence[str]) -> list[str]:
-        folds = [
-            textwrap.wrap(c, w, break_long_words=False) for c, w in zip(cells, widths.values(), strict=True)
-        ]
+    def fold(cell: str, at: int, inside: str) -> list[str]:
+        "As several lines; those after the first of a left column are set in, if they then fit."
+        width = list(widths.values())[at]
+        found = textwrap.wrap(_whole(cell), width, subsequent_indent=inside, break_long_words=False)
+        if inside and max(map(len, found), default=0) > width:
+            return fold(cell, at, "")
+        return [line.replace("\u00a0", " ") for line in found]
+
+    def lines(cells: Sequence[str], inside: str = "") -> list[str]:
+        folds = [fold(cell, at, inside if at == 0 else "") for at, cell in enumerate(cells)]
         rows = zip_longest(*folds, fillvalue="")
         put = [str.rjust if name in right else str.ljust for name in widths]
         return [
@@ -192,7 +204,8 @@ def _printed(text: pd.DataFrame, right: Sequence[str], width: int) -> str:
         ]
 
     under = "  ".join("-" * w for w in widths.values())
-    body = [line for cells in text.itertuples(index=False) for line in lines(cells)]
+    inside = "" if next(iter(text)) in right else "  "
+    body = [line for cells in text.itertuples(index=False) for line in lines(cells, inside)]
     return "\n".join([*lines([str(name) for name in text]), under, *body])
 
 # %% ../nbs/00c_shown.ipynb #0c500015

@@ -7,9 +7,10 @@ import pytest
 from toys import toy_recording
 
 from cortexlit.core import DataError
+from cortexlit.data.allen import open_session
 from cortexlit.data.clips import build_dataset, load_tier
 from cortexlit.evaluation import baselines
-from cortexlit.evaluation.baselines import ORACLE, TRUTH, clip_baselines, score_dataset
+from cortexlit.evaluation.baselines import MIN_FEVE_FRAMES, ORACLE, TRUTH, clip_baselines, score_dataset
 from cortexlit.evaluation.ceilings import split_half_reliability
 from cortexlit.metrics import mean_score, single_trial_correlation
 
@@ -93,3 +94,20 @@ def test_baselines_at_hand_are_not_fitted_again(folder, monkeypatch):
     expected = score_dataset(folder, last=9).table()
     monkeypatch.setattr(baselines, "clip_baselines", lambda root: pytest.fail("fitted again"))
     assert score_dataset(folder, last=9, baselines=found).table().equals(expected)
+
+
+def test_no_feve_from_a_few_frames(tiny_cache, tmp_path):
+    "The other metrics are there all the same."
+    session = open_session(900_000_001, cache_dir=tiny_cache)
+    root = build_dataset(session, tmp_path / "mouse", split="stimuli", clip_frames=26, gap=5)
+    test = load_tier(root, "test")
+    enough = -(-MIN_FEVE_FRAMES // (len(test.clip) - len(np.unique(test.clip))))
+    assert 1 < enough <= 26
+    known = {"baselines": {"repeat mean": np.zeros_like(test.labels)}, "models": {"knows": test.labels}}
+    few, many = (score_dataset(root, last=last, **known) for last in (enough - 1, enough))
+    assert one(few, "FEVE").isna().all() and one(few, "FEVE", "baseline").isna().all()
+    assert f"frames repeat a showing, {MIN_FEVE_FRAMES} are needed" in one(few, "FEVE", "note")["knows"]
+    assert (
+        "are needed" not in one(many, "FEVE", "note")["knows"]
+    )  # whether a neuron can be scored is another question
+    assert one(few, "correlation to average")["knows"] == pytest.approx(1)

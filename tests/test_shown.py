@@ -102,6 +102,11 @@ def test_a_wide_table_is_broken_between_columns_and_between_words_only():
         assert text.count(f" {0.125 + k:.4f}") == 2
     assert text.count("ruler") == 12
     assert text.count("one of them") == text.count("the other") > 1
+    named = [
+        {"model": "control: random core (seed 0)"}
+        | {f"ruler {k}": f"0.0098 [-0.0018, {k}.0214]" for k in "ab"}
+    ]
+    assert table_text(named).count("control: random core  ") == 1 and "\n  (seed 0)" in table_text(named)
     assert table_text([{"path": "x" * 99, "n": 1}]).count("x" * 99) == 1  # one word stays whole
 
 

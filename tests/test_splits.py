@@ -87,7 +87,7 @@ def test_the_validation_tier_is_audited_too(subject):
     tier = split.tier.copy()
     row = int(np.flatnonzero(tier[0] == "train")[0])
     tier[0, row] = "validation"
-    with pytest.raises(SplitLeak, match="share 1 concepts"):
+    with pytest.raises(SplitLeak, match="train and validation share 1 concepts: .* of the validation trials"):
         Split("concept", tier, trials).audit()
 
 

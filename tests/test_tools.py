@@ -21,7 +21,9 @@ from cortexlit.evaluation.scores import ScoreSheet
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
-jobs, run_notebooks, demo = (importlib.import_module(name) for name in ("jobs", "run_notebooks", "demo"))
+jobs, run_notebooks, demo, bench_table = (
+    importlib.import_module(name) for name in ("jobs", "run_notebooks", "demo", "bench_table")
+)
 
 
 def notebook(path: Path, *sources: str, output: str = "") -> Path:
@@ -393,7 +395,7 @@ def test_results_of_an_earlier_demonstration_do_not_pass_for_new(tmp_path, monke
     assert not (tmp_path / "decoding" / "scores.json").exists()
 
 
-def test_parts_of_the_demonstration_are_made_apart_and_put_together(tmp_path, monkeypatch):
+def test_parts_of_the_demonstration_are_made_apart_and_put_together(tmp_path, monkeypatch, capsys):
     "In the order of the demonstration, whichever is made first; how often a test tier was opened stays with them."
     made = {name: sheet(name) for name in ("one", "two")}
     made["one"].opened, made["two"].opened = {"one": 1}, {"two": 3}
@@ -406,6 +408,10 @@ def test_parts_of_the_demonstration_are_made_apart_and_put_together(tmp_path, mo
     both = ScoreSheet.load(tmp_path)
     assert [row.dataset for row in both.rows] == ["one", "two"] and both.opened == {"one": 1, "two": 3}
     assert [row.dataset for row in ScoreSheet.load(tmp_path / "decoding").rows] == ["fMRI"]
+    capsys.readouterr()
+    cli.show_demo(tmp_path)
+    shown = re.findall(r"(\n*)((?:one|two), split|empty score sheet)", capsys.readouterr().out)
+    assert shown == [("", "one, split"), ("\n\n", "two, split"), ("\n\n", "empty score sheet")]
     cli.clear_demo(tmp_path)
     assert not list(tmp_path.rglob("scores.*"))
 
@@ -449,3 +455,12 @@ def test_without_a_network_one_attempt_is_made(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("cortexlit.data.opendata.fetch", fetch)
     demo.fetch_missing()
     assert len(tried) == 1 and "could not be downloaded" in capsys.readouterr().out
+
+
+def test_the_table_of_timings_takes_every_result_file(capsys):
+    "One of them holds no timings: it is named, and the others are shown."
+    paths = sorted((ROOT / "benchmarks/results").glob("*.json"))
+    assert bench_table.main([str(path) for path in paths]) == 0
+    told = capsys.readouterr().out
+    assert all(path.stem in told for path in paths)
+    assert re.search(r"^calibration: \d+ cases are no timings$", told, re.M)

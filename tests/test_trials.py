@@ -1,5 +1,6 @@
 """One list of trials: each place once, whoever comes, whatever happens to him, and whatever wrote the list."""
 
+import gc
 import math
 import time
 from collections import Counter
@@ -8,6 +9,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 from processes import Process, barrier
+from sqlalchemy import event
 
 from cortexlit.core import CortexlitError, DataError
 from cortexlit.training import trials
@@ -230,6 +232,17 @@ def test_workers_may_open_a_new_storage_in_the_same_moment(tmp_path):
     openers = [Process(tmp_path, opens, moment) for _ in range(2)]
     codes, told = zip(*(opener.ended() for opener in openers), strict=True)
     assert codes == (0, 0), told
+
+
+def test_a_storage_that_is_let_go_closes_its_connections(tmp_path):
+    "Python 3.13 warns of a database that is swept up open, wherever it happens to sweep."
+    storage, made, shut = trials.open_storage(database(tmp_path / "a.db")), [], []
+    event.listen(storage.engine, "connect", lambda connection, _: made.append(connection))
+    event.listen(storage.engine, "close", lambda connection, _: shut.append(connection))
+    assert storage.get_all_studies() == [] and made and not shut
+    del storage
+    gc.collect()
+    assert shut == made
 
 
 def test_a_trial_without_a_sign_of_life_is_given_up(tmp_path, monkeypatch):

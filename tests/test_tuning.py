@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import time
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from cortexlit.core import DataError, SplitLeak, rng
 from cortexlit.training import trials as loop
 from cortexlit.training import tuning
 from cortexlit.training.trainer import Fit, fit, predict
-from cortexlit.training.trials import holding
+from cortexlit.training.trials import holding, open_storage
 from cortexlit.training.tuning import SPACES, Choice, Range, Space, load_best, tune
 
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -202,7 +203,8 @@ def test_interrupted_by_the_keyboard(whole, tmp_path, monkeypatch, late):
 
 def test_what_failed_is_run_again_though_others_have_gone_on(whole, tmp_path):
     found = search(tmp_path / "search")
-    with sqlite3.connect(tmp_path / "search" / "tuning.db") as database:  # as if its worker had died
+    with closing(sqlite3.connect(tmp_path / "search" / "tuning.db")) as database, database:
+        # as if its worker had died
         database.execute("update trials set state = 'FAIL' where number = 2")
     again = search(tmp_path / "search")
     assert len(again.study.trials) == 8 and again.study.trials[7].params == found.study.trials[2].params
@@ -270,7 +272,9 @@ def test_a_failure_queued_by_two_workers_is_run_once(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         search(tmp_path / "search", trials=2)
     monkeypatch.setattr(tuning, "fit", real)
-    study = optuna.load_study(study_name=None, storage=f"sqlite:///{tmp_path / 'search' / 'tuning.db'}")
+    study = optuna.load_study(
+        study_name=None, storage=open_storage(f"sqlite:///{tmp_path / 'search' / 'tuning.db'}")
+    )
     [failed] = study.trials
     for _ in range(2):
         study.enqueue_trial(failed.params, user_attrs={"again": failed.number})

@@ -12,6 +12,7 @@ import yaml
 from malformed import sign
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers.utils import logging
 
 from cortexlit.core import CortexlitError, DataError, MissingError
 from cortexlit.models import viv1t
@@ -327,6 +328,16 @@ def test_core_only_starts_fresh_heads_for_new_neurons(published, tmp_path):
     for mice, words in ((["new"], "name: coordinates"), ({"new": 9}, "predicted from coordinates")):
         with pytest.raises(DataError, match=words):
             ViV1T.from_published(folder, mice=mice, core_only=True)
+
+
+def test_reading_a_saved_model_prints_nothing(tmp_path, capsys):
+    "A sheet is printed after it; those who want bars for other models keep them."
+    tiny_model().save_pretrained(tmp_path)
+    logging.enable_progress_bar()
+    capsys.readouterr()
+    ViV1T.from_pretrained(tmp_path)
+    told = capsys.readouterr()
+    assert told.out == told.err == "" and logging.is_progress_bar_enabled()
 
 
 def test_saved_core_has_no_mouse_and_starts_new_ones(tmp_path):

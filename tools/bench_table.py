@@ -3,6 +3,7 @@
 Each file holds {"cases": [...], ...}. A case holds its options (words and whole numbers), the seconds of every
 run as lists named NAME_s, and `ratio_of_medians`: how many times as fast as its reference the library is. It may
 hold rates named NAME_per_s, `extra_mib` and `ratio_of_memory`: how many times less memory it takes than the reference.
+A file whose cases have no such ratio holds no timings, and is named below the table.
 """
 
 import json
@@ -28,13 +29,17 @@ def line(name: str, case: dict) -> tuple[str, ...]:
 
 
 def main(paths: list[str]) -> int:
-    table = [HEAD]
+    table, others = [HEAD], []
     for path in map(Path, paths):
         cases = json.loads(path.read_text(encoding="utf-8"))["cases"]
-        table += [line(path.stem, case) for case in cases]
+        timed = [case for case in cases if "ratio_of_medians" in case]
+        table += [line(path.stem, case) for case in timed]
+        if len(timed) < len(cases):
+            others.append(f"{path.stem}: {len(cases) - len(timed)} cases are no timings")
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     for row in table:
         print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+    print(*others, sep="\n", end="\n" * bool(others))
     return 0
 
 

@@ -547,6 +547,7 @@ def audit_units(
     clip_frames: int | None = None,  # of clips, with columns movie and start: their frames are units, too
     stimuli: np.ndarray
     | None = None,  # films (clips, frames, H, W) or pictures (images, H, W) by number: compared by content, too
+    tiers: tuple[str, str] = ("train", "test"),  # what the two are called in a message
 ) -> (
     pd.DataFrame
 ):  # for each unit: how many train and test have, share, and the fraction of test samples concerned
@@ -564,10 +565,17 @@ def audit_units(
     >>> clips = pd.DataFrame({"movie": "m", "start": [0, 50]})
     >>> audit_units(clips, [0], [1], (), clip_frames=60)[["what", "shared"]].values.tolist()
     [['movie', 1], ['frame', 10]]
+    >>> try:
+    ...     audit_units(samples, [0], [1], forbid=["concept"], tiers=("train", "validation"))
+    ... except SplitLeak as leak:
+    ...     print(str(leak).splitlines()[0])
+    train and validation share 1 concepts: 100.0% of the validation trials are concerned
     """
     train, test = np.asarray(train), np.asarray(test)
     if both := len(np.intersect1d(train, test)):
-        raise SplitLeak(f"{both} trials are in train and test", expected="each trial in one of them")
+        raise SplitLeak(
+            f"{both} trials are in {tiers[0]} and {tiers[1]}", expected="each trial in one of them"
+        )
     every, rows = np.arange(len(test)), []
     for name, unit in _units(samples).items():
         code = pd.factorize(unit)[0]
@@ -596,7 +604,7 @@ def audit_units(
     for row in report.itertuples():
         if row.what in forbid and row.shared:
             raise SplitLeak(
-                f"train and test share {row.shared} {row.what}s: {row.test_trials:.1%} of the test trials are concerned",
+                f"{tiers[0]} and {tiers[1]} share {row.shared} {row.what}s: {row.test_trials:.1%} of the {tiers[1]} trials are concerned",
                 expected=f"no shared {' or '.join(forbid)}",
                 fix="hold out whole units: split_by_concept, split_by_session, build_folds, or the split of build_dataset",
             )

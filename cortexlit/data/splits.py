@@ -134,7 +134,7 @@ class Split:
         for k, tier in enumerate(self.tier):
             rows = {name: np.flatnonzero(tier == name) for name in ("train", "validation", "test")}
             for a, b in combinations([name for name in rows if len(rows[name])], 2):
-                report = audit_units(self.samples, rows[a], rows[b], forbid, **shown)
+                report = audit_units(self.samples, rows[a], rows[b], forbid, tiers=(a, b), **shown)
                 parts.append(report.assign(fold=k, tiers=f"{a}, {b}"))
         if not parts:
             raise DataError(

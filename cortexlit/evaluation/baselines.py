@@ -32,9 +32,9 @@ from cortexlit.metrics import (
 )
 
 # %% auto #0
-__all__ = ['ALPHAS', 'WINDOWS', 'BASELINES', 'REFERENCES', 'ORACLE', 'TRUTH', 'SPLIT_HALVES', 'train_mean', 'repeat_mean',
-           'blind_mean', 'validated_ridge', 'behaviour_ridge', 'gabor_bank', 'motion_energy_ridge', 'clip_baselines',
-           'score_dataset', 'true_response']
+__all__ = ['ALPHAS', 'WINDOWS', 'BASELINES', 'REFERENCES', 'ORACLE', 'TRUTH', 'SPLIT_HALVES', 'MIN_FEVE_FRAMES', 'train_mean',
+           'repeat_mean', 'blind_mean', 'validated_ridge', 'behaviour_ridge', 'gabor_bank', 'motion_energy_ridge',
+           'clip_baselines', 'score_dataset', 'true_response']
 
 # %% ../../neuro_nbs/05_baseline.ipynb #d137e960
 def train_mean(
@@ -482,6 +482,11 @@ def _halves(
     return found
 
 # %% ../../neuro_nbs/05_baseline.ipynb #d9cae1c4
+MIN_FEVE_FRAMES = (
+    300  # of film, each shown once more, below which there is no FEVE: 20 pictures of half a second
+)
+
+
 def _sheet(
     predictions: Mapping[str | tuple[str, int], np.ndarray | str],
     parts: Mapping[str, TierArrays],
@@ -508,8 +513,10 @@ def _sheet(
     halves = _halves(parts, last, fold)
     estimated = {metric: mean_score(values) for metric, values in halves.items()}
     ceilings = known | (means[TRUTH] if TRUTH in means else estimated) | {"FEVE": 1.0, "r2_ER": 1.0}
+    again = (len(test.clip) - len(np.unique(test.clip))) * last  # frames that repeat an earlier showing
     for metric, ceiling in ceilings.items():
-        limits = {"baseline": means[reference].get(metric, np.nan), "ceiling": ceiling}
+        few = metric == "FEVE" and again < MIN_FEVE_FRAMES
+        limits = {"baseline": np.nan if few else means[reference].get(metric, np.nan), "ceiling": ceiling}
         for label, table in tables.items():
             values = None if isinstance(table, str) else table[metric]
             note = (
@@ -521,6 +528,8 @@ def _sheet(
             )
             if label == ORACLE and metric in _REPEATED:
                 values, note = None, "other repeats contain the test trials they would be compared with"
+            elif values is not None and few:
+                values, note = None, f"{again} frames repeat a showing, {MIN_FEVE_FRAMES} are needed"
             values, rows = (None, None) if values is None else values
             model, seed = label if isinstance(label, tuple) else (label, None)
             where = {"tier": "test", "split": card["options"]["split"], "split_hash": card["split_hash"]}

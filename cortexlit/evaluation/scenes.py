@@ -324,7 +324,8 @@ def score_scenes(
     where = {"tier": "test", "dataset": name or card["name"]}
     where |= {"split": card["options"]["split"], "split_hash": card["split_hash"]}
     for metric, ceiling in ceilings.items():
-        base = np.nan if reference[metric] is None else mean_score(reference[metric][0])
+        few = metric == "FEVE" and repeated < MIN_FEVE
+        base = np.nan if reference[metric] is None or few else mean_score(reference[metric][0])
         limits = {"baseline": base, "ceiling": ceiling}
         for label, table in tables.items():
             found, note = (None, table) if isinstance(table, str) else (table[metric], "")
@@ -332,7 +333,7 @@ def score_scenes(
                 found, note = None, "the oracle contains the presentations it would be compared with"
             elif found is None and not note:
                 note = "needs repeats in the test tier"
-            elif found is not None and metric == "FEVE" and repeated < MIN_FEVE:
+            elif found is not None and few:
                 found, note = None, f"{repeated} pictures were shown twice or more, {MIN_FEVE} are needed"
             values, clip = (None, None) if found is None else found
             model, seed = label if isinstance(label, tuple) else (label, None)

@@ -27,7 +27,7 @@ from huggingface_hub import EvalResult, HfApi, ModelCardData
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 import cortexlit.models.parts  # noqa: F401 - the names "conv" and "factorised"
 from cortexlit.core import (
@@ -526,7 +526,8 @@ class Saved:
         with reading(folder, "a model saved by save_pretrained", _AGAIN) if here else _from_hub(folder):
             if here:
                 _need_memory(cls, kwargs.get("config") or cls.config_class.from_pretrained(folder))
-            model, info = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)
+            with _without_bar() if here else nullcontext():  # a download shows how far it is
+                model, info = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)
         wrong = {what: info[f"{what}_keys"] for what in ("missing", "unexpected", "mismatched")}
         text = "; ".join(f"{len(k)} {what}: {_shortened(map(str, k))}" for what, k in wrong.items() if k)
         if text:
@@ -540,6 +541,18 @@ class Saved:
 
 
 _AGAIN = "save it or copy it again, and compare size and checksum"
+
+
+@contextmanager
+def _without_bar() -> Iterator[None]:
+    "A file is read in a moment, and a sheet is printed after it."
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @contextmanager

@@ -229,7 +229,8 @@ def fit_folds(
     clear_leftovers(out)
     tiers = {k: _tiers(split, k) for k in wanted}
     for k, (a, b) in product(wanted, combinations(range(3), 2)):
-        audit_units(data.trials, tiers[k][a], tiers[k][b], forbid=UNITS[split.kind])
+        called = (_COLUMNS[1 + a], _COLUMNS[1 + b])
+        audit_units(data.trials, tiers[k][a], tiers[k][b], forbid=UNITS[split.kind], tiers=called)
 
     def make(k: int, row: dict[str, Any]) -> np.ndarray:
         return _fold(build, data, tiers[k], out / f"fold{k}", k, plan, options, numbers, row)

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from weakref import finalize
 
 import optuna
 from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
@@ -139,6 +140,9 @@ def _one_at_a_time(storage: RDBStorage) -> RDBStorage:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     storage.engine.dispose()
+    finalize(
+        storage, storage.engine.dispose
+    ).atexit = False  # its connections end with it, not when they are swept up
     return storage
 
 
