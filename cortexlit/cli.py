@@ -89,7 +89,7 @@ def _in_short(found: pd.DataFrame) -> pd.DataFrame:
         "Cre line": found["cre_line"], "type": found["session_type"].str.removeprefix("three_session_"),
         "cells": found["cells"], "eye": found["eye_tracking"].map({True: "yes", False: "no"})})  # fmt: skip
 
-
+# %% ../neuro_nbs/19_cli.ipynb #72e2d8eb
 @app.command()
 def sessions(
     area: Annotated[str | None, typer.Option(help="Visual area, e.g. VISp.")] = None,
@@ -232,7 +232,7 @@ def import_command(
     import_folder(folder, out, frames, constant_neurons, allow_shared_stimuli, overwrite)
     tell_card(out, as_json, "name", "counts", "split_hash", "warnings")
 
-
+# %% ../neuro_nbs/19_cli.ipynb #f5836857
 @app.command("export")
 def export_command(
     dataset: Annotated[Path, typer.Argument(help="A dataset folder, of clips or of pictures.")],
@@ -292,7 +292,7 @@ def _options(scale: str | None, core_given: str | None) -> tuple[str, dict]:
         )
     return scale, dict(STUDY_HEAD.at(scale).fit)
 
-
+# %% ../neuro_nbs/19_cli.ipynb #37df146c
 @app.command("fit")
 def fit_command(
     dataset: Annotated[Path, typer.Argument(help="A dataset folder.")],
@@ -366,7 +366,7 @@ def fit_command(
         done = train(done.model, dataset, out=out, seed=seed, **options)
     tell_run(f"adapt={adapt}", done, as_json)
 
-
+# %% ../neuro_nbs/19_cli.ipynb #a85316ab
 def _fit_films(
     dataset: Path,
     model: str,
@@ -388,7 +388,7 @@ def _fit_films(
     core.check_out(out)
     tell_run(FILM_RECIPE.name, train_films(dataset, seed=seed, out=out, **options), as_json)
 
-
+# %% ../neuro_nbs/19_cli.ipynb #8f7656f4
 def _configurations(ranks: list[int] | None, targets: list[str] | None) -> list:
     "All pairs of ranks and targets; without either, those of study 1."
     from cortexlit.training.recipes import STUDY, lora_recipe
@@ -400,7 +400,7 @@ def _configurations(ranks: list[int] | None, targets: list[str] | None) -> list:
         lora_recipe(r, tuple(t.split(",")) if "," in t or "." in t else t) for r in ranks for t in targets
     ]
 
-
+# %% ../neuro_nbs/19_cli.ipynb #bd8f272c
 @app.command()
 def grid(
     dataset: Annotated[Path, typer.Argument(help="A dataset folder.")],
@@ -484,7 +484,7 @@ def design_command(
     show(f"{dataset.name}: what settles a difference", found.table[["score", "pair", "effect", *columns]])
     OUT.print(found.statement, markup=False, highlight=False)
 
-
+# %% ../neuro_nbs/19_cli.ipynb #1b0887c0
 @app.command()
 def folds(
     dataset: Annotated[Path, typer.Argument(help="A folder made by `build --split folds`.")],
@@ -537,7 +537,7 @@ def real_files() -> dict[str, Any]:  # by name: `OpenFile`
 
     return REGISTRY | THINGS_TABLES
 
-
+# %% ../neuro_nbs/19_cli.ipynb #ba8f8349
 @app.command()
 def data(
     fetch: Annotated[bool, typer.Option("--fetch", help="Download those that are missing.")] = False,
@@ -593,7 +593,7 @@ def _demo_embedded(out: Path, split: str) -> Any:
     session = open_session(900000001, cache_dir=embedded_session("demo"))
     return _scored(session, out / "datasets" / f"embedded-{split}", "embedded", 66, (0, 1), split=split)
 
-
+# %% ../neuro_nbs/19_cli.ipynb #72ca1284
 def _demo_real(out: Path) -> Any:
     "Score sheet of a real recording under both splits; `MissingError` if it is neither here nor to be had."
     from cortexlit.data.opendata import open_recording
@@ -673,7 +673,7 @@ def clear_demo(out: Path) -> None:
         for name in ("scores.json", "scores.csv", "scores.png"):
             (folder / name).unlink(missing_ok=True)
 
-
+# %% ../neuro_nbs/19_cli.ipynb #18d42f6f
 def _merge_demo(out: Path) -> None:
     "Put the sheets that are made so far together, those of encoding with a picture; safe in several processes."
     from cortexlit.evaluation.scores import ScoreSheet
@@ -689,7 +689,7 @@ def _merge_demo(out: Path) -> None:
                 if kind == "encoding":
                     together.plot().savefig(folder / "scores.png", dpi=110, bbox_inches="tight")
 
-
+# %% ../neuro_nbs/19_cli.ipynb #b7aa777c
 def run_demo(
     out: Path,
     say: Callable[[str], None],
@@ -719,7 +719,7 @@ def run_demo(
             say(f"{told}: {time.time() - began:.0f} s")
     return problems
 
-
+# %% ../neuro_nbs/19_cli.ipynb #dfd33626
 def show_demo(out: Path) -> None:
     "Print the tables that `run_demo` has saved, and what is not among them."
     from cortexlit.evaluation.scores import ScoreSheet

@@ -64,7 +64,7 @@ def check_seed(
         raise DataError(f"seed={seed!r}", expected=wish)
     return int(seed)
 
-
+# %% ../nbs/00_core.ipynb #adb27d4b
 def rng(
     seed: int,  # the run's seed, 0 or larger
     *names: str | int,  # what the stream is for, e.g. "movie", or "noise", 3
@@ -101,7 +101,7 @@ def seed_everything(
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(seed)
 
-
+# %% ../nbs/00_core.ipynb #2608569b
 @contextmanager
 def seeded(
     seed: int,  # 0 to 2**32 - 1
@@ -152,7 +152,7 @@ class CortexlitError(Exception):
                 lines.append(f"  {label}: {text}")
         super().__init__("\n".join(lines))
 
-
+# %% ../nbs/00_core.ipynb #badf61eb
 class DataError(CortexlitError, ValueError):
     """Something is there, but its content is wrong.
 
@@ -185,7 +185,7 @@ class StorageError(CortexlitError, OSError):
     True
     """
 
-
+# %% ../nbs/00_core.ipynb #a47328de
 class SplitLeak(CortexlitError, ValueError):
     """Two tiers of a split share something they must not share.
 
@@ -347,7 +347,7 @@ def data_home() -> Path:  # not created here: a reader must not leave empty fold
     cache = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or "~/.cache"
     return Path(cache).expanduser() / "cortexlit"
 
-
+# %% ../nbs/00_core.ipynb #b0e5db18
 def generated(
     *parts: str,  # path below `_data/`
 ) -> Path:
@@ -408,7 +408,7 @@ def _host() -> str:
         pass
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
 
-
+# %% ../nbs/00_core.ipynb #4f1bf6a8
 def _started(pid: int) -> int | None:
     "When a process began (0: unknown); None: there is none."
     try:
@@ -459,7 +459,7 @@ def _left(folder: Path, name: str | None = None) -> list[Path]:
         and _dead(path, found)
     ]
 
-
+# %% ../nbs/00_core.ipynb #2bc94ad6
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
@@ -480,7 +480,7 @@ def _clear(path: Path) -> None:
     for left in _left(path.parent, path.name):
         _remove(left)
 
-
+# %% ../nbs/00_core.ipynb #efa189d8
 def clear_leftovers(
     folder: str | Path,  # a folder of ours, such as that of a run
 ) -> None:
@@ -527,7 +527,7 @@ def _flush(path: Path) -> None:
     finally:
         os.close(number)
 
-
+# %% ../nbs/00_core.ipynb #e363b73b
 def settle(
     new: str | Path,  # a finished file or folder
     path: str | Path,  # its name from now on; what was there is replaced
@@ -545,7 +545,7 @@ def settle(
     os.replace(new, path)
     _flush(Path(path).parent)
 
-
+# %% ../nbs/00_core.ipynb #797db0b4
 @contextmanager
 def atomic_file(
     path: str | Path,  # the file to be written or replaced
@@ -598,7 +598,7 @@ def _put(new: Path, path: Path) -> None:
             raise
     shutil.rmtree(old, ignore_errors=True)
 
-
+# %% ../nbs/00_core.ipynb #eba875dd
 def _card(folder: Path) -> dict[str, Any]:
     "What the card of a folder says; nothing if there is none."
     try:
@@ -628,7 +628,7 @@ def kind_of(
         return "clips" if "files" in card else "tree"
     return None
 
-
+# %% ../nbs/00_core.ipynb #b7dae6a8
 def _strange(path: Path, new: Path | None) -> list[str]:
     "What a folder holds beside what its card lists, and what is about to replace it."
     known = _card(path).get("files")
@@ -638,7 +638,7 @@ def _strange(path: Path, new: Path | None) -> list[str]:
     ours |= {p.name for p in new.iterdir()} if new is not None else set()
     return sorted(p.name for p in path.iterdir() if p.name not in ours and not p.name.startswith("."))
 
-
+# %% ../nbs/00_core.ipynb #bc66810d
 def _replaceable(path: Path, kind: str | None, new: Path | None = None) -> None:
     "Refuse to replace what we have not made."
     if not path.is_dir():
@@ -762,7 +762,7 @@ def need_space(
             fix=_ROOM,
         )
 
-
+# %% ../nbs/00_core.ipynb #da72b32e
 def _size_limit() -> float:
     "Bytes that a file of this process may have."
     try:
@@ -772,7 +772,7 @@ def _size_limit() -> float:
     soft = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     return float("inf") if soft == resource.RLIM_INFINITY else soft
 
-
+# %% ../nbs/00_core.ipynb #bc21a354
 def new_array(
     path: str | Path,  # an .npy file, made or replaced
     dtype: Any,
@@ -842,7 +842,7 @@ def need_memory(
             fix,
         )
 
-
+# %% ../nbs/00_core.ipynb #adbecc10
 def _memory() -> float:
     "Bytes of memory that are free, as far as the system tells."
     found = [float("inf")]
@@ -883,7 +883,7 @@ def check_out(
             _try(here, folder)
             return
 
-
+# %% ../nbs/00_core.ipynb #b2e5bd44
 def _try(here: Path, folder: Path) -> None:
     "Make a folder there and remove it again: permissions do not tell, since the superuser has them even in /proc."
     wanted = folder.relative_to(here).parts[:1] or ("trial",)
@@ -952,7 +952,7 @@ def write_json(
 def _json(obj: Any) -> str:
     return json.dumps(plain_values(obj), indent=1, sort_keys=True, allow_nan=False) + "\n"
 
-
+# %% ../nbs/00_core.ipynb #f978e274
 def read_json(
     path: str | Path,  # a JSON file
 ) -> Any:
@@ -1055,7 +1055,7 @@ def claim(
                 fix="choose another folder, or ask for the same as before to resume it",
             )
 
-
+# %% ../nbs/00_core.ipynb #19998381
 def _first(path: Path, text: str) -> bool:
     "Write a file that is not there; False if another process did so in the meantime."
     tmp = _beside(path)
@@ -1088,7 +1088,7 @@ def seal(
     content = {k: v for k, v in card.items() if k not in ("hash", "provenance")}
     return card | {"hash": digest(content)}
 
-
+# %% ../nbs/00_core.ipynb #d6579296
 def check_seal(
     card: dict[str, Any],  # read from a file
     path: str | Path,  # the file
@@ -1111,7 +1111,7 @@ def check_seal(
     if "hash" in card and card != seal(card):
         raise DataError(f"the {what} differs from its own hash", f"hash {card['hash']}", fix, path)
 
-
+# %% ../nbs/00_core.ipynb #97f1a242
 def hashes(
     folder: str | Path,
 ) -> dict[str, str]:  # name below the folder -> SHA-256
@@ -1127,7 +1127,7 @@ def hashes(
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / "card.json")
     return {p.relative_to(folder).as_posix(): sha256(p) for p in files}
 
-
+# %% ../nbs/00_core.ipynb #387b4452
 def same_files(
     folder: str | Path,
     known: Mapping[str, str],  # name -> SHA-256; "": it only has to be there
@@ -1170,7 +1170,7 @@ def write_card(
     card = {"kind": kind, "files": hashes(folder) if files is None else dict(files), **more}
     write_json(Path(folder) / "card.json", seal(card))
 
-
+# %% ../nbs/00_core.ipynb #2c555ce1
 def check_card(
     folder: str | Path,
     what: str,  # what the files are of, e.g. "model"
@@ -1220,7 +1220,7 @@ def save_array(
         np.save(file, array, allow_pickle=False)
     return sha256(path)
 
-
+# %% ../nbs/00_core.ipynb #9de527c5
 def load_array(
     path: str | Path,  # .npy
     kinds: str = "fiub",  # NumPy kinds allowed; "U" for text
@@ -1255,7 +1255,7 @@ def load_array(
         raise DataError(f"the array has dtype {array.dtype}", path=path, expected=wish)
     return array
 
-
+# %% ../nbs/00_core.ipynb #e28a2dd4
 def made_once(
     path: str | Path,  # an .npy file; what it was made from lies beside it as .json
     made_from: Mapping[str, Any],  # hashes and options

@@ -111,7 +111,7 @@ def build(
     module, name = kinds[kind]
     return getattr(importlib.import_module(f"cortexlit.{module}"), name)(source, out, **options)
 
-
+# %% ../neuro_nbs/19b_front_door.ipynb #96e1b873
 def _holds(recording: Any) -> str:
     "What a recording holds, if it is one kind."
     from cortexlit.core import DataError
@@ -123,7 +123,7 @@ def _holds(recording: Any) -> str:
     what = "movies and pictures" if found else "neither movies nor natural scenes"
     raise DataError(f"{recording.name} holds {what}", "one kind", 'kind="clips" or kind="scenes"')
 
-
+# %% ../neuro_nbs/19b_front_door.ipynb #3da0364c
 def open_dataset(
     folder: str | Path,  # made by `build`, `build_folds`, an importer or `build_things`
     tier: str
@@ -204,7 +204,7 @@ def score(
     found.opened |= sheet.opened
     return found
 
-
+# %% ../neuro_nbs/19b_front_door.ipynb #23899ff1
 def _names(given: list[tuple[str | None, Any]]) -> list[str | tuple[str, int]]:
     "What the models are called in the sheet; `DataError` if two have one name."
     from cortexlit.core import DataError
@@ -220,7 +220,7 @@ def _names(given: list[tuple[str | None, Any]]) -> list[str | tuple[str, int]]:
         )
     return names
 
-
+# %% ../neuro_nbs/19b_front_door.ipynb #3a26ebbb
 def _called(run: Any, name: str | None) -> str | tuple[str, int]:
     "Name and seed of a run: what was trained, and how."
     from cortexlit.core import DataError, read_json
@@ -236,7 +236,7 @@ def _called(run: Any, name: str | None) -> str | tuple[str, int]:
     name = name or f"{model}, {kind}".strip(", ")
     return (name, plan["seed"]) if "seed" in plan else name
 
-
+# %% ../neuro_nbs/19b_front_door.ipynb #c4c136f9
 def _score_folder(
     root: Path, given: list[tuple[str | None, Any]], wanted: list[str], last: int | None
 ) -> tuple[Any, tuple[str, ...]]:
@@ -259,7 +259,7 @@ def _score_folder(
     fitted = clip_baselines(root, {*REFERENCES, *wanted} & {*BASELINES}) if wanted else None
     return score_dataset(root, last, found, baselines=fitted), BASELINES
 
-
+# %% ../neuro_nbs/19b_front_door.ipynb #b70111a4
 def _loaded(folder: Path, root: Path) -> tuple[str, Any]:
     "The best model of a run folder; its name tells runs of one model apart."
     from cortexlit.data.folder import read_card
@@ -271,7 +271,7 @@ def _loaded(folder: Path, root: Path) -> tuple[str, Any]:
     model = kind.from_pretrained(best_folder(folder)).eval()
     return f"{model.label} {folder.name}", SimpleNamespace(model=model, folder=folder)
 
-
+# %% ../neuro_nbs/19b_front_door.ipynb #e5e2a303
 def _predicted(run: Any, root: Path, kind: str, last: int | None) -> Any:
     "Responses of a trained model to the test tier, in the unit of the scores."
     from cortexlit.core import DataError
@@ -300,7 +300,7 @@ def _predicted(run: Any, root: Path, kind: str, last: int | None) -> Any:
             test, predict(run.model, _films_once(run.model, test, last, folder), last, batch_size=8)
         )
 
-
+# %% ../neuro_nbs/19b_front_door.ipynb #d990159a
 def _films_once(model: Any, test: Any, last: int, folder: str) -> Any:
     "The tier with the core's output in place of films, where repeats of a film are one to the core."
     from cortexlit.training.features import cached_features, core_inputs
@@ -309,7 +309,7 @@ def _films_once(model: Any, test: Any, last: int, folder: str) -> Any:
         return test
     return cached_features(model, test, folder, last, "float32", batch_size=8, progress=False)
 
-
+# %% ../neuro_nbs/19b_front_door.ipynb #3c9683ff
 def _score_subject(data: Any, given: list[tuple[str | None, Any]], split: Any) -> Any:
     from cortexlit.core import DataError
     from cortexlit.data.splits import split_by_concept

@@ -134,7 +134,7 @@ def _moments(
         raise DataError("the squares of these values overflow float64", fix="rescale predictions and labels")
     return count, means, squares, products
 
-
+# %% ../neuro_nbs/04_metrics.ipynb #9d9a255b
 def _centre(
     predictions: np.ndarray, labels: np.ndarray, means: np.ndarray, squares: np.ndarray, products: np.ndarray
 ) -> None:
@@ -229,7 +229,7 @@ def _flattened(*moments: np.ndarray) -> np.ndarray:
     total, centre, squares, products = _merged(*moments)
     return _pearson(squares, products, _constant(total[None], centre[:, None], squares[:, None])[:, 0])
 
-
+# %% ../neuro_nbs/04_metrics.ipynb #ab8887dc
 def _grouped(clip: Sequence | np.ndarray, samples: int, fewest: int = 1) -> list[np.ndarray]:
     "Sample indices of each clip; every clip must have `fewest` or more."
     clip = np.asarray(clip)
@@ -301,7 +301,7 @@ def _average_moments(
     parts = [_moments(*(a[g].mean(0, dtype=float)[None] for a in (predictions, labels))) for g in groups]
     return [np.concatenate(part, -2) for part in zip(*parts, strict=True)]
 
-
+# %% ../neuro_nbs/04_metrics.ipynb #935b379e
 def correlation_to_average(
     predictions: np.ndarray,  # (samples, neurons, frames)
     labels: np.ndarray,  # same shape
@@ -373,7 +373,7 @@ def _explained(
     error = (sizes * errors).sum(0) / sizes.sum()
     return np.where(usable, 1 - (error - between) / np.where(usable, total - between, 1), np.nan)
 
-
+# %% ../neuro_nbs/04_metrics.ipynb #839ec19c
 def feve(
     predictions: np.ndarray,  # (samples, neurons, frames), in the units of the labels
     labels: np.ndarray,  # same shape
@@ -476,7 +476,7 @@ def _squared(variance: np.ndarray, noise: np.ndarray, *moments: np.ndarray) -> n
     power, count, squares, products, constant = _signal(noise, *moments)
     return np.where(constant, 0, products**2 - variance.sum(0)) / (squares * count * power)
 
-
+# %% ../neuro_nbs/04_metrics.ipynb #661ae694
 def r2_er(
     predictions: np.ndarray,  # (samples, neurons, frames)
     labels: np.ndarray,  # same shape

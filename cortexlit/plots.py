@@ -230,7 +230,7 @@ def _colours(values: np.ndarray, cmap: str, limits: tuple[float, float] | None) 
     low, high = limits or ((known.min(), known.max()) if len(known) else (0, 1))
     return {"cmap": cmap, "vmin": low, "vmax": high}
 
-
+# %% ../nbs/00a_plots.ipynb #6edc3853
 def _flat(ax: Axes, mesh: Any, depth: np.ndarray, found: np.ndarray, colours: Mapping[str, Any]) -> None:
     "One hemisphere: folds in two greys, and on them what was found at the first corner of each triangle."
     (x, y, _), faces = mesh.coordinates.T, mesh.faces
@@ -313,7 +313,7 @@ def check_film_name(path: str | Path) -> None:
     if Path(path).suffix == ".mp4":
         ffmpeg()
 
-
+# %% ../nbs/00a_plots.ipynb #70ee2907
 def _save_mp4(pages: list[np.ndarray], path: Path, rate: float, comment: str) -> Path:
     film = np.stack(pages)
     film = film if film.ndim == 4 else film[..., None].repeat(3, -1)

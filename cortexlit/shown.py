@@ -176,7 +176,7 @@ def _groups(text: pd.DataFrame, width: int) -> list[pd.DataFrame]:
         groups[-1].append(at)
     return [text.iloc[:, [0, *group]] for group in groups]
 
-
+# %% ../nbs/00c_shown.ipynb #25cddb6c
 def _printed(text: pd.DataFrame, right: Sequence[str], width: int) -> str:
     "One table; what is left of the width goes to the columns that can use it, from the left."
     widths = {name: _needed(cells) for name, cells in text.items()}

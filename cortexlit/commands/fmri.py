@@ -113,7 +113,7 @@ def things_build(
         for name, path in ratings.items():
             OUT.print(f"{name}: {path}", markup=False, highlight=False, soft_wrap=True)
 
-
+# %% ../../neuro_nbs/19f_fmri.ipynb #4ac78a83
 def _from_here(path: Path) -> Path:
     "The path as seen from the working directory, if it lies below."
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
@@ -206,7 +206,7 @@ def things_fit(
     else:
         show(f"{model}, runs in {done.folder}", done.table)
 
-
+# %% ../../neuro_nbs/19f_fmri.ipynb #582de1aa
 @things.command("tune")
 def things_tune(
     cache: Cached,
@@ -247,7 +247,7 @@ def things_tune(
                          progress=not as_json, **given)  # fmt: skip
     tell_search(f"{model}, fold {fold}", found, as_json)
 
-
+# %% ../../neuro_nbs/19f_fmri.ipynb #0f3e8945
 @things.command("score")
 def things_score(
     cache: Cached,
@@ -292,7 +292,7 @@ def things_score(
     )  # fmt: skip
     tell_sheet(sheet, out, as_json, DECODED)
 
-
+# %% ../../neuro_nbs/19f_fmri.ipynb #72f5da95
 def _bands(responses: np.ndarray, data: Any, first: str) -> dict[str, np.ndarray]:
     "Responses in some regions, and in all others."
     from cortexlit.data.volumes import select_rois

@@ -80,7 +80,7 @@ def scenes_build(
                  constant_neurons=constant_neurons, overwrite=overwrite)  # fmt: skip
     tell_card(out, as_json, "name", "signal", "options", "counts", "split_hash", "warnings")
 
-
+# %% ../../neuro_nbs/19e_pictures.ipynb #c0bdb97d
 @scenes.command("fit")
 def scenes_fit(
     dataset: Annotated[Path, typer.Argument(help="Folder made by `cortexlit scenes build`.")],
@@ -131,7 +131,7 @@ def scenes_fit(
     done = train_scenes(dataset, chosen, seed=seed, out=out, progress=not as_json, **given)
     tell_run(chosen.name, done, as_json)
 
-
+# %% ../../neuro_nbs/19e_pictures.ipynb #b1b64897
 @scenes.command("tune")
 def scenes_tune(
     dataset: Annotated[Path, typer.Argument(help="Folder made by `cortexlit scenes build`.")],
@@ -167,7 +167,7 @@ def scenes_tune(
     )
     tell_search(recipe.name, found, as_json)
 
-
+# %% ../../neuro_nbs/19e_pictures.ipynb #274ffb00
 @scenes.command("score")
 def scenes_score(
     dataset: Annotated[Path, typer.Argument(help="Folder made by `cortexlit scenes build`.")],

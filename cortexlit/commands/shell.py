@@ -106,7 +106,7 @@ def tell_run(title: str, done: Any, as_json: bool) -> None:
     else:
         show(title, [found])
 
-
+# %% ../../neuro_nbs/19d_shell.ipynb #551a05ff
 def tell_sheet(
     sheet: Any,
     out: Path | None = None,
@@ -136,7 +136,7 @@ def open_named(session: str, cache: Path | None, embedded: str | None) -> Any:
 
     return open_session(int(session), cache_dir=cache_of(cache, embedded))
 
-
+# %% ../../neuro_nbs/19d_shell.ipynb #9d7ce118
 def cache_of(cache: Path | None, embedded: str | None) -> Path | None:
     if embedded is None:
         return cache

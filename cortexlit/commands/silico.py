@@ -52,7 +52,7 @@ def _twin(run: Path, dataset: Path, degrees: tuple[float, float] | None, trust: 
 
     return open_twin(run, dataset, screen_of(dataset, degrees), trust)
 
-
+# %% ../../neuro_nbs/19g_silico.ipynb #a2f3674d
 def _tell_report(title: str, table: Any, twin: Any, out: Path, as_json: bool) -> None:
     "A report in short."
     if as_json:
@@ -82,7 +82,7 @@ def insilico_tune(
     options = {"directions": directions, "curves": curves, "overwrite": overwrite, "progress": not as_json}
     _tell_report("tuning", tuning_report(twin, out, neurons, **options), twin, out, as_json)
 
-
+# %% ../../neuro_nbs/19g_silico.ipynb #eeacd59b
 @insilico.command("fields")
 def insilico_fields(
     run: Run, dataset: Dataset, out: Report, neurons: Neurons = None, trust: Trust = False,
@@ -102,7 +102,7 @@ def insilico_fields(
     table = fields_report(twin, out, neurons, pictures, seed, overwrite, progress=not as_json)
     _tell_report("receptive fields", table, twin, out, as_json)
 
-
+# %% ../../neuro_nbs/19g_silico.ipynb #593429a7
 @insilico.command("excite")
 def insilico_excite(
     run: Run, dataset: Dataset, out: Report, neurons: Neurons = None, trust: Trust = False,

@@ -130,7 +130,7 @@ def checksum_file(
     path = Path(path)
     return path.with_name(path.name + ".sha256.json")
 
-
+# %% ../../neuro_nbs/01_allen.ipynb #d5f29280
 def verify_file(
     path: str | Path,  # a file of the cache
 ) -> str:  # its SHA-256
@@ -168,7 +168,7 @@ def verify_file(
         raise DataError(f"the file has changed: SHA-256 {found}", expected=want["sha256"], path=path, fix=fix)
     return found
 
-
+# %% ../../neuro_nbs/01_allen.ipynb #aafbfaff
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
@@ -176,7 +176,7 @@ def _now() -> str:
 class _Again(Exception):
     "The transfer did not finish, another try may."
 
-
+# %% ../../neuro_nbs/01_allen.ipynb #8c8331fc
 def _receive(url: str, path: Path, part: Path, timeout: float, progress: bool) -> int | None:
     "One try: append to, or start, `part`. Returns the size that the server promised, if it did."
     notes = part.with_name(part.name + ".json")
@@ -320,7 +320,7 @@ def _sdk() -> SimpleNamespace:
         ids=cache.ophys_experiment_session_id_map,
     )
 
-
+# %% ../../neuro_nbs/01_allen.ipynb #bcffb157
 def _ask(url: str, timeout: float) -> dict[str, Any]:
     "The parsed answer to one query."
     try:
@@ -387,7 +387,7 @@ def open_cache(
         manifest.parent.mkdir(parents=True, exist_ok=True)
         return sdk.Cache(manifest_file=str(manifest), api=Api(base_uri=base_uri))
 
-
+# %% ../../neuro_nbs/01_allen.ipynb #c8e115b0
 def _checked(
     cache_dir: str | Path | None, base_uri: str | None
 ) -> tuple[Path, str, dict[int, dict[str, Any]] | None]:
@@ -417,7 +417,7 @@ def _tracked(marker: Mapping[int, Mapping[str, Any]]) -> list[dict[str, Any]]:
     found = [s["ophys_session_id"] for s in marker.values() if s["eye_tracking"]]
     return [{"attachable_id": i, "attachable_type": "OphysSession"} for i in found]
 
-
+# %% ../../neuro_nbs/01_allen.ipynb #c019b566
 def _cached(cache: Any, key: str, *ids: int) -> Path:
     "Where the manifest puts a file; `DataError` if that is outside its folder."
     manifest = Path(cache.manifest_path)
@@ -435,7 +435,7 @@ def _manifest(cache_dir: str | Path | None) -> Path:
     names = ("manifest.json", "brain_observatory_manifest.json")
     return next((path / n for n in names if (path / n).exists()), path / names[0])
 
-
+# %% ../../neuro_nbs/01_allen.ipynb #0c0d57a7
 def synthetic_sessions(
     cache_dir: str | Path,  # a cache folder
 ) -> dict[int, dict[str, Any]] | None:  # session -> what its marker says; None if the folder holds real data
@@ -630,7 +630,7 @@ def _line(specimen: Mapping[str, Any]) -> str | None:
     lines = specimen["donor"]["transgenic_lines"]
     return next((k["name"] for k in lines if "Cre" in k["name"]), None)
 
-
+# %% ../../neuro_nbs/01_allen.ipynb #2f452b18
 def _source(cache_dir: str | Path | None, base_uri: str | None) -> tuple[SimpleNamespace, Any]:
     "What reads a folder: h5py what cortexlit wrote, allensdk everything else."
     manifest, _, marker = _checked(cache_dir, base_uri)
@@ -666,7 +666,7 @@ def _cells_in_file(path: Path) -> int | None:
     except (OSError, KeyError):
         return None
 
-
+# %% ../../neuro_nbs/01_allen.ipynb #4e44d750
 def _row(sdk: SimpleNamespace, cache: Any, e: Mapping[str, Any]) -> dict[str, Any]:
     "One line of the table, from one record of the database."
     path = _cached(cache, cache.EXPERIMENT_DATA_KEY, e["id"])
@@ -687,7 +687,7 @@ def _row(sdk: SimpleNamespace, cache: Any, e: Mapping[str, Any]) -> dict[str, An
         "failed": bool((e.get("experiment_container") or {}).get("failed", False)),
     }
 
-
+# %% ../../neuro_nbs/01_allen.ipynb #2640841a
 def _pick(table: pd.DataFrame, column: str, wanted: Any, words: Mapping[str, str] | None = None) -> pd.Series:
     "Which rows hold a wanted value; `MissingError` lists the allowed ones."
     cells = [v if isinstance(v, tuple) else (v,) for v in table[column]]
@@ -858,7 +858,7 @@ def mask_centres(
         y = rows @ np.arange(masks.shape[1]) / rows.sum(1)
     return np.stack([x, y], axis=1)
 
-
+# %% ../../neuro_nbs/01_allen.ipynb #874c43df
 def place(
     centres: np.ndarray,  # (N, 2) pixels, from `mask_centres`
     coordinates: str,  # "um", or "sensorium" for the transform of earlier work
@@ -911,7 +911,7 @@ def _session_file(cache: Any, session_id: int, events: bool, progress: bool) -> 
         download(cache.api.api_url + link, path, progress=progress)
     return path
 
-
+# %% ../../neuro_nbs/01_allen.ipynb #affd5d21
 def _traces(
     cache: Any, dataset: Any, session_id: int, signal: str, clock: np.ndarray, progress: bool
 ) -> np.ndarray:
@@ -973,7 +973,7 @@ def _stimulus_tables(
             skipped[name] = f"{type(error).__name__}: {error}"
     return tables, skipped
 
-
+# %% ../../neuro_nbs/01_allen.ipynb #4c56c261
 def _epochs(
     sdk: SimpleNamespace, dataset: Any, skipped: Mapping[str, str]
 ) -> tuple[pd.DataFrame | None, str]:
@@ -985,7 +985,7 @@ def _epochs(
     except Exception as error:  # it raises bare exceptions of many kinds, some for good sessions
         return None, f"none: {type(error).__name__}: {error}"
 
-
+# %% ../../neuro_nbs/01_allen.ipynb #273fe387
 def _running(dataset: Any, clock: np.ndarray) -> tuple[np.ndarray | None, str]:
     "(T,) cm/s, and what was found."
     try:
@@ -1007,7 +1007,7 @@ def _running(dataset: Any, clock: np.ndarray) -> tuple[np.ndarray | None, str]:
         return None, f"none: {len(speed)} values for {len(clock)} two-photon frames, {valid} of them valid"
     return speed, "NWB file, cm/s, on the two-photon clock"
 
-
+# %% ../../neuro_nbs/01_allen.ipynb #a1e7862a
 def _pupil(
     sdk: SimpleNamespace, dataset: Any, clock: np.ndarray
 ) -> tuple[np.ndarray | None, np.ndarray | None, str]:
@@ -1059,7 +1059,7 @@ def _open(sdk: SimpleNamespace, path: Path, session_id: int) -> tuple[Any, dict[
         raise DataError(found, expected=str(session_id), path=path)
     return dataset, about
 
-
+# %% ../../neuro_nbs/01_allen.ipynb #f574fb40
 def _description(about: Mapping[str, Any]) -> dict[str, Any]:
     "The file's description under the names used here."
     area, line, started = (
@@ -1082,7 +1082,7 @@ def _description(about: Mapping[str, Any]) -> dict[str, Any]:
         "date": started.isoformat() if started else None,
     }
 
-
+# %% ../../neuro_nbs/01_allen.ipynb #61cdc5d7
 def _neurons(dataset: Any, about: Mapping[str, Any], centres: np.ndarray, path: Path) -> pd.DataFrame:
     "One row per trace; cell_id is <NA> for a cell that was not matched."
     ids = np.asarray(dataset.get_cell_specimen_ids())
@@ -1100,7 +1100,7 @@ def _neurons(dataset: Any, about: Mapping[str, Any], centres: np.ndarray, path: 
         }
     ).assign(cell_id=lambda t: t["cell_id"].where(known))
 
-
+# %% ../../neuro_nbs/01_allen.ipynb #a2dc92a6
 def _placed(
     dataset: Any, about: Mapping[str, Any], coordinates: str, path: Path
 ) -> tuple[np.ndarray, pd.DataFrame, float]:

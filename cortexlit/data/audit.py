@@ -122,7 +122,7 @@ def _alike(known: np.ndarray, other: np.ndarray) -> pd.DataFrame:  # clip, known
     whole = (table["good"] & table["still"]).groupby(table["clip"]).mean().reindex(hits.index)
     return hits[(moving >= 2) | (whole > 0.5)].reset_index()
 
-
+# %% ../../neuro_nbs/03a_audit.ipynb #df1bbdee
 def _flat(prints: np.ndarray) -> np.ndarray:
     "(clips, frames, rows, columns) -> (clips, frames, cells); a picture is a film of one frame."
     return np.ascontiguousarray(prints.reshape(*prints.shape[:-2], GRID[0] * GRID[1]))
@@ -153,7 +153,7 @@ def _periodic(films: np.ndarray) -> np.ndarray:  # (clips,)
         away = np.minimum(away, np.median(((films[:, lag:] - films[:, :-lag]) ** 2).sum(-1), 1))
     return (pace > _STILL) & (away < np.minimum(_NEAR, _RATIO * pace))
 
-
+# %% ../../neuro_nbs/03a_audit.ipynb #ad4bdb48
 def _same(known: np.ndarray, other: Mapping[str, np.ndarray]) -> pd.DataFrame:
     "As `same_stimuli`, of fingerprints and of views; gratings that drift the other way are no mirrored film."
     found = pd.DataFrame(columns=["clip", "known", "shift", "how"])
@@ -226,7 +226,7 @@ def _inner(dataset: Any) -> tuple[Any, np.ndarray | None]:
         dataset = inner
     return dataset, np.arange(len(dataset)) if rows is None else rows
 
-
+# %% ../../neuro_nbs/03a_audit.ipynb #35b02a3f
 def _mark(values: Iterable[Any]) -> str | None:
     arrays = [np.ascontiguousarray(v) for v in values]
     # the first values are enough to say yes
@@ -238,7 +238,7 @@ def _mark(values: Iterable[Any]) -> str | None:
         known.update(a)
     return known.hexdigest()[:16]
 
-
+# %% ../../neuro_nbs/03a_audit.ipynb #014bc977
 def sample_marks(
     dataset: Any,  # map-style: len(dataset), dataset[i] -> dict of tensors
 ) -> list[str | None]:  # (samples,) 16 hex digits; None where too few values differ to tell trials apart
@@ -324,7 +324,7 @@ class _Part:
         "Row of what was shown in each sample."
         return self.base.samples[self.base._key].to_numpy()[self.rows]
 
-
+# %% ../../neuro_nbs/03a_audit.ipynb #02f7146b
 def _parts(tiers: Mapping[str, Any]) -> list[_Part]:
     "Roles, mice and joined datasets, flattened."
     found = []
@@ -375,7 +375,7 @@ def _stimuli(part: _Part) -> tuple[dict[str, np.ndarray], np.ndarray] | None:
         return None
     return _views(np.stack(shown)), np.array(place)
 
-
+# %% ../../neuro_nbs/03a_audit.ipynb #1b8db38c
 def _shared_stimuli(a: _Part, b: _Part) -> tuple[int, int, str]:
     "Clips of b that a has, of how many, and how they were found."
     if a.same_folder(b):
@@ -403,7 +403,7 @@ def _shared_recording(a: _Part, b: _Part) -> int:
     ]
     return same_frames(*frames, films=a.base.card.get("kind") == "clips")
 
-
+# %% ../../neuro_nbs/03a_audit.ipynb #8d848fcc
 def same_frames(
     known: tuple[np.ndarray, np.ndarray],  # first and last two-photon frame of each sample
     other: tuple[np.ndarray, np.ndarray],  # of the samples that are judged
@@ -483,7 +483,7 @@ def audit(
         )
     return report
 
-
+# %% ../../neuro_nbs/03a_audit.ipynb #51ea6343
 def _allowed_role(part: _Part) -> None:
     "The test tier of a folder chooses nothing and teaches nothing."
     if part.base is not None and part.base.tier == "test" and part.role in ("train", "validation"):
@@ -610,7 +610,7 @@ def audit_units(
             )
     return report
 
-
+# %% ../../neuro_nbs/03a_audit.ipynb #f1e168fa
 def _spans(samples: pd.DataFrame, clip_frames: int | None) -> Iterable[tuple[str, np.ndarray, np.ndarray]]:
     "What a sample takes a stretch of: name, first frame (no two movies share numbers), number of frames."
     if clip_frames is not None:
@@ -670,7 +670,7 @@ def openings(
         )
     return pd.DataFrame(rows, columns=columns)
 
-
+# %% ../../neuro_nbs/03a_audit.ipynb #c4e583a9
 def models_named(
     models: Iterable[Any] | None,  # names, or (name, seed)
 ) -> str:  # for `note_opening`
@@ -699,7 +699,7 @@ def folders_of(
     """
     return [part.base.root for part in _parts({"": dataset}) if part.base is not None]
 
-
+# %% ../../neuro_nbs/03a_audit.ipynb #55efc01e
 def note_opening(
     root: str | Path,  # a dataset folder
     by: str,  # model or run

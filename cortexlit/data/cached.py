@@ -47,7 +47,7 @@ def _groups(stimuli: pd.DataFrame, zscore: str) -> np.ndarray:
     columns = {"session": ["session"], "run": ["session", "run"], "none": []}[zscore]
     return stimuli.groupby(columns).ngroup().to_numpy() if columns else np.zeros(len(stimuli), int)
 
-
+# %% ../../neuro_nbs/12g_cached_subject.ipynb #0528239f
 def _used(statistics: np.ndarray | None, groups: np.ndarray, zscore: str) -> np.ndarray:
     "(trials,) whose responses give means and spreads."
     if zscore == "none":
@@ -138,7 +138,7 @@ def build_things(
         finish_folder(tmp, "things", card, _cache_text)
     return Path(out)
 
-
+# %% ../../neuro_nbs/12g_cached_subject.ipynb #9191668e
 def _cache_text(card: Mapping[str, Any]) -> str:
     "The card as a page for people."
     trials, voxels = card["shape"]
@@ -193,7 +193,7 @@ def _check_cache(
             "the card names no shape", "trials and voxels", "build it again", folder / "card.json"
         )
 
-
+# %% ../../neuro_nbs/12g_cached_subject.ipynb #adb188ca
 class ThingsDataset(Shown):
     """Trials of a cached subject with the ratings of their concepts, for decoding.
 
@@ -366,7 +366,7 @@ class ThingsDataset(Shown):
             item["labels"] = self.labels[rows]
         return {k: torch.from_numpy(v) for k, v in item.items()}
 
-
+# %% ../../neuro_nbs/12g_cached_subject.ipynb #4e922bfe
 def _joined(concepts: pd.Series, ratings: pd.DataFrame) -> np.ndarray:
     "Ratings of each trial's concept (trials, properties) float32; none may be missing."
     if absent := sorted(set(concepts) - set(ratings.index)):

@@ -132,7 +132,7 @@ def whole(
     given = np.asarray(values).ravel()
     return given.astype(np.int64) if given.dtype.kind in "iu" else numbers.astype(np.int64)
 
-
+# %% ../../neuro_nbs/00a_checks.ipynb #62dd989c
 def unique(
     name: str,  # what must not occur twice, e.g. "cell_id"
     values: Any,  # (n,) ids
@@ -185,7 +185,7 @@ def same_length(
         found = ", ".join(f"{k} {v}" for k, v in sizes.items())
         raise DataError(f"unequal numbers of {what}: {found}", expected="as many in each", path=path, fix=fix)
 
-
+# %% ../../neuro_nbs/00a_checks.ipynb #a09a7c47
 def shaped(
     name: str,  # what the array is
     array: np.ndarray,
@@ -216,7 +216,7 @@ def shaped(
             fix="the array is damaged, or its axes are in another order",
         )
 
-
+# %% ../../neuro_nbs/00a_checks.ipynb #3f4d6347
 def consistent(
     arrays: Mapping[str, np.ndarray],
     axes: Mapping[str, Sequence[str]],  # array -> names of its axes; an axis is as long wherever it is named
@@ -247,7 +247,7 @@ def consistent(
         elif array.dtype.kind != "U":
             raise DataError(f"{name} has dtype {array.dtype}", "names (text)", fix, path)
 
-
+# %% ../../neuro_nbs/00a_checks.ipynb #b16535c9
 def increasing(
     name: str,  # of the clock
     times: np.ndarray,  # (n,) s
@@ -281,7 +281,7 @@ def increasing(
             fix="sort the samples by time, or leave this series out",
         )
 
-
+# %% ../../neuro_nbs/00a_checks.ipynb #43c71de6
 def jumps(
     times: np.ndarray,  # (stretches, frames) s, of the samples that are read as one stretch
     usual: float,  # s between two frames
@@ -350,7 +350,7 @@ def load_arrays(
         raise DataError(f"{wrong} has dtype {found[wrong].dtype}", path=path, expected="numbers or text")
     return found
 
-
+# %% ../../neuro_nbs/00a_checks.ipynb #f572e568
 _EXACT = {} if tuple(map(int, pd.__version__.split(".")[:2])) >= (3, 1) else {"float_precision": "round_trip"}
 
 
@@ -406,7 +406,7 @@ def described(
             with reading(path or "neurons", "numbers of micrometres"):
                 finite(column, neurons[column].to_numpy(float), gaps=True, path=path)
 
-
+# %% ../../neuro_nbs/00a_checks.ipynb #acc8eecf
 def inside(
     folder: str | Path,  # where all files of a manifest must lie
     name: str | Path,  # what the manifest says
@@ -435,7 +435,7 @@ def inside(
         )
     return found
 
-
+# %% ../../neuro_nbs/00a_checks.ipynb #22227127
 def encrypted(
     url: str,  # of a download
 ) -> str:  # the same

@@ -74,7 +74,7 @@ def _table_index(movie: str, table: pd.DataFrame) -> np.ndarray:
         )
     return table["start"].to_numpy().reshape(repeats, frames)
 
-
+# %% ../../neuro_nbs/03_dataset.ipynb #10f86130
 def _hand_index(movie: str, table: pd.DataFrame, epochs: pd.DataFrame | None) -> np.ndarray:
     if epochs is None:
         raise MissingError(
@@ -94,7 +94,7 @@ def _hand_index(movie: str, table: pd.DataFrame, epochs: pd.DataFrame | None) ->
         rows += [block.start + k * step + np.arange(frames) for k in range(n)]
     return np.stack(rows)
 
-
+# %% ../../neuro_nbs/03_dataset.ipynb #7e7fcad9
 def _as_shown(movie: str, index: np.ndarray) -> None:
     "A movie runs forward, does not stand still, and each repeat has a time of its own; rows are repeats."
     fix = "check columns and order of the stimulus table against its source"
@@ -117,7 +117,7 @@ def _as_shown(movie: str, index: np.ndarray) -> None:
             )
     _apart([(int(row[0]), int(row[-1]), f"{movie}, repeat {r}") for r, row in enumerate(index)])
 
-
+# %% ../../neuro_nbs/03_dataset.ipynb #b732983c
 def _apart(shown: list[tuple[int, int, str]]) -> None:
     "No two stretches (first, last, name) at the same time; they may meet in one two-photon frame."
     shown = sorted(shown)
@@ -199,7 +199,7 @@ def _stretches(frames: int, clip_frames: int, gap: int, fractions: Sequence[floa
     tiers = tier_shares(n, fractions)
     return [(k * clip_frames + TIERS.index(tier) * gap, tier) for k, tier in enumerate(tiers)]
 
-
+# %% ../../neuro_nbs/03_dataset.ipynb #dbe7df9b
 def _stimulus_split(
     lengths: Mapping[str, tuple[int, int]], clip_frames: int, fractions: Sequence[float], gap: int, seed: int
 ) -> list[tuple]:
@@ -260,7 +260,7 @@ def split_clips(
         )
     return _number_clips(pd.DataFrame(rows, columns=["movie", "start", "repeat", "tier"]))
 
-
+# %% ../../neuro_nbs/03_dataset.ipynb #4d99d244
 def _split_table(table: pd.DataFrame, clip_frames: int) -> pd.DataFrame:
     "A user's split, each trial once: the same moments of a recording may not be in two tiers, whatever is allowed."
     columns = ["movie", "start", "repeat", "tier"]
@@ -298,7 +298,7 @@ def _split_table(table: pd.DataFrame, clip_frames: int) -> pd.DataFrame:
             )
     return table
 
-
+# %% ../../neuro_nbs/03_dataset.ipynb #04bc2406
 def _number_clips(samples: pd.DataFrame) -> pd.DataFrame:
     clip = samples.groupby(["movie", "start"], sort=False).ngroup()
     return samples.assign(clip=clip)[["clip", "movie", "start", "repeat", "tier"]].reset_index(drop=True)
@@ -416,7 +416,7 @@ def _card_text(card: Mapping[str, Any]) -> str:
         lines += ["", "## Read this before you use a score", ""] + [f"- {w}" for w in card["warnings"]]
     return "\n".join(lines) + "\n"
 
-
+# %% ../../neuro_nbs/03_dataset.ipynb #6de2ff04
 def identical_clips(videos: np.ndarray) -> dict[int, int]:
     "Clip -> a number shared by clips whose pixels are all equal."
     seen: dict[str, int] = {}
@@ -464,7 +464,7 @@ def complete_folder(
         card["warnings"] = [*card["warnings"], note]
     finish_folder(folder, "clips", card, _card_text)
 
-
+# %% ../../neuro_nbs/03_dataset.ipynb #f3fea690
 def _recorded_apart(samples: pd.DataFrame) -> None:
     "No two-photon frame in two tiers, whatever is allowed; the ends of two samples may meet in one."
     if "first_frame" not in samples:
@@ -480,7 +480,7 @@ def _recorded_apart(samples: pd.DataFrame) -> None:
                 fix="check the column start of the stimulus tables, or the epochs of a hand-counted alignment",
             )
 
-
+# %% ../../neuro_nbs/03_dataset.ipynb #ba76a964
 def _check_arrays(arrays: Mapping[str, np.ndarray], samples: pd.DataFrame) -> None:
     "Numbers only; responses that somebody measured; no recorded trial in two tiers."
     fix = "leave out that neuron or that repeat; in a recording with a damaged stretch, drop its rows from the stimulus table"
@@ -504,7 +504,7 @@ def _check_arrays(arrays: Mapping[str, np.ndarray], samples: pd.DataFrame) -> No
                 )
     check_measured(arrays["responses"], samples["tier"].to_numpy())
 
-
+# %% ../../neuro_nbs/03_dataset.ipynb #7fdb91ef
 def check_measured(responses: np.ndarray, tiers: np.ndarray) -> None:
     "A tier of zeros was withheld by whoever published it: it is no measurement."
     for tier in np.unique(tiers):
@@ -541,7 +541,7 @@ def chosen_movies(recording: Recording, movies: Sequence[str] | None) -> list[st
         )
     return list(movies)
 
-
+# %% ../../neuro_nbs/03_dataset.ipynb #59c4df73
 def origin_card(
     recording: Recording, options: dict[str, Any], measured: Mapping[str, tuple[np.ndarray, list[str]]]
 ) -> dict[str, Any]:
@@ -557,7 +557,7 @@ def origin_card(
         "warnings": list(recording.metadata.get("warnings", [])),
     }
 
-
+# %% ../../neuro_nbs/03_dataset.ipynb #ac3f10a3
 def behaviour_of(recording: Recording, pupil: str) -> dict[str, tuple[np.ndarray, list[str]]]:
     "field -> ((channels, T), channel names) of what was measured and is wanted."
     if pupil not in ("if-present", "required", "ignore"):
@@ -621,7 +621,7 @@ def _plan(
     samples, frames, notes = _without(broken, samples, frames)
     return samples.assign(first_frame=frames[:, 0], last_frame=frames[:, -1]), frames, notes
 
-
+# %% ../../neuro_nbs/03_dataset.ipynb #9b107fda
 def _frame_step(recording: Recording, index: np.ndarray) -> float:
     "Usual time between two movie frames, s: never below that between two two-photon frames."
     times = recording.timestamps[index]
@@ -760,7 +760,7 @@ def _session_terms(name: str, s: Mapping[str, Any], scheme: str) -> tuple[np.nda
         offset, scale = np.zeros_like(std) if name == "behavior" else mean, std
     return (offset, scale) if name == "videos" else (offset[:, None], scale[:, None])
 
-
+# %% ../../neuro_nbs/03_dataset.ipynb #737a2a85
 def _frame_terms(name: str, x: np.ndarray, weight: np.ndarray, scheme: str) -> tuple[np.ndarray, np.ndarray]:
     "Offset and scale at each frame index, from the train samples x (samples, ..., frames or pixels)."
     mean = np.average(x, axis=0, weights=weight)
@@ -1031,7 +1031,7 @@ class TierArrays:
     behavior: np.ndarray | None
     pupil_center: np.ndarray | None
 
-
+# %% ../../neuro_nbs/03_dataset.ipynb #b5443605
 def load_tier(
     root: str | Path,  # a dataset folder
     tier: str,  # "train", "validation", "test"

@@ -60,7 +60,7 @@ def _export_study1(data: dict[str, MouseDataset], folder: Path) -> None:
                     folder / tier / names[key] / f"{int(dataset.samples['sample'][i]):05d}.npy", value.numpy()
                 )
 
-
+# %% ../../neuro_nbs/10b_exchange.ipynb #9a5c94b7
 def _export_sensorium(data: dict[str, MouseDataset], folder: Path) -> None:
     some = next(iter(data.values()))
     order = by_name(some.card["channels"].get("behavior", []), ("pupil_area", "running"))
@@ -152,7 +152,7 @@ def _all_used(folder: Path, names: set[str], what: str) -> None:
                 fix="fetch the folder again: trials, tiers and arrays do not belong together",
             )
 
-
+# %% ../../neuro_nbs/10b_exchange.ipynb #8b1c00b3
 def _read_study1(root: Path) -> tuple[dict[str, list[Path]], list[str], dict[str, Any], np.ndarray]:
     files: dict[str, list[Path]] = {}
     tiers: list[str] = []
@@ -178,7 +178,7 @@ def _read_study1(root: Path) -> tuple[dict[str, list[Path]], list[str], dict[str
         np.arange(len(tiers)),
     )
 
-
+# %% ../../neuro_nbs/10b_exchange.ipynb #6e450dd4
 def _read_tiers(root: Path, layout: str) -> np.ndarray:
     "The published tier of each trial (trials,) of str."
     path = root / "meta/trials/tiers.npy"
@@ -189,7 +189,7 @@ def _read_tiers(root: Path, layout: str) -> np.ndarray:
     shaped("tiers", tiers, {"trials": None}, path)
     return tiers.astype(str)
 
-
+# %% ../../neuro_nbs/10b_exchange.ipynb #1263eb5d
 def _read_sensorium(root: Path) -> tuple[dict[str, list[Path]], list[str], dict[str, Any], np.ndarray]:
     tiers = _read_tiers(root, "Sensorium 2023")
     rows = np.flatnonzero(tiers != "none")
@@ -231,7 +231,7 @@ def _tree_neurons(root: Path, n: int) -> pd.DataFrame:
     described(neurons, n, ids)
     return neurons
 
-
+# %% ../../neuro_nbs/10b_exchange.ipynb #29065f60
 def _channel_names(name: str, n: int, usual: list[str], known: Mapping[str, Any]) -> list[str]:
     "The layout's usual names; of these only the measured ones where a card says so; numbers if they do not fit."
     measured = known.get("channels", {}).get(name, usual)
@@ -273,7 +273,7 @@ def _read_trial(
         array = np.moveaxis(array, -1, 0)
     return array
 
-
+# %% ../../neuro_nbs/10b_exchange.ipynb #34627832
 def _survey(files: Mapping[str, list[Path]], layout: str) -> tuple[np.ndarray, list[str], np.ndarray]:
     "Frames of each trial, content of its video, whether its responses are withheld (0 or NaN throughout)."
     lengths, contents, withheld, first = [], [], [], {}
@@ -301,7 +301,7 @@ def _survey(files: Mapping[str, list[Path]], layout: str) -> tuple[np.ndarray, l
         contents.append(content_hash(video))
     return np.array(lengths), contents, np.array(withheld)
 
-
+# %% ../../neuro_nbs/10b_exchange.ipynb #27942b9e
 def _measured_trials(
     tiers: np.ndarray, withheld: np.ndarray, paths: list[Path]
 ) -> tuple[np.ndarray, list[str]]:
@@ -315,7 +315,7 @@ def _measured_trials(
         )
     return keep, notes
 
-
+# %% ../../neuro_nbs/10b_exchange.ipynb #50da13c4
 def _tree_samples(
     tree: Path, layout: str, clip_of: list[int], tiers: list[str], rows: np.ndarray
 ) -> pd.DataFrame:  # clip, movie, start, repeat, tier
@@ -536,7 +536,7 @@ def _trial_arrays(folder: Path) -> tuple[np.ndarray, dict[str, list[Path]]]:
         _all_used(folder / "data" / name, {p.name for p in images}, "tiers.npy")
     return tiers, files
 
-
+# %% ../../neuro_nbs/10b_exchange.ipynb #627b7522
 def _stacked(name: str, paths: list[Path]) -> np.ndarray:
     "One row per trial; every file must have the shape of the first."
     rows = [load_array(p) for p in paths]
@@ -628,7 +628,7 @@ def import_sensorium2022(
         Path(out), arrays, samples, neurons, card, allow_shared_stimuli, constant_neurons, overwrite
     )
 
-
+# %% ../../neuro_nbs/10b_exchange.ipynb #445a5bcb
 def _numbered(
     folder: Path, pictures: np.ndarray, rows: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -650,7 +650,7 @@ def _numbered(
     order = np.argsort(scene[np.unique(image, return_index=True)[1]], kind="stable")
     return images[order], np.argsort(order)[image], scene
 
-
+# %% ../../neuro_nbs/10b_exchange.ipynb #b8634aea
 def _imported_samples(
     folder: Path, image: np.ndarray, scene: np.ndarray, rows: np.ndarray, tiers: np.ndarray
 ) -> pd.DataFrame:
@@ -687,7 +687,7 @@ def _loaded(name: str, value: Any, kinds: str = "fiub") -> np.ndarray:
         raise DataError(f"{name} has dtype {array.dtype}", path=path, expected=expected)
     return array
 
-
+# %% ../../neuro_nbs/10b_exchange.ipynb #4fe35852
 def _shaped(name: str, array: np.ndarray, shape: tuple[int | None, ...], axes: str) -> np.ndarray:
     "The array, if it has the wanted shape; None is any size but zero."
     fits = array.ndim == len(shape) and all(
@@ -719,7 +719,7 @@ def _shown_pictures(image_id: Any, n_images: int, n: int) -> np.ndarray:
         )
     return image
 
-
+# %% ../../neuro_nbs/10b_exchange.ipynb #51b45cc2
 def _repetitions(repeats: Any, image: np.ndarray) -> np.ndarray:
     "(n,) which repetition each presentation is; counted if not given."
     if repeats is None:
@@ -828,7 +828,7 @@ def import_arrays(
     neurons = _described(cells, coordinates, cell_ids)
     return write_scenes(Path(out), arrays, samples, neurons, card, shared_ok, constant_neurons, overwrite)
 
-
+# %% ../../neuro_nbs/10b_exchange.ipynb #a1e2f2af
 def _described(cells: int, coordinates: Any, cell_ids: Any) -> pd.DataFrame:
     "The neuron table: ids and coordinates, NaN where unknown."
     ids = (
@@ -872,7 +872,7 @@ def _layout_of(folder: Path) -> str:
         raise DataError("a dataset folder already", "a tree, or arrays without a card", "open it", folder)
     return found[0]
 
-
+# %% ../../neuro_nbs/10b_exchange.ipynb #143efac3
 def import_folder(
     folder: str
     | Path,  # a tree of Sensorium 2023, Sensorium 2022 or study 1; or images.npy and responses.npy

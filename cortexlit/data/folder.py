@@ -43,7 +43,7 @@ def content_hash(
     """
     return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
 
-
+# %% ../../neuro_nbs/02c_folder.ipynb #7aafa635
 def finish_folder(
     folder: str | Path,  # holds all arrays and tables already; inside `atomic_folder`
     kind: str,  # one of `KINDS`
@@ -81,7 +81,7 @@ def _kind(card: Mapping[str, Any]) -> str:
         return str(card["kind"])
     return "things" if "layout" in card and "shape" in card else "clips" if "files" in card else "tree"
 
-
+# %% ../../neuro_nbs/02c_folder.ipynb #b10f0bd0
 def read_card(
     root: str | Path,  # a folder made by this library
     kind: str | None = None,  # one of `KINDS`; None: any
@@ -138,7 +138,7 @@ def _keep_in_mind(path: Path, about: os.stat_result, asked: str) -> None:
         state = (about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino)
         _verified[path.resolve(), asked] = state
 
-
+# %% ../../neuro_nbs/02c_folder.ipynb #4071a310
 def verify(
     root: str | Path,  # a folder made by this library
     files: Mapping[str, str],  # name -> SHA-256, from its card
@@ -176,7 +176,7 @@ def verify(
             )
         _keep_in_mind(path, about, known)
 
-
+# %% ../../neuro_nbs/02c_folder.ipynb #2cb8f3f5
 def finite_file(
     name: str,  # as for `finite`
     array: np.ndarray,  # memory-mapped
@@ -282,7 +282,7 @@ def never_changes(
     """
     return np.atleast_1d(std <= 1e-7 * np.maximum(np.abs(mean), 1e-12))
 
-
+# %% ../../neuro_nbs/02c_folder.ipynb #fce3f6c5
 def check_spread(
     stats: Mapping[str, Any],  # field -> what `Moments` gives
     channels: Mapping[str, Sequence[str]],  # field -> names of its channels

@@ -137,7 +137,7 @@ def _shared(source: Path, target: Path) -> None:
     except OSError:
         shutil.copyfile(source, target)
 
-
+# %% ../../neuro_nbs/03b_folds.ipynb #7779780a
 def _write_fold(
     whole_folder: Path,
     folder: Path,
@@ -176,7 +176,7 @@ def _summary(samples: pd.DataFrame, card: Mapping[str, Any]) -> str:
     lines += [f"| {k} | {n} | {k}/ |" for k, n in tested.items()]
     return "\n".join([*lines, *(f"- {w}" for w in card["warnings"])]) + "\n"
 
-
+# %% ../../neuro_nbs/03b_folds.ipynb #b7ca5fa5
 def _finish(
     folder: Path, samples: pd.DataFrame, clips: pd.DataFrame, card: dict[str, Any], folds: int
 ) -> None:
@@ -278,7 +278,7 @@ def fold_of(
     check_folder(root, "folds")
     return whole("fold", load_table(Path(root) / "samples.csv", ["fold"])["fold"])
 
-
+# %% ../../neuro_nbs/03b_folds.ipynb #f940ed89
 def pool(
     root: str | Path,  # a folder by `build_folds`
     parts: Sequence[np.ndarray],  # of each fold: (test samples, neurons, frames), in units of its labels

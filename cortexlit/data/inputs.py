@@ -68,7 +68,7 @@ def _tell(config: Any, option: str) -> str:
         f'{model}.from_published(core, core_only=True, {option}).save_core("folder")'
     )
 
-
+# %% ../../neuro_nbs/03c_inputs.ipynb #173939f4
 def scheme_of(
     config: Any,  # of a model that sees movies or pictures
 ) -> InputScheme:
@@ -90,7 +90,7 @@ def scheme_of(
         config.normalisation, None if names is None else tuple(names), tuple(config.size), rate
     )
 
-
+# %% ../../neuro_nbs/03c_inputs.ipynb #054c137d
 def _datasets(dataset: Any) -> Iterator[MouseDataset | ScenesDataset]:
     "The tiers of dataset folders behind a dataset, a part or a change of one, or several put together."
     if isinstance(dataset, MouseDataset | ScenesDataset):
@@ -154,7 +154,7 @@ def _compare(config: Any, data: MouseDataset | ScenesDataset) -> None:
             fix=f"resample the recording; or, if that is meant, {_tell(config, f'rate={rate:.4g}')}",
         )  # fmt: skip
 
-
+# %% ../../neuro_nbs/03c_inputs.ipynb #36b11939
 def open_for(
     model: Any,  # a `ViV1T` or `V1T`, or its config
     root: str | Path,  # a dataset folder

@@ -90,7 +90,7 @@ class NiftiSubject(Things):
             )  # fmt: skip
         return np.atleast_2d(values[self.mask].T)
 
-
+# %% ../../neuro_nbs/12e_own_fmri.ipynb #64ab9a82
 def open_nifti(
     trials: pd.DataFrame
     | str
@@ -144,7 +144,7 @@ def _mask_of(mask: Any, root: Path) -> tuple[np.ndarray, np.ndarray]:
         raise DataError("a masker without mask_img_", "a fitted NiftiMasker", "masker.fit()")
     return np.asanyarray(image.dataobj) > 0, image.affine
 
-
+# %% ../../neuro_nbs/12e_own_fmri.ipynb #63f25908
 def _trials_of(table: pd.DataFrame, root: Path) -> tuple[np.ndarray, TrialIndex]:
     "The file of each trial, and the index, in the order of sessions and runs."
     rows = table.reset_index(drop=True)
@@ -210,7 +210,7 @@ def bids_trials(
         parts.append(table.assign(file=path, volume=np.arange(count), session=at["ses"], run=at["run"]))
     return pd.concat(parts, ignore_index=True)
 
-
+# %% ../../neuro_nbs/12e_own_fmri.ipynb #6cce42e0
 def _part(path: Path, key: str) -> str | None:
     "The value of a part of a BIDS name."
     found = re.search(rf"_{key}-([a-zA-Z0-9]+)", path.name)

@@ -276,7 +276,7 @@ def _unregistered(path: Path) -> OpenFile:
         facts={"animal": path.stem, "group": "not known"},
     )  # fmt: skip
 
-
+# %% ../../neuro_nbs/02a_open_recordings.ipynb #bad4a43e
 def open_recording(
     name: str
     | Path = "park_230809",  # a name of `REGISTRY`, or another file of such a study; the default has the best tuned cells

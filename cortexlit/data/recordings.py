@@ -25,7 +25,7 @@ def _readonly(array: np.ndarray) -> np.ndarray:
     view.flags.writeable = False
     return view
 
-
+# %% ../../neuro_nbs/00_recordings.ipynb #a0f93bce
 def _array(
     name: str, value: Any, shape: tuple[int | None, ...], axes: str, optional: bool = False
 ) -> np.ndarray | None:

@@ -106,7 +106,7 @@ def scene_windows(
         )
     return pd.DataFrame({"scene": table["frame"].to_numpy(), "first_frame": first, "last_frame": last})
 
-
+# %% ../../neuro_nbs/10_scenes.ipynb #b013859b
 def window_means(
     series: np.ndarray,  # (channels, T), NaN in gaps
     first: np.ndarray,  # (presentations,) first frame of each window
@@ -218,7 +218,7 @@ def audit_pictures(
         )
     return pd.DataFrame(rows, columns=["tiers", "shared_images", "of", "identical_images", "shared_frames"])
 
-
+# %% ../../neuro_nbs/10_scenes.ipynb #d5c155ab
 def _refuse_shared(audit: pd.DataFrame, shared_ok: bool) -> None:
     leak = (audit["shared_images"] > 0) | (audit["identical_images"] > 0)
     if leak.any() and not shared_ok:
@@ -278,7 +278,7 @@ def _finite(arrays: Mapping[str, np.ndarray]) -> None:
         fix = "leave these presentations or neurons out"
         finite(name, array, gaps=name not in ("images", "responses"), fix=fix)
 
-
+# %% ../../neuro_nbs/10_scenes.ipynb #239a3a36
 def _one_tier_each(arrays: Mapping[str, np.ndarray], samples: pd.DataFrame) -> None:
     "No recorded presentation in two tiers: the same responses to the same picture."
     seen: dict[tuple[int, str], str] = {}
@@ -436,7 +436,7 @@ def build_scenes(
         Path(out), arrays, samples, recording.neurons, card, shared_ok, constant_neurons, overwrite
     )
 
-
+# %% ../../neuro_nbs/10_scenes.ipynb #c5b9b4b7
 def _unbroken(samples: pd.DataFrame, recording: Recording) -> tuple[pd.DataFrame, list[str]]:
     "The presentations whose windows hold no jump in time, and a note on the others."
     frames = samples["first_frame"].to_numpy()[:, None] + np.arange(
@@ -452,7 +452,7 @@ def _unbroken(samples: pd.DataFrame, recording: Recording) -> tuple[pd.DataFrame
     note = f"{int(broken.sum())} of {len(samples)} presentations are left out, because a gap in time (missing two-photon frames) lies within their windows."
     return samples[~broken].reset_index(drop=True), [note] * bool(broken.any())
 
-
+# %% ../../neuro_nbs/10_scenes.ipynb #042c3b58
 def _overlap_note(samples: pd.DataFrame, recording: Recording) -> list[str]:
     "A warning if windows reach into the next presentation."
     first, last = (samples[k].to_numpy() for k in ("first_frame", "last_frame"))
@@ -573,7 +573,7 @@ class SceneArrays:
     behavior: np.ndarray | None
     pupil_center: np.ndarray | None
 
-
+# %% ../../neuro_nbs/10_scenes.ipynb #a79ef770
 def load_scenes(
     root: str | Path,  # a folder made by `build_scenes` or one of the importers
     tier: str,  # "train", "validation", "test"

@@ -176,7 +176,7 @@ class Split:
             raise DataError("the split was changed after it was saved", f"hash {content['hash']}", path=path)
         return split
 
-
+# %% ../../neuro_nbs/03d_splits.ipynb #22c81210
 def _shown(root: Path | None) -> dict[str, Any]:
     "What a folder shows, as `audit_units` takes it."
     for name in ("videos", "images"):
@@ -209,7 +209,7 @@ def split_by_concept(
     fold[rng(seed, "concepts").permutation(len(concepts))] = np.arange(len(concepts)) % folds
     return Split.from_folds("concept", fold[np.searchsorted(concepts, named)], trials, seed)
 
-
+# %% ../../neuro_nbs/03d_splits.ipynb #9342a03f
 def split_by_session(
     trials: pd.DataFrame,  # one row per trial
 ) -> Split:

@@ -162,7 +162,7 @@ def read_text_table(path: Path) -> pd.DataFrame:
                 table[column] = pd.to_numeric(table[column].str.replace(",", ".", regex=False))
     return table
 
-
+# %% ../../neuro_nbs/12_things.ipynb #c9a82735
 def needs_columns(table: pd.DataFrame, columns: Sequence[str], path: Path) -> None:
     "`DataError` if a column is missing, or a name in it."
     if missing := [c for c in columns if c not in table]:
@@ -191,7 +191,7 @@ def _numeric(table: pd.DataFrame, columns: Sequence[str], path: Path) -> pd.Data
         out[column] = numbers
     return pd.DataFrame(out, index=table.index)
 
-
+# %% ../../neuro_nbs/12_things.ipynb #742daca1
 def _in_order(table: pd.DataFrame, column: str, path: Path, what: str) -> pd.DataFrame:
     "The rows in the order of the column that numbers them from 0."
     numbers = pd.to_numeric(table[column], errors="coerce")
@@ -339,7 +339,7 @@ class TrialIndex:
         "Row of a trial; `DataError` where the key is ambiguous, IndexError where there is no such trial."
         return locate_trial(self._places, len(self), key)
 
-
+# %% ../../neuro_nbs/12_things.ipynb #2ce45039
 def _missing_file(files: Mapping[tuple[int, int], Path], session: int, run: int) -> Path | None:
     "Where a run should be: the table of all trials, or a volume named as those of the other runs."
     if not files:
@@ -389,7 +389,7 @@ def index_from_table(path: Path) -> TrialIndex:
     files = dict.fromkeys(zip(table["session"], table["run"], strict=True), path)
     return trial_index(rows.assign(concept=table["concept"].map(with_underscores)), files)
 
-
+# %% ../../neuro_nbs/12_things.ipynb #e063bee7
 def _conditions(path: Path) -> pd.DataFrame:
     "conditions.tsv of a run: volume (position on the fourth axis, its column without a name) and image, in order."
     table = read_text_table(path)
@@ -406,7 +406,7 @@ def _conditions(path: Path) -> pd.DataFrame:
     image = table["image_filename"].str.replace("\\", "/", regex=False).str.rsplit("/", n=1).str[-1]
     return pd.DataFrame({"volume": table[first], "image": image})
 
-
+# %% ../../neuro_nbs/12_things.ipynb #182af354
 def _index_from_conditions(runs: Sequence[tuple[int, int, Path, Path]]) -> TrialIndex:
     "From conditions.tsv of every run; test images recur in every session."
     parts = [_conditions(path).assign(session=session, run=run) for session, run, _, path in runs]
@@ -455,7 +455,7 @@ class ThingsLayout:
     files: Mapping[str, Path | None]
     runs: tuple[tuple[int, int, Path, Path], ...] = ()
 
-
+# %% ../../neuro_nbs/12_things.ipynb #93574d1c
 _SUBJECT_FILE = re.compile(
     r"sub-(\w+?)_(ResponseData\.h5|task-things_voxel-wise-responses\.h5|ses-things\d+_run-\d+_betas\.nii)"
 )
@@ -562,7 +562,7 @@ def _volumes(root: Path, pattern: str) -> list[Path]:
         raise DataError(f"two copies of a volume: {twice[0].name}", path=twice[0], fix="keep one of them")
     return found
 
-
+# %% ../../neuro_nbs/12_things.ipynb #900688ba
 def _mask_rois(root: Path, subject: str, mask: np.ndarray, affine: np.ndarray) -> pd.DataFrame:
     "ROI columns from the mask files that come with the volumes, each placed by its affine."
     rois: dict[str, np.ndarray] = {}
@@ -737,7 +737,7 @@ def _known_roi(column: str) -> bool:
     known = {*PRF_AREAS, "IT", "LOC", "EBA", "FFA", "OFA", "STS", "PPA", "RSC", "TOS"}
     return name in known or name[1:] in known or name.startswith("glasser-")
 
-
+# %% ../../neuro_nbs/12_things.ipynb #6bcc2086
 def _table_rois(table: pd.DataFrame, path: Path) -> pd.DataFrame:  # (voxels, ROIs) bool
     "ROI columns: two values, one of them no. A region that cannot be read is refused, another column is a measure."
     rois = {}
@@ -774,7 +774,7 @@ def _table_rois(table: pd.DataFrame, path: Path) -> pd.DataFrame:  # (voxels, RO
     unique("ROI", [roi_name(c) for c in rois], path)
     return pd.DataFrame(rois, index=table.index).rename(columns=roi_name)
 
-
+# %% ../../neuro_nbs/12_things.ipynb #f1784ba3
 def _labels(data: h5py.Dataset) -> list[str] | None:
     "Labels that pandas stored: numbers, text, or a pickle, which is looked through and never run; None if unknown."
     values = data[()]
@@ -793,7 +793,7 @@ def _labels(data: h5py.Dataset) -> list[str] | None:
         return [v.decode() if isinstance(v, bytes) else str(v) for v in values.ravel()]
     return None
 
-
+# %% ../../neuro_nbs/12_things.ipynb #b98faec2
 def _column_order(group: h5py.Group, values: h5py.Dataset, path: Path) -> np.ndarray | None:
     "Columns of the block in the order of trial_id; None if they lie in it, or nothing says."
     block = values.name.rsplit("/", 1)[-1].removesuffix("_values")
@@ -818,7 +818,7 @@ def _column_order(group: h5py.Group, values: h5py.Dataset, path: Path) -> np.nda
     order = np.argsort(numbers)
     return None if np.array_equal(order, np.arange(len(order))) else order
 
-
+# %% ../../neuro_nbs/12_things.ipynb #41ce73a3
 def _response_data(
     file: h5py.File, path: Path, shape: tuple[int, int]
 ) -> tuple[h5py.Dataset, np.ndarray | None]:
@@ -854,7 +854,7 @@ def _response_data(
         )
     return values, _column_order(group, values, path)
 
-
+# %% ../../neuro_nbs/12_things.ipynb #cc1313ca
 def open_things(
     root: str | Path,  # folder with the data anywhere below
     subject: str = "01",

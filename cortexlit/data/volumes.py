@@ -69,7 +69,7 @@ def read_nifti(
         raise DataError("the affine of the header places no voxel", wish, "fetch the file again", path)
     return values, image.affine
 
-
+# %% ../../neuro_nbs/12f_volumes.ipynb #9899df0e
 def write_nifti(
     path: str | Path,  # .nii.gz; written atomically, same bytes for the same numbers
     values: np.ndarray,  # (x, y, z) or (x, y, z, volumes), of a number type of NIfTI-1
@@ -105,7 +105,7 @@ def one_valued(path: Path) -> tuple[np.ndarray, np.ndarray]:
         )
     return np.nan_to_num(values) != 0, affine
 
-
+# %% ../../neuro_nbs/12f_volumes.ipynb #0cccdd93
 def read_mask(path: Path | None, place: np.ndarray | None, root: Path) -> tuple[np.ndarray, np.ndarray]:
     "Brain mask and affine, checked against voxel coordinates where those are known."
     if path is None:

@@ -118,7 +118,7 @@ def occlusion(
         rows.append((name, int(regions[name].sum()), np.abs(found - whole).mean(), error))
     return pd.DataFrame(rows, columns=["region", "voxels", "change", "error"])
 
-
+# %% ../../neuro_nbs/14_attention_maps.ipynb #209c3248
 def _check_regions(regions: pd.DataFrame, voxels: int) -> None:
     if len(regions) != voxels:
         raise DataError(f"regions for {len(regions)} voxels, a map of {voxels}", expected="one row per voxel")
@@ -224,7 +224,7 @@ def atlas_regions(
     regions = {names[k]: label == k for k in np.unique(label[label > 0])}
     return pd.DataFrame(regions | {"background": label == 0})
 
-
+# %% ../../neuro_nbs/14_attention_maps.ipynb #2d5e3bd7
 def _check_atlas(atlas: np.ndarray, names: Mapping[int, str], path: str | Path | None) -> None:
     if atlas.ndim != 3:
         raise DataError(
@@ -286,7 +286,7 @@ def _steps(values: np.ndarray, mask: np.ndarray, steps: int = 4) -> np.ndarray:
         found[:, k - 1] = np.nanmean(np.concatenate(pairs, 1), 1)
     return found / np.maximum(values.var(1, keepdims=True), 1e-30)
 
-
+# %% ../../neuro_nbs/14_attention_maps.ipynb #5f83ad31
 def random_maps(
     mask: np.ndarray,  # (x, y, z) bool: the voxels of a map, in C order
     width: float,  # sd of the Gaussian that smooths, in voxels; 0: white noise
@@ -316,7 +316,7 @@ def _usual_steps(shape: tuple[int, int, int], mask: bytes, width: float, seed: i
     inside = np.frombuffer(mask, bool).reshape(shape)
     return _steps(random_maps(inside, width, 60, seed), inside).mean(0)
 
-
+# %% ../../neuro_nbs/14_attention_maps.ipynb #09660778
 def as_smooth_as(
     values: np.ndarray,  # (voxels,) a map without gaps
     mask: np.ndarray,  # (x, y, z) bool: its voxels
@@ -345,7 +345,7 @@ def as_smooth_as(
     width = float(widths[int(np.argmin(apart))])
     return random_maps(mask, width, draws, seed), width
 
-
+# %% ../../neuro_nbs/14_attention_maps.ipynb #49c6d442
 def auc_against(
     values: np.ndarray,  # (voxels,); NaN where the map says nothing
     informative: np.ndarray,  # (voxels,) bool

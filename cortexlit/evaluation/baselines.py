@@ -237,7 +237,7 @@ def gabor_bank(
                     bank.append(wave / np.linalg.norm(wave))
     return without_subnormals(bank, np.complex64)
 
-
+# %% ../../neuro_nbs/05_baseline.ipynb #6a8d4fad
 def _centres(n: int, spacing: float) -> np.ndarray:
     count = max(1, round(n / spacing))
     return (np.arange(count) + 0.5) * n / count
@@ -269,7 +269,7 @@ def _clip_means(data: TierArrays) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     clips, counts = np.unique(data.clip, return_counts=True)
     return clips, np.stack([data.labels[data.clip == c].mean(0) for c in clips]), counts
 
-
+# %% ../../neuro_nbs/05_baseline.ipynb #ee240d1d
 def motion_energy_ridge(
     train: TierArrays,
     validation: TierArrays,  # chooses the penalty
@@ -339,7 +339,7 @@ def less_fold_means(x: np.ndarray, fold: np.ndarray) -> np.ndarray:
         out[fold == k] = np.where(varies, part - part.mean((0, 2), keepdims=True), 0)
     return out
 
-
+# %% ../../neuro_nbs/05_baseline.ipynb #465fbe92
 _REPEATED = ("correlation to average", "FEVE", "r2_ER")  # metrics that need repeats
 
 
@@ -414,14 +414,14 @@ def clip_baselines(
             predictions[label] = str(error).splitlines()[0]
     return predictions
 
-
+# %% ../../neuro_nbs/05_baseline.ipynb #a271990a
 def _pooled_baselines(root: str | Path, names: Iterable[str]) -> dict[str, np.ndarray | str]:
     "Baselines fitted in every fold, each sample predicted by the fold that tests it."
     each = [clip_baselines(folder, names) for folder in fold_folders(root)]
     none = {name: next((e[name] for e in each if isinstance(e[name], str)), None) for name in each[0]}
     return {name: pool(root, [e[name] for e in each]) if why is None else why for name, why in none.items()}
 
-
+# %% ../../neuro_nbs/05_baseline.ipynb #b73a4072
 def score_dataset(
     root: str | Path,  # a dataset folder, or one by `build_folds`: predictions of all folds, pooled
     last: int

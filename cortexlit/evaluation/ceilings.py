@@ -65,7 +65,7 @@ def split_half_reliability(
     raw = sum(flattened_correlation(*pair, reduce=None) for pair in halves) / splits
     return _of_repeats(raw, longer)
 
-
+# %% ../../neuro_nbs/04a_ceilings.ipynb #6bb34cc7
 def _halved(
     labels: np.ndarray,
     clip: Sequence | np.ndarray,
@@ -95,7 +95,7 @@ def _halved(
 
     return drawn(), repeats / size
 
-
+# %% ../../neuro_nbs/04a_ceilings.ipynb #12f3a033
 def _of_repeats(raw: np.ndarray, longer: float) -> np.ndarray:
     "Spearman and Brown's formula, sign kept."
     return np.sign(raw) * longer * abs(raw) / (1 + (longer - 1) * abs(raw))
@@ -136,7 +136,7 @@ def split_half_ceiling(
     table = ceiling(whole) - (clips - 1) * (ceiling(without) - ceiling(without).mean(0))
     return table
 
-
+# %% ../../neuro_nbs/04a_ceilings.ipynb #c5c59495
 def _pearson_of(sums: np.ndarray) -> np.ndarray:
     "Correlations from sums (6, ...) of 1, x, y, xx, yy, xy; NaN where one is constant."
     n, x, y, xx, yy, xy = sums

@@ -36,7 +36,7 @@ def _held(square: np.ndarray, freedom: int) -> np.ndarray:
     "Mean squares (..., pairs): with few degrees of freedom, none is less than that of all pairs on average."
     return np.maximum(square, square.mean(-1, keepdims=True)) if freedom < FEW_DIRECTIONS else square
 
-
+# %% ../../neuro_nbs/04c_comparison.ipynb #6dcd805b
 def _largest_ratio(found: Spread, models: int, level: float, seed: int, draws: int = 4000) -> float:
     """How many errors wide the intervals of all pairs must be to hold at once.
 
@@ -190,7 +190,7 @@ def compare(
     })  # fmt: skip
     return Comparison(models, pairs, float(1 - shared.mean()))
 
-
+# %% ../../neuro_nbs/04c_comparison.ipynb #6bc210fc
 def _pair_widths(each: np.ndarray, models: int, level: float, seed: int) -> np.ndarray:
     "Half widths of the intervals of all pairs at once; NaN with too few clips."
     if models == 2 or each.shape[2] < MIN_CLIPS:

@@ -83,7 +83,7 @@ def split_conformal(
             out[new] = conformal_half_width(residuals[known], groups[known], level)
     return out
 
-
+# %% ../../neuro_nbs/12b_conformal.ipynb #c03f9064
 def conformal_coverage(
     residuals: np.ndarray,  # (n, targets) errors
     half_widths: np.ndarray,  # (n, targets) or (targets,)

@@ -103,7 +103,7 @@ def _matrix(values: np.ndarray, name: str) -> np.ndarray:
         )
     return values
 
-
+# %% ../../neuro_nbs/12a_decoding_baselines.ipynb #19739f80
 def _fold_rows(folds: np.ndarray, n: int) -> list[np.ndarray]:
     "Rows of each fold; every row in exactly one."
     folds = np.asarray(folds)
@@ -143,7 +143,7 @@ class Spectrum:
     values: np.ndarray
     complete: bool
 
-
+# %% ../../neuro_nbs/12a_decoding_baselines.ipynb #cb7d9606
 def decompose(
     features: np.ndarray,  # (n, p); not centred by the caller
 ) -> Spectrum:
@@ -199,7 +199,7 @@ def _alphas(alphas: Sequence[float] | np.ndarray) -> np.ndarray:
         raise DataError(f"alphas={alphas}", expected="one or more positive penalties")
     return alphas
 
-
+# %% ../../neuro_nbs/12a_decoding_baselines.ipynb #0dcaa4f1
 def _checked(spectrum: Spectrum, targets: np.ndarray) -> np.ndarray:
     targets = _matrix(targets, "targets")
     if len(targets) != len(spectrum.vectors):
@@ -259,7 +259,7 @@ class NestedRidge:
     alpha: np.ndarray
     mixture: np.ndarray
 
-
+# %% ../../neuro_nbs/12a_decoding_baselines.ipynb #87b36e3b
 def nested_ridge(
     spectra: Spectrum | Sequence[Spectrum],  # one decomposition, or one for each mixture of bands
     targets: np.ndarray,  # (n, targets)
@@ -285,7 +285,7 @@ def nested_ridge(
         )
     return _nested(spectra, targets, None, groups, alphas)
 
-
+# %% ../../neuro_nbs/12a_decoding_baselines.ipynb #9cb4550b
 def _nested(
     spectra: Sequence[Spectrum],
     basis: np.ndarray,  # (n, k)
@@ -325,7 +325,7 @@ def _nested(
                 out[np.ix_(rows, used)] = (basis[rows] - errors) @ mixing[:, used]
     return NestedRidge(out, alphas[alpha], mixture)
 
-
+# %% ../../neuro_nbs/12a_decoding_baselines.ipynb #3a23db6d
 def _each(
     spectra: Sequence[Spectrum], targets: np.ndarray, alphas: np.ndarray
 ) -> Iterator[tuple[int, int, np.ndarray]]:
@@ -357,7 +357,7 @@ def _sums_by(groups: np.ndarray, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
     order, start = np.argsort(place, kind="stable"), np.cumsum(counts) - counts
     return names, counts, *(np.add.reduceat(np.asarray(a, float)[order], start, 0) for a in arrays)
 
-
+# %% ../../neuro_nbs/12a_decoding_baselines.ipynb #0e3a5ec8
 def average_by(
     groups: np.ndarray,  # (n,) e.g. the concept of each trial
     *arrays: np.ndarray,  # (n, ...)
@@ -380,7 +380,7 @@ def _centred(values: np.ndarray, folds: np.ndarray) -> np.ndarray:
     out = values - average_by(folds, values)[1][place]
     return np.where(np.abs(out) > 1e-9 * np.abs(values).max(), out, 0)  # a constant leaves exact zeros
 
-
+# %% ../../neuro_nbs/12a_decoding_baselines.ipynb #c0ce2b48
 def _sums(
     predictions: np.ndarray, targets: np.ndarray, reference: np.ndarray, groups: np.ndarray, folds: np.ndarray
 ) -> np.ndarray:
@@ -398,7 +398,7 @@ def _sums(
     ]
     return np.stack(_sums_by(groups, *parts)[2:])
 
-
+# %% ../../neuro_nbs/12a_decoding_baselines.ipynb #4966c7fd
 def _from_sums(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "R2 and correlation from (8, ..., targets) sums; NaN where the targets are constant, r 0 where only the predictions are."
     n, x, y, xx, yy, xy, error, reference = sums
@@ -430,7 +430,7 @@ def enough_concepts(
     least = min(len(np.unique(np.asarray(groups)[folds == k])) for k in np.unique(folds))
     return len(np.unique(groups)) >= MIN_CONCEPTS and least >= MIN_IN_FOLD
 
-
+# %% ../../neuro_nbs/12a_decoding_baselines.ipynb #c474b0a4
 @dataclass(frozen=True)
 class DecodingScores:
     """Scores of one decoder with the bootstrap over concepts.
@@ -482,7 +482,7 @@ class DecodingScores:
         pairs = zip(vars(self).values(), vars(other).values(), strict=True)
         return DecodingScores(*(a - b for a, b in pairs))
 
-
+# %% ../../neuro_nbs/12a_decoding_baselines.ipynb #ab2db9ce
 def score_decoding(
     predictions: np.ndarray,  # (n, targets)
     targets: np.ndarray,  # (n, targets)
@@ -555,7 +555,7 @@ def permuted_targets(
         [table[generator.permutation(len(names))][place] for _ in range(permutations)], axis=1
     )
 
-
+# %% ../../neuro_nbs/12a_decoding_baselines.ipynb #df6184c2
 def permutation_scores(
     spectra: Spectrum | Sequence[Spectrum],  # as for `nested_ridge`
     targets: np.ndarray,  # (n, targets), equal for all rows of a group
@@ -588,7 +588,7 @@ def permutation_scores(
         out.append(r2_by_target(predictions, part, constant_predictions(part, folds)))
     return np.concatenate(out).reshape(permutations, count)
 
-
+# %% ../../neuro_nbs/12a_decoding_baselines.ipynb #e014ab23
 def p_value(
     score: float | np.ndarray,  # observed
     null: np.ndarray,  # (permutations, ...) scores under the null hypothesis
@@ -719,7 +719,7 @@ class Decomposition:
         "Coordinates on the axes."
         return (ratings - self.mean) / self.spread @ self.axes.T
 
-
+# %% ../../neuro_nbs/12a_decoding_baselines.ipynb #158a03b9
 def property_components(
     table: np.ndarray,  # (concepts, properties)
     components: int = 3,
@@ -855,7 +855,7 @@ def decoding_rows(
         )
     return rows
 
-
+# %% ../../neuro_nbs/12a_decoding_baselines.ipynb #b9c80dec
 def _p(score: float, null: np.ndarray | None, target: int | None) -> str:
     if null is None:
         return ""
@@ -941,7 +941,7 @@ def score_subject(
         sheet.opened[dataset] = count
     return sheet
 
-
+# %% ../../neuro_nbs/12a_decoding_baselines.ipynb #8e3e0948
 def _end_of_grid(chosen: np.ndarray, alphas: Sequence[float] | np.ndarray) -> str:
     "What a score has to say if more than a tenth of the penalties lie at one end of what was tried."
     at = {name: int((chosen == end(alphas)).sum()) for name, end in (("weakest", min), ("strongest", max))}

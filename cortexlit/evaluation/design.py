@@ -73,7 +73,7 @@ class VarianceComponents(NamedTuple):
     trial: float  # shared by the neurons of a trial
     rest: float  # of single entries
 
-
+# %% ../../neuro_nbs/04e_design.ipynb #335857f8
 def components(
     difference: np.ndarray,  # (samples, neurons) score of one model less that of the other; NaN where undefined
     clip: Sequence | np.ndarray,  # (samples,) clip ids; equal ids are repeats
@@ -133,7 +133,7 @@ def error_of(
     )
     return math.sqrt(variance), variance**2 / spread if spread > 0 else math.inf
 
-
+# %% ../../neuro_nbs/04e_design.ipynb #f9a553ff
 def power_of(
     parts: VarianceComponents,
     effect: float,  # true difference, in units of the score
@@ -180,7 +180,7 @@ def _blocks_of(data: TierArrays, blocks: int) -> np.ndarray:
     }
     return np.array([place[str(c)] for c in data.clip])
 
-
+# %% ../../neuro_nbs/04e_design.ipynb #ad0ab9fd
 def _out_of_block(
     train: TierArrays, validation: TierArrays, rate: float, blocks: int, gap: int
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:  # predictions of the train tier; block of each sample
@@ -216,7 +216,7 @@ def _needed(enough: Callable[[int], bool], low: int) -> float:  # NaN: more than
         low, high = (low, middle) if enough(middle) else (middle + 1, high)
     return float(high)
 
-
+# %% ../../neuro_nbs/04e_design.ipynb #014a982c
 def smallest_effect(
     parts: VarianceComponents,
     clips: int,
@@ -339,7 +339,7 @@ class Design:
         plt.close(fig)
         return fig
 
-
+# %% ../../neuro_nbs/04e_design.ipynb #b6e8b8a0
 def _of_row(row: pd.Series) -> VarianceComponents:
     "Components from the standard deviations of a row."
     return VarianceComponents(*(float(row[name]) ** 2 for name in VarianceComponents._fields))
@@ -366,7 +366,7 @@ def _reachable(train: TierArrays, last: int, block: np.ndarray) -> dict[str, flo
         others[train.clip == clip] = (traces.sum(0) - traces) / (len(traces) - 1)
     return {score: mean_score(table) for score, table in _by_sample(others, train, last, block).items()}
 
-
+# %% ../../neuro_nbs/04e_design.ipynb #2aba653d
 def _row(
     difference: np.ndarray, clip: np.ndarray, effect: float, power: float, level: float, scale: float,
     clips: dict[str, int], neurons: int, repeats: float,

@@ -93,7 +93,7 @@ def _blocks(
         )
     return labels, block, strata
 
-
+# %% ../../neuro_nbs/12c_identification.ipynb #66b8e25f
 def _share_interval(hit: np.ndarray, shown: np.ndarray) -> tuple[float, float]:
     "95 % interval of a share: exact for as many independent trials as have its spread over concepts."
     share, n, concepts = hit.mean(), len(hit), len(np.unique(shown))
@@ -158,7 +158,7 @@ class Identification:
             f"mean normalised rank {self.rank:.3f} (n = {self.n})"
         )
 
-
+# %% ../../neuro_nbs/12c_identification.ipynb #3d7e1751
 def score_identification(
     scores: np.ndarray,  # (trials, concepts)
     shown: np.ndarray,  # (trials,) column of the concept that was shown
@@ -291,7 +291,7 @@ def reliability_curve(
     rows = [(confidence[p].mean(), *binomial_interval(int(right[p].sum()), len(p)), len(p)) for p in parts]
     return pd.DataFrame(rows, columns=["confidence", "accuracy", "low", "high", "n"])
 
-
+# %% ../../neuro_nbs/12c_identification.ipynb #5ffdfd63
 def calibration_error(
     curve: pd.DataFrame,  # from `reliability_curve`
 ) -> float:  # 0 to 1

@@ -62,7 +62,7 @@ class Spread(NamedTuple):
     covariance: np.ndarray  # (means, means)
     parts: list[tuple[int, np.ndarray, int]]  # directions, covariance of one mean square, degrees of freedom
 
-
+# %% ../../neuro_nbs/04d_calibration.ipynb #e32b1296
 def spread(
     each: np.ndarray,  # (means, seeds, clips, neurons) contributions
 ) -> Spread:
@@ -110,7 +110,7 @@ def error_of_squares(squares: list[tuple[int, np.ndarray]]) -> np.ndarray:
         alone = np.maximum(alone, square) if size == 1 else alone
     return np.sqrt(np.maximum(total, alone))
 
-
+# %% ../../neuro_nbs/04d_calibration.ipynb #0dceae03
 def _ratios(found: Spread, draws: int, generator: np.random.Generator) -> np.ndarray:
     "Distance of means over their estimated errors, drawn: (draws, means)."
     single = sum(part for size, part, _ in found.parts if size == 1)
@@ -135,7 +135,7 @@ def _ratios(found: Spread, draws: int, generator: np.random.Generator) -> np.nda
     away *= error_of_squares(true) / np.maximum(found.error, 1e-150)
     return away / np.maximum(error_of_squares(seen), 1e-150)
 
-
+# %% ../../neuro_nbs/04d_calibration.ipynb #3929134e
 def half_widths(
     each: np.ndarray,  # (means, seeds, clips, neurons) contributions
     level: float,
@@ -178,7 +178,7 @@ def _with_interval(
     half = float(half_widths(each[None], level, draws, seed)[0])
     return mean, mean - half, mean + half
 
-
+# %% ../../neuro_nbs/04d_calibration.ipynb #66d675c1
 def _checked(
     values: np.ndarray, groups: Sequence | np.ndarray | None, level: float, draws: int
 ) -> np.ndarray:

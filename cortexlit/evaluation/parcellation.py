@@ -175,7 +175,7 @@ class ConvexSemiNMF(ClusterMixin, TransformerMixin, BaseEstimator):
         "The parcel that contributes most."
         return _winner(self.transform(X))
 
-
+# %% ../../neuro_nbs/17_parcellation.ipynb #d1c856fe
 def _winner(members: np.ndarray) -> np.ndarray:
     "Column of the largest membership; -1 where all are zero."
     return np.where(members.any(1), members.argmax(1), -1)
@@ -219,7 +219,7 @@ def boundary_weights(
     weights[used] = np.where(within, per_pair[0, bins], -per_pair[1, bins])
     return weights
 
-
+# %% ../../neuro_nbs/17_parcellation.ipynb #c45feba9
 def _correlations(responses: np.ndarray, again: np.ndarray) -> np.ndarray:
     "Correlation of every pair of voxels, one from each measurement, in the order of pdist; 0 for constant voxels."
     pair = []
@@ -285,7 +285,7 @@ class ParcelScore:
     gain_high: float
     random: np.ndarray
 
-
+# %% ../../neuro_nbs/17_parcellation.ipynb #7cd4b962
 def score_parcels(
     labels: np.ndarray,  # (voxels,) parcels; -1: in none
     responses: np.ndarray,  # (conditions, voxels) that the labels have not seen

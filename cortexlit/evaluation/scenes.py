@@ -83,7 +83,7 @@ def picture_ridge(
     predicted, chosen = validated_ridge(*fitted, features[pictures], alphas)
     return predicted[where], chosen
 
-
+# %% ../../neuro_nbs/10a_scene_baselines.ipynb #181eef51
 def _picture_means(values: np.ndarray, image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Distinct pictures, the mean over the presentations of each (pictures, neurons), and their number."
     pictures, counts = np.unique(image, return_counts=True)
@@ -171,7 +171,7 @@ def correlation_table(
     table = p * y - r * (p**2 + y**2) / 2 + r
     return np.where(y_varies, np.where(p_varies, table, 0.0), np.nan)
 
-
+# %% ../../neuro_nbs/10a_scene_baselines.ipynb #a095d6da
 def average_table(
     predictions: np.ndarray,  # (presentations, neurons)
     labels: np.ndarray,  # same shape
@@ -261,7 +261,7 @@ def _repeated(image: np.ndarray) -> np.ndarray:
     pictures, counts = np.unique(image, return_counts=True)
     return pictures[counts > 1]
 
-
+# %% ../../neuro_nbs/10a_scene_baselines.ipynb #a7fe7516
 def _checked(name: object, predictions: np.ndarray, test: SceneArrays) -> np.ndarray:
     "Predictions of a model, if they are what the test tier needs."
     predictions = np.asarray(predictions)

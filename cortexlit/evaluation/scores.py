@@ -222,7 +222,7 @@ def _panel(axis: Any, rows: Sequence[Score], names: Sequence[str]) -> None:
     axis.set_yticks(range(len(names)), names)
     axis.margins(x=0.08)
 
-
+# %% ../../neuro_nbs/04b_score_sheet.ipynb #c3bf8a11
 def _name(row: Score) -> str:
     "Label of a row in a figure."
     return row.model if row.seed is None else f"{row.model} (seed {row.seed})"

@@ -94,7 +94,7 @@ def across_stimuli(
                      "seeds": len(scores)})  # fmt: skip
     return pd.DataFrame(rows)
 
-
+# %% ../../neuro_nbs/23_across_stimuli.ipynb #80542336
 def _across(predicted: np.ndarray, responses: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     "Correlations (seeds, repeats * clips, neurons), the clip of each sample, and the mean against other neurons."
     if not (

@@ -149,7 +149,7 @@ def _fit_size(d: np.ndarray, curves: np.ndarray) -> dict[str, np.ndarray]:
     }
     return {k: np.where(top > 0, v, np.nan) for k, v in (found | {"r2": _r2(curves, gain)}).items()}
 
-
+# %% ../../neuro_nbs/20c_contrast_size.ipynb #f4a94901
 def _fit_peak(name: str) -> Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]:
     return lambda f, curves: {name: np.where(curves.max(0) > 0, preferred_value(f, curves), np.nan)}
 

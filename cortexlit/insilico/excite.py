@@ -47,7 +47,7 @@ def fix_contrast(
         raise DataError("a film that cannot have this contrast", f"{contrast} where -1 and 1 are the limits")
     return fixed
 
-
+# %% ../../neuro_nbs/22_most_exciting_inputs.ipynb #a29bb4c9
 def _fixed(x: torch.Tensor, contrast: float, rounds: int = 12) -> torch.Tensor:
     dims = (-3, -2, -1)
     x = x - x.mean(dims, keepdim=True)
@@ -136,7 +136,7 @@ def _resonate(signal: torch.Tensor, hertz: np.ndarray, rate: float) -> torch.Ten
     kernel = np.where(lag >= 0, (lag + 1) * pole ** np.maximum(lag, 0), 0) * (1 - np.abs(pole)) ** 2
     return torch.einsum("kts,...ks->...kt", torch.from_numpy(kernel.astype(np.complex64)), signal)
 
-
+# %% ../../neuro_nbs/22_most_exciting_inputs.ipynb #b22ba92d
 def true_cells(
     size: str,  # of the embedded session: "tiny", "demo" or "full"
     screen: Screen,  # 120 degrees wide, 60 high or more, of which the neurons see the middle
@@ -165,7 +165,7 @@ def true_cells(
         every[part].reset_index(drop=True), fields, torch.from_numpy(_scale(every[part], size)), screen
     )
 
-
+# %% ../../neuro_nbs/22_most_exciting_inputs.ipynb #c24f1c1a
 def _scale(neurons: pd.DataFrame, size: str) -> np.ndarray:
     "Mean energy of each neuron over the session's films, which are made once and not again."
     films = {
@@ -211,7 +211,7 @@ class Excited:
     steps: np.ndarray = field(repr=False)
     climb: np.ndarray = field(repr=False)
 
-
+# %% ../../neuro_nbs/22_most_exciting_inputs.ipynb #6cff8157
 Answer = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
 
 
@@ -292,7 +292,7 @@ def exciting_films(
     return Excited(rows, films.reshape(*shape, *films.shape[1:]), answers.reshape(shape),
                    other.reshape(shape), at.reshape(shape), climb)  # fmt: skip
 
-
+# %% ../../neuro_nbs/22_most_exciting_inputs.ipynb #55fd90c5
 def _kept(
     around: tuple[np.ndarray, np.ndarray] | None, shape: tuple[int, ...]
 ) -> Callable[[list[int]], Callable]:

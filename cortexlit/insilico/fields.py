@@ -57,7 +57,7 @@ def gradient_fields(
         axes[k] = main[:2] * spread[:2, None] / np.sqrt(len(pictures))
     return found.mean(0).reshape(-1, *twin.screen.size), axes.reshape(-1, 2, *twin.screen.size)
 
-
+# %% ../../neuro_nbs/21_receptive_fields.ipynb #79eaac5b
 def _gradients(twin: Twin, pictures: np.ndarray, frames: int, rows: list[int], bar: tqdm) -> np.ndarray:
     "(pictures, rows, pixels): one pass forward, one pass back for each neuron."
     device = next(twin.model.parameters()).device
@@ -127,7 +127,7 @@ def _gabor_pair(values: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     carrier = 2 * np.pi * frequency * along
     return np.stack([window * np.cos(carrier), window * np.sin(carrier)], 1)
 
-
+# %% ../../neuro_nbs/21_receptive_fields.ipynb #7310b9a4
 def _slope(values: np.ndarray, field: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """(pixels, 6): how what is left of a field changes with the values of its pair, whose best weights change along.
 
@@ -155,7 +155,7 @@ def _weights(pair: np.ndarray, field: np.ndarray) -> np.ndarray:
     gram = pair.T @ pair
     return np.linalg.solve(gram + 1e-9 * (1e-12 + np.trace(gram)) * np.eye(2), pair.T @ field)
 
-
+# %% ../../neuro_nbs/21_receptive_fields.ipynb #5ad21aa2
 def _start(field: np.ndarray, screen: Screen) -> tuple[float, float, float, float]:
     "Azimuth and altitude of the power's centre, angle and frequency of the spectrum's peak."
     x, y = screen.angles()
@@ -200,7 +200,7 @@ def fit_gabors(
     ]
     return pd.DataFrame(rows, columns=columns)
 
-
+# %% ../../neuro_nbs/21_receptive_fields.ipynb #af40641e
 def _fit(field: np.ndarray, screen: Screen, at: tuple, bounds: tuple, evaluations: int) -> list[float]:
     "The better of two searches."
     flat = field.ravel() / np.linalg.norm(field)

@@ -45,7 +45,7 @@ def _table(twin: Twin, rows: np.ndarray, found: pd.DataFrame) -> pd.DataFrame:
              "validation_correlation": twin.trial_correlation[rows]}  # fmt: skip
     return pd.concat([pd.DataFrame(about), found.reset_index(drop=True)], axis=1)
 
-
+# %% ../../neuro_nbs/21a_reports.ipynb #7c075e84
 def _write(
     out: str | Path, kind: str, twin: Twin, table: pd.DataFrame, shown: dict[str, Any], figure: Figure,
     overwrite: bool, shown_films: dict[str, np.ndarray] | None = None, **arrays: np.ndarray,
@@ -148,7 +148,7 @@ def _extent(twin: Twin) -> tuple[float, float, float, float]:
     x, y = twin.screen.angles()
     return x.min(), x.max(), y.min(), y.max()
 
-
+# %% ../../neuro_nbs/21a_reports.ipynb #541e466e
 def _curves(gratings: pd.DataFrame, answers: np.ndarray, table: pd.DataFrame) -> Figure:
     "Direction tuning, mean over everything else."
     mean = pd.DataFrame(answers).groupby(gratings["direction"].to_numpy()).mean()

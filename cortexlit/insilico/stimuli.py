@@ -149,7 +149,7 @@ def grating_table(
         raise DataError(f"no value of {empty[0]}", expected="one or more")
     return pd.DataFrame(list(product(*each.values())), columns=list(each)).astype(float)
 
-
+# %% ../../neuro_nbs/20_in_silico_stimuli.ipynb #76ff4ad9
 def _check_gratings(table: pd.DataFrame, screen: Screen) -> None:
     "`DataError` for what is no grating, or cannot be shown."
     if missing := [name for name in _GRATING if name not in table]:
@@ -201,7 +201,7 @@ def _squares(screen: Screen, degrees: float) -> tuple[np.ndarray, int]:
     number = row * (column.max() + 1) + column
     return number, int(number.max()) + 1
 
-
+# %% ../../neuro_nbs/20_in_silico_stimuli.ipynb #e35bef26
 def sparse_noise(
     screen: Screen,
     pictures: int,
@@ -222,7 +222,7 @@ def sparse_noise(
     values = random.choice([-1, 0, 1], (pictures, count), p=[density / 2, 1 - density, density / 2])
     return values.astype(np.float32)[:, number]
 
-
+# %% ../../neuro_nbs/20_in_silico_stimuli.ipynb #b74eb9eb
 def white_noise(
     screen: Screen,
     pictures: int,
@@ -270,7 +270,7 @@ def natural_crops(
         out[k] = resize_frames(images[i : i + 1, y : y + h, x : x + w], screen.size, "antialiased")[0]
     return out / 127.5 - 1
 
-
+# %% ../../neuro_nbs/20_in_silico_stimuli.ipynb #bea354d6
 def as_films(
     pictures: np.ndarray,  # (n, H, W) contrast
     shown: int = 8,  # frames for which each is on the screen
@@ -334,7 +334,7 @@ class Twin:
     scores: dict[str, float]
     trial_correlation: np.ndarray
 
-
+# %% ../../neuro_nbs/20_in_silico_stimuli.ipynb #b420ec0c
 def _opened(model: Any) -> Any:
     "A model from a run, a folder of weights, or itself."
     if not isinstance(model, str | Path):
@@ -344,7 +344,7 @@ def _opened(model: Any) -> Any:
         raise MissingError("no such run", "the folder of a run, or of weights", path=folder)
     return ViV1T.from_pretrained(best_folder(folder) if (folder / "best").is_dir() else folder)
 
-
+# %% ../../neuro_nbs/20_in_silico_stimuli.ipynb #315ccd2b
 def _validated(model: Any, root: Path, last: int) -> tuple[dict[str, float], np.ndarray]:
     "Scores on the validation tier of the model and of what knows no stimulus, and the model's neuron by neuron."
     train, validation = (
@@ -462,7 +462,7 @@ def present(
         raise DataError("no film", expected="one or more")
     return np.concatenate(out)
 
-
+# %% ../../neuro_nbs/20_in_silico_stimuli.ipynb #083ab984
 def _fitting(film: np.ndarray, twin: Twin) -> np.ndarray:
     "A film that the model can be shown, or `DataError`."
     film, config = twin.screen.checked(film, "frames"), twin.model.config

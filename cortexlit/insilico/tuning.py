@@ -114,7 +114,7 @@ def angle_error(
     """
     return np.abs((np.asarray(one, float) - other + period / 2) % period - period / 2)
 
-
+# %% ../../neuro_nbs/20a_tuning.ipynb #74596453
 def preferred_value(
     values: Sequence[float] | np.ndarray,  # (V,) frequencies, above 0
     curves: np.ndarray,  # (V, N) mean responses
@@ -159,7 +159,7 @@ def _half_width(vectors: np.ndarray, drawn: np.ndarray, crests: int) -> np.ndarr
     away = np.abs(np.rad2deg(np.angle(drawn * vectors.conj()))) / crests
     return np.quantile(away, 0.95, axis=0)
 
-
+# %% ../../neuro_nbs/20a_tuning.ipynb #11bd0cad
 def grating_tuning(
     table: pd.DataFrame,  # one row a presentation: direction, spatial_frequency, temporal_frequency
     responses: np.ndarray,  # (presentations, neurons) above grey

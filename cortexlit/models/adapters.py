@@ -187,7 +187,7 @@ def _summed(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
         total.addmm_(one, other)
     return total
 
-
+# %% ../../neuro_nbs/05c_adapters.ipynb #c99937a2
 @once_differentiable
 def _pulled_back(ctx, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
     "Gradients of x, A and B; those of parts of the output are not put together first."
@@ -256,7 +256,7 @@ class _Lean(lora.Linear):
         learns = any(weight.requires_grad for part in parts for weight in part.parameters())
         return None if other or drops or biased or learns or self.fan_in_fan_out else names[0]
 
-
+# %% ../../neuro_nbs/05c_adapters.ipynb #08544389
 def _kept_lean(wrapper: PeftModel) -> PeftModel:
     "The same adapters in layers that keep less; names and files stay peft's."
     for part in wrapper.modules():
@@ -291,7 +291,7 @@ def add_adapters(
             weight.requires_grad_(True)
     return wrapper
 
-
+# %% ../../neuro_nbs/05c_adapters.ipynb #9beb0fab
 def check_targets(
     model: nn.Module,
     adapters: Adapters,
@@ -325,7 +325,7 @@ def check_targets(
     numbers = adapters.rank * sum(sum(layer.weight.shape) for layer in layers)
     need_memory(4 * numbers, f"rank={adapters.rank} in {len(layers)} layers", "take a smaller rank")
 
-
+# %% ../../neuro_nbs/05c_adapters.ipynb #8f749879
 def _adapted(model: nn.Module) -> bool:
     return any(".lora_" in name for name, _ in model.named_parameters())
 
@@ -374,7 +374,7 @@ def tensors_digest(
         known.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return known.hexdigest()[:16]
 
-
+# %% ../../neuro_nbs/05c_adapters.ipynb #c615159a
 def _base(model: nn.Module) -> dict[str, str]:
     "Content of a model without its adapters: of its core (or all of it), and of its head."
     parts: dict[str, dict[str, torch.Tensor]] = {"core": {}, "head": {}}
@@ -384,7 +384,7 @@ def _base(model: nn.Module) -> dict[str, str]:
             parts["core" if name.startswith("core.") or not hasattr(model, "core") else "head"][name] = value
     return {part: tensors_digest(tensors) for part, tensors in parts.items()}
 
-
+# %% ../../neuro_nbs/05c_adapters.ipynb #56b619ec
 def save_adapters(
     wrapper: PeftModel,  # from `add_adapters`
     adapters: Adapters,
@@ -415,7 +415,7 @@ def save_adapters(
     names = ("adapter_config.json", "adapter_model.safetensors", _BASE, *[_HEAD] * adapters.head)
     write_card(folder, "adapters", {name: sha256(folder / name) for name in names})
 
-
+# %% ../../neuro_nbs/05c_adapters.ipynb #b2e8dd6a
 def _saved(path: Path) -> dict[str, torch.Tensor]:
     "Tensors of a file of adapters or of a head."
     if not path.is_file():
@@ -446,7 +446,7 @@ def _same_names(given: set[str], own: set[str], path: Path) -> None:
                 fix="take the model that the adapters were trained on",
             )
 
-
+# %% ../../neuro_nbs/05c_adapters.ipynb #5195ef2d
 def load_adapters(
     model: PreTrainedModel,  # the model the adapters were trained on; changed in place
     folder: str | Path,  # from `save_adapters`, or any folder in peft's format

@@ -45,7 +45,7 @@ def check_training(trials: int, steps: int, batch: int, rate: float, average: fl
         raise DataError(f"rate={rate!r}, average={average!r}, {trials} trials",
                         expected="a rate above 0, an average from 0 to below 1, one trial or more")  # fmt: skip
 
-
+# %% ../../nbs/14_autoencoders.ipynb #7278a7b0
 class MovingAverage:
     "Moving average of weights, of which each step keeps a share; at the end they are put in their place."
 
@@ -116,7 +116,8 @@ class VAEConfig(PretrainedConfig):
         refuse_unknown(self, kwargs)
         super().__init__(**kwargs)
 
-
+# %% ../../nbs/14_autoencoders.ipynb #f2f34ffe
+#| code-fold: true
 @dataclass
 class VAEOutput(ModelOutput):
     """What `VAE` returns.
@@ -142,7 +143,8 @@ class VAEOutput(ModelOutput):
     mean: torch.Tensor | None = None
     log_variance: torch.Tensor | None = None
 
-
+# %% ../../nbs/14_autoencoders.ipynb #44de509e
+#| code-fold: true
 class Patterns(Saved, PreTrainedModel):
     """What models of response patterns have in common: trials (batch, inputs), and a label vector beside each if the config says so.
 
@@ -220,7 +222,8 @@ class Patterns(Saved, PreTrainedModel):
         self.zero_grad()
         return self.eval()
 
-
+# %% ../../nbs/14_autoencoders.ipynb #f0bb275e
+#| code-fold: true
 class VAE(Patterns):
     """Response pattern -> distribution of a code -> response pattern, told a label vector if there is one.
 

@@ -151,7 +151,7 @@ class ClassifierConfig(PretrainedConfig):
             )
         return np.array([self.label2id[name] for name in concepts], np.int64)
 
-
+# %% ../../neuro_nbs/16_classifiers.ipynb #3bebb619
 def _check_options(c: ClassifierConfig) -> None:
     "Raise at the first option that no classifier can be built from."
     check_sizes(c)
@@ -198,7 +198,7 @@ class ClassifierOutput(ModelOutput):
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
 
-
+# %% ../../neuro_nbs/16_classifiers.ipynb #cf0339a2
 class ConceptClassifier(Saved, PreTrainedModel):
     """Response to one image -> scores of the concepts.
 
@@ -269,7 +269,7 @@ class ConceptClassifier(Saved, PreTrainedModel):
         rank = (predictions > right).sum(1) + ((predictions == right).sum(1) - 1) / 2
         return float(1 - rank.mean() / (predictions.shape[1] - 1))
 
-
+# %% ../../neuro_nbs/16_classifiers.ipynb #f9b2bdb4
 class ConceptTrials:
     """Trials as the trainer takes them: an input and the number of the concept.
 

@@ -242,7 +242,7 @@ def elu1(
     """
     return F.elu(raw) + 1
 
-
+# %% ../../neuro_nbs/05a_readouts.ipynb #d86dfe62
 OUTPUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "exp": torch.exp,
     "elu1": elu1,
@@ -301,7 +301,7 @@ def _two_layers(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     "Linear, GELU, linear; the published code has a dropout of 0 in third place."
     return nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Identity(), nn.Linear(hidden, outputs))
 
-
+# %% ../../neuro_nbs/05a_readouts.ipynb #6340c1a9
 class MLPModulator(nn.Module):
     """A gain from each neuron's own recent past, and an offset from the state (published as `mlp`).
 
@@ -420,7 +420,7 @@ def in_float32(
     with torch.autocast(next(x for x in given if x is not None).device.type, enabled=False):
         return torch.func.functional_call(module, weights, given)
 
-
+# %% ../../neuro_nbs/05a_readouts.ipynb #438aa9cf
 def as_weights(
     module: nn.Module,  # a core
     x: torch.Tensor | None,
@@ -481,7 +481,7 @@ def register_core(
 
     return add
 
-
+# %% ../../neuro_nbs/05a_readouts.ipynb #c62b6738
 def register_readout(
     name: str,  # for `ViV1TConfig(readout=name)` or `V1TConfig(readout=name)`
 ) -> Callable[[type[nn.Module]], type[nn.Module]]:  # a decorator of the class
@@ -534,7 +534,7 @@ def _check_class(kind: str, name: Any, cls: Any, methods: tuple[str, ...]) -> No
             raise DataError(f"{kind} {name!r}: {cls.__name__} has no {method}", expected="as in the contract",
                             fix=f"help(register_{kind}) says what it takes and gives")  # fmt: skip
 
-
+# %% ../../neuro_nbs/05a_readouts.ipynb #7271c8c9
 def part_named(
     kind: str,  # "core" or "readout"
     name: str,
@@ -554,7 +554,7 @@ def part_named(
         )  # fmt: skip
     return known[name]
 
-
+# %% ../../neuro_nbs/05a_readouts.ipynb #0de99327
 def check_parts(
     config: Any,  # of a model
     takes: str,  # "video" or "image"
@@ -587,7 +587,7 @@ def check_parts(
             )
             raise DataError(problem, fix=f"{kind}_options is for the other {kind}s")
 
-
+# %% ../../neuro_nbs/05a_readouts.ipynb #f07357d3
 def parts_told(
     options: Mapping[str, Any],  # of a config that is about to be written
     core: str,  # the published one
@@ -604,7 +604,7 @@ def parts_told(
     known = {"core": core, "core_options": {}, "readout": "gaussian", "readout_options": {}}
     return {name: value for name, value in options.items() if name not in known or value != known[name]}
 
-
+# %% ../../neuro_nbs/05a_readouts.ipynb #55d5e548
 def own_code(
     config: Any,  # of a model
 ) -> dict[str, str]:  # empty for parts of the library
@@ -659,7 +659,7 @@ def _tried(kind: str, name: str, part: nn.Module, *shapes: tuple[int, ...] | Non
                             expected="as in the contract", fix=f"help(register_{kind})") from error  # fmt: skip
     return tuple(found.shape) if isinstance(found, torch.Tensor) else (type(found).__name__,)
 
-
+# %% ../../neuro_nbs/05a_readouts.ipynb #85d70df3
 def make_core(
     config: Any,  # of a model
 ) -> tuple[nn.Module, tuple[int, int]]:  # the core, and height and width of its map
@@ -687,7 +687,7 @@ def make_core(
                         fix="help(register_core)")  # fmt: skip
     return core, found[-2:]
 
-
+# %% ../../neuro_nbs/05a_readouts.ipynb #1bf50f06
 def make_readout(
     config: Any,  # of a model
     neurons: int,

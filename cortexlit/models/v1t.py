@@ -237,7 +237,7 @@ class _TokensLast(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.flatten(2).transpose(1, 2)
 
-
+# %% ../../neuro_nbs/11_v1t.ipynb #d40783f1
 class ShiftedCopies(nn.Module):
     """The image, and four copies of it moved by half a patch along the diagonals, as channels.
 
@@ -265,7 +265,7 @@ class ShiftedCopies(nn.Module):
         corners = [(y, x) for y in (0, 2 * self.by) for x in (0, 2 * self.by)]
         return torch.cat([image, *(wide[..., y : y + h, x : x + w] for y, x in corners)], 1)
 
-
+# %% ../../neuro_nbs/11_v1t.ipynb #742bc7b8
 def _projection(c: V1TConfig) -> nn.Sequential:
     "(B, channels, H, W) -> (B, patches, emb_dim)."
     channels = 1 + c.behavior_channels * (c.behavior == "channels")
@@ -437,7 +437,7 @@ def _init(module: nn.Module) -> None:
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
-
+# %% ../../neuro_nbs/11_v1t.ipynb #ce0ee79a
 class Attention(nn.Module):
     """LayerNorm, then attention with heads as wide as a token.
 
@@ -513,7 +513,7 @@ def behaviour_mlp(
         nn.Linear(inputs, dim // 2), nn.Tanh(), nn.Identity(), nn.Linear(dim // 2, dim), nn.Tanh()
     ).apply(_init)
 
-
+# %% ../../neuro_nbs/11_v1t.ipynb #f6c4e4c2
 class Block(nn.Module):
     """What the animal does, then attention, then feed-forward, each added to the stream.
 
@@ -906,7 +906,7 @@ def rollout(
         joint = mixed if joint is None else mixed @ joint
     return joint
 
-
+# %% ../../neuro_nbs/11_v1t.ipynb #bd162b6b
 def attention_centre(
     maps: torch.Tensor,  # (..., H', W'), not negative, e.g. from `attention_rollout`
     config: V1TConfig,
@@ -960,7 +960,7 @@ def _mouse_of(name: str) -> str | None:
     found = re.match(rf"(?:{heads})\.([^.]+)\.", name)
     return found[1] if found and found[1] != "share" else None
 
-
+# %% ../../neuro_nbs/11_v1t.ipynb #d7a9c59f
 def _published_constants(c: V1TConfig) -> dict[str, torch.Tensor]:
     "Constants that the published code stores beside its weights, by name."
     sides = [torch.linspace(-c.crop, c.crop, int(n * c.crop)) for n in c.size]
@@ -1077,7 +1077,7 @@ def _visible_config(weights: Mapping[str, torch.Tensor]) -> V1TConfig:
         **options | _visible_patches(weights), normalisation=None
     )  # weights do not tell what they were fed
 
-
+# %% ../../neuro_nbs/11_v1t.ipynb #f645a179
 def _visible_patches(weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     "How the image was cut up, as far as the weights tell."
     kinds = {(0,): "convolution", (2,): "unfold", (3, 4): "shifted", (2, 3, 4): "normalised"}

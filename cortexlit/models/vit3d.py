@@ -89,7 +89,7 @@ class VolumeEmbedding(nn.Module):
     ) -> torch.Tensor:  # (B, tokens, dim)
         return self.linear(F.pad(voxels, (0, 1))[:, self.members])  # the number past the last is a zero
 
-
+# %% ../../neuro_nbs/13_vit3d.ipynb #5a79db73
 class ParcelEmbedding(nn.Module):
     """A linear map of its own for every parcel.
 
@@ -137,7 +137,7 @@ def _between(
     nearest = ((at[:, None] - known) ** 2).sum(-1).argmin(1)
     return np.where(total > 0, out / np.where(total > 0, total, 1), np.eye(len(known))[nearest])
 
-
+# %% ../../neuro_nbs/13_vit3d.ipynb #8b3de4fe
 class TwoScales(nn.Module):
     """Patches of two sizes: the tokens of both, or one token for each smaller patch.
 
@@ -224,7 +224,7 @@ class SoftmaxAttention(nn.Module):
         scores = q @ k.mT * q.shape[-1] ** -0.5
         return scores.masked_fill(~near, -torch.inf).softmax(-1)
 
-
+# %% ../../neuro_nbs/13_vit3d.ipynb #49246eb1
 class LinearAttention(nn.Module):
     """Weights that are products of positive features of query and key (Katharopoulos et al. 2020).
 
@@ -530,7 +530,7 @@ class ViT3DOutput(ModelOutput):
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
 
-
+# %% ../../neuro_nbs/13_vit3d.ipynb #782f3d97
 class ViT3D(Saved, PreTrainedModel):
     """Responses of one trial -> properties of the object, by a vision transformer on patches or parcels of a volume.
 

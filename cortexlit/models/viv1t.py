@@ -84,7 +84,7 @@ def refuse_unknown(config: PretrainedConfig, given: Iterable[str]) -> None:
         if not saved:
             raise DataError(f"there is no option {name!r}", expected=f"one of {', '.join(options)}")
 
-
+# %% ../../neuro_nbs/06_viv1t.ipynb #6fbcb608
 _MOST = {"depth": 1000, "layers": 1000}  # by the end of an option's name; of all others:
 _LARGEST = 2**24
 
@@ -114,7 +114,7 @@ def check_fed(c: PretrainedConfig) -> None:
     if rate is not None and not (number and 0 < rate < math.inf):
         raise DataError(f"rate={rate!r}", expected="frames per second above 0, or None")
 
-
+# %% ../../neuro_nbs/06_viv1t.ipynb #0e22f689
 def _check_options(c: PretrainedConfig) -> None:
     "Raise at the first option that no model can be built from."
     check_sizes(c)
@@ -379,7 +379,7 @@ def _markdown(table: pd.DataFrame) -> str:
     lines = [[names[k] for k in kept], ["---"] * len(kept), *([row[k] for k in kept] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
-
+# %% ../../neuro_nbs/06_viv1t.ipynb #03492e71
 def model_card(
     model: Any,  # one of this library
     scores: Any = None,  # a `ScoreSheet`
@@ -539,7 +539,7 @@ class Saved:
         _check_finite(model.state_dict(), folder)
         return (model, info) if wanted else model
 
-
+# %% ../../neuro_nbs/06_viv1t.ipynb #60b2bec1
 _AGAIN = "save it or copy it again, and compare size and checksum"
 
 
@@ -566,7 +566,7 @@ def _from_hub(source: Any) -> Iterator[None]:
         problem = f"{str(source)!r} is no local folder, and could not be had from huggingface.co: {type(error).__name__}"
         raise MissingError(problem, expected="the folder of a saved model, or owner/repository") from error
 
-
+# %% ../../neuro_nbs/06_viv1t.ipynb #49148f46
 def _in_files(folder: Path) -> dict[str, torch.Tensor]:
     "The tensors of a folder as they are stored."
     found: dict[str, torch.Tensor] = {}
@@ -597,7 +597,7 @@ def _check_content(
                 f"{name} is not what the config says", "places of this grid and mask", _AGAIN, where
             )
 
-
+# %% ../../neuro_nbs/06_viv1t.ipynb #976a57c1
 def _on_meta() -> bool:
     "Are tensors made without memory just now?"
     return torch.empty(0).device.type == "meta"
@@ -627,7 +627,7 @@ def _check_finite(weights: Mapping[str, torch.Tensor], where: Any) -> None:
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise DataError(f"weights that are not finite: {name}", "numbers only", _AGAIN, where)
 
-
+# %% ../../neuro_nbs/06_viv1t.ipynb #143138f2
 class Heads(Saved):
     """The side of a model that knows mice, and where its weights come from: one core, one head per mouse.
 
@@ -988,7 +988,7 @@ def _shortened(names: Iterable[str]) -> str:
     names = sorted(names)
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
-
+# %% ../../neuro_nbs/06_viv1t.ipynb #418fb446
 def _account(
     expected: Mapping[str, torch.Tensor],  # what the model has, by published name
     found: Mapping[str, torch.Tensor],  # what the source has
@@ -1084,7 +1084,7 @@ def _fed(args: Mapping[str, Any]) -> dict[str, Any]:
     told = [schemes.get(args[option]) for option, schemes in named.items() if option in args]
     return {"normalisation": told[0] if told else None, "channels": ["pupil_area", "running"], "rate": 30.0}
 
-
+# %% ../../neuro_nbs/06_viv1t.ipynb #e3dba0cb
 def published_viv1t_config(
     args: Mapping[str, Any],  # content of a published run's args.yaml
 ) -> ViV1TConfig:
@@ -1126,7 +1126,7 @@ def _visible_config(weights: Mapping[str, torch.Tensor]) -> ViV1TConfig:
     options |= {"drop_path": round(1 - keep[0], 6)} if keep else {}
     return ViV1TConfig(**options, normalisation=None)  # weights alone do not tell what they were fed
 
-
+# %% ../../neuro_nbs/06_viv1t.ipynb #a261fa8c
 def _read_weights(path: Path) -> dict[str, Any]:
     "A .safetensors file, or a .pt file whose pickle may hold tensors, containers and numpy scalars, nothing else."
     if not path.is_file():
@@ -1156,7 +1156,7 @@ def _commit(file: Path) -> str:  # empty: not told
     parts = file.parts
     return parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-1] else ""
 
-
+# %% ../../neuro_nbs/06_viv1t.ipynb #8570a194
 def _download(source: str) -> Path:
     "The local copy of a run folder on the Hugging Face hub, named owner/repository/run or .../run@revision."
     name, _, revision = source.partition("@")
@@ -1241,7 +1241,7 @@ def _keep_mice(config: PretrainedConfig, mice: Iterable[str] | None, where: str)
         )
     return _for_mice(config, {mouse: config.neurons[mouse] for mouse in keep})
 
-
+# %% ../../neuro_nbs/06_viv1t.ipynb #03db7f01
 def _fill(
     model: Heads, weights: Mapping[str, torch.Tensor], mice: set[str], core_only: bool, where: str
 ) -> None:
@@ -1260,7 +1260,7 @@ def _fill(
     _check_content(weights, own, where)
     model.load_state_dict(weights, strict=not core_only)
 
-
+# %% ../../neuro_nbs/06_viv1t.ipynb #4cc837e1
 def _mouse_of(name: str) -> str | None:
     "The mouse whose head a weight belongs to."
     head, mouse, *_ = [*name.split("."), ""]

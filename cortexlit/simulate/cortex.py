@@ -71,7 +71,7 @@ class Behaviour:
     gaze: np.ndarray
     blink: np.ndarray
 
-
+# %% ../../neuro_nbs/02f_cortex.ipynb #5e0d38ac
 def _bouts(random: np.random.Generator, frames: int) -> np.ndarray:
     "Target speed: rest, then a bout, then rest ..., cm/s."
     target, at = np.zeros(frames), 0
@@ -88,7 +88,7 @@ def _smooth(x: np.ndarray, seconds: float) -> np.ndarray:
     a = np.exp(-1 / (seconds * FRAME_RATE))
     return lfilter([1 - a], [1, -a], x, axis=-1)
 
-
+# %% ../../neuro_nbs/02f_cortex.ipynb #98665c46
 def behave(
     frames: int,  # T
     seed: int,  # the mouse
@@ -174,7 +174,7 @@ def make_neurons(
     )
     return neurons.assign(**_excitability(kind, random))
 
-
+# %% ../../neuro_nbs/02f_cortex.ipynb #d6e25440
 def _scatter(n: int, random: np.random.Generator, apart: float = 20.0) -> np.ndarray:
     "(n, 2) random places in the field, px, at least `apart` from each other."
     spots = np.full((n, 2), np.inf)
@@ -185,7 +185,7 @@ def _scatter(n: int, random: np.random.Generator, apart: float = 20.0) -> np.nda
                 spots[k] = place
     return spots
 
-
+# %% ../../neuro_nbs/02f_cortex.ipynb #d1f287fb
 def _excitability(kind: np.ndarray, random: np.random.Generator) -> dict[str, np.ndarray]:
     "Rates (events per second), threshold, variability and noise of neurons of the three kinds."
     n = len(kind)
@@ -259,7 +259,7 @@ def filter_pictures(
         out[:, at : at + block].real, out[:, at : at + block].imag = part[:, 0], part[:, 1]
     return out
 
-
+# %% ../../neuro_nbs/02f_cortex.ipynb #c3df3973
 def gaze_weights(
     gaze: np.ndarray,  # (T, 2) degrees
 ) -> np.ndarray:  # (T, 9) float32, rows sum to 1
@@ -297,7 +297,7 @@ def linear_drive(
 
     return resonated(np.concatenate([np.zeros(LATENCY), signal[:-LATENCY]]), neuron, rate)
 
-
+# %% ../../neuro_nbs/02f_cortex.ipynb #344f2b4a
 def motion_energy(
     signal: np.ndarray,  # (T,) complex64, as for `linear_drive`
     neuron: pd.Series,
@@ -344,7 +344,7 @@ def rate_of(
     power = np.asarray(energy) ** 1.5
     return neuron.rest_rate + neuron.peak_rate * power / (power + neuron.threshold**1.5)
 
-
+# %% ../../neuro_nbs/02f_cortex.ipynb #59c1c2b8
 def gain_of(
     behaviour: Behaviour,
     neuron: pd.Series,
@@ -363,7 +363,7 @@ def gain_of(
     pupil = np.clip(np.log(behaviour.pupil_area / 1700) / 0.4, -2, 2)
     return np.exp(neuron.gain_running * run + neuron.gain_pupil * pupil)
 
-
+# %% ../../neuro_nbs/02f_cortex.ipynb #10bd1133
 DECAY, RISE = 0.5, 0.06  # s, of the calcium indicator
 
 
@@ -384,7 +384,7 @@ def calcium(
     a, b = np.exp(-1 / (DECAY * rate)), np.exp(-1 / (RISE * rate))
     return lfilter([1 - b], np.convolve([1, -a], [1, -b]), events, axis=-1)
 
-
+# %% ../../neuro_nbs/02f_cortex.ipynb #f5f36a78
 def fire(
     rate: np.ndarray,  # (T,) expected events per second
     neuron: pd.Series,
@@ -580,7 +580,7 @@ class Stage:
     seed: int
     population: Population = GABORS
 
-
+# %% ../../neuro_nbs/02f_cortex.ipynb #eaeef5c5
 def energy_scale(
     neurons: pd.DataFrame,
     size: str = "demo",  # "tiny", "demo" or "full"
@@ -683,7 +683,7 @@ class Cell:
     corrected: np.ndarray
     r: float
 
-
+# %% ../../neuro_nbs/02f_cortex.ipynb #1aeac5f6
 def simulate_cell(
     stage: Stage,
     index: int,  # row of `stage.neurons`
@@ -717,7 +717,7 @@ def simulate_cell(
         expected, events, detected, demixed, neuropil, rounded(corrected / baseline - 1, 256), corrected, r
     )
 
-
+# %% ../../neuro_nbs/02f_cortex.ipynb #c8e5142e
 def _slow_median(x: np.ndarray) -> np.ndarray:
     "Medians of one-minute pieces, joined by straight lines."
     pieces = np.array_split(x, max(1, round(len(x) / (60 * FRAME_RATE))))

@@ -49,7 +49,7 @@ def _axes(
     angle = np.deg2rad(column["direction"])
     return column, dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)
 
-
+# %% ../../neuro_nbs/02b_second_population.ipynb #4dabd9ea
 def two_lobes(
     neurons: pd.DataFrame,  # from `V1Like.neurons`
     gaze: tuple[float, float] = (0.0, 0.0),  # azimuth and altitude of the eye, degrees
@@ -93,7 +93,7 @@ def pools(
     both = np.stack([near, np.exp(-0.5 * square / column["surround_sd"] ** 2) * hole], 1)
     return without_subnormals(both / both.sum((2, 3), keepdims=True))
 
-
+# %% ../../neuro_nbs/02b_second_population.ipynb #7db39978
 def contrast_energy(
     pictures: np.ndarray,  # (n, 38, 76), grey = 0
 ) -> np.ndarray:  # (n, 38, 76), 0 or larger
@@ -109,7 +109,7 @@ def contrast_energy(
     narrow, wide = (gaussian_filter(pictures, (0, sd, sd)) for sd in (1.2, 3.6))
     return (narrow - wide) ** 2
 
-
+# %% ../../neuro_nbs/02b_second_population.ipynb #9e85b64d
 def filtered(
     pictures: np.ndarray,  # (n, 38, 76) float32, grey = 0
     linear: np.ndarray,  # (..., 3, 38, 76), of `two_lobes`
@@ -142,7 +142,7 @@ def _low(x: np.ndarray, seconds: float, rate: float) -> np.ndarray:
     a = np.exp(-1 / (seconds * rate))
     return lfilter([1 - a], [1, -a], x, axis=-2)
 
-
+# %% ../../neuro_nbs/02b_second_population.ipynb #e1ebf1a4
 def drives(
     signal: np.ndarray,  # (..., T, 5), from `V1Like.filter`
     neuron: pd.Series,  # one row of `V1Like.neurons`
@@ -169,7 +169,7 @@ def drives(
         drive = drive + np.maximum((1 - neuron.opponent) * form + neuron.opponent * motion, 0)
     return np.concatenate([drive[..., None], _low(late[..., SUBUNITS:], 0.1, rate)], -1)
 
-
+# %% ../../neuro_nbs/02b_second_population.ipynb #016e93c3
 def divided(
     relative: np.ndarray,  # (..., 3), from `drives`, relative to the means over the movies
     neuron: pd.Series,
@@ -392,7 +392,7 @@ def swept(
     mixed = c**2 * first + s**2 * second + 2 * c * s * (between - (first + second) / 2)
     return np.concatenate([(c * first + s * second)[..., :SUBUNITS], mixed[..., SUBUNITS:]], -1)
 
-
+# %% ../../neuro_nbs/02b_second_population.ipynb #af00b3fb
 def tuning(
     population: V1Like,
     neurons: pd.DataFrame,
@@ -456,7 +456,7 @@ def respond(
     rows = (neurons.iloc[i] for i in range(len(neurons)))
     return np.stack([population.rate(s, n, k, 30.0) for s, n, k in zip(signals, rows, scale, strict=True)])
 
-
+# %% ../../neuro_nbs/02b_second_population.ipynb #3ceb73f4
 def v1like_session(
     size: str = "demo",  # "tiny", "demo" or "full"
     seed: int = 0,  # the mouse

@@ -179,7 +179,7 @@ def _shuffled(kinds: int, sweeps: int, blanks: int, random: np.random.Generator)
     shown = np.resize(random.permutation(kinds), sweeps - blanks)
     return random.permutation(np.concatenate([shown, np.full(blanks, -1)]))
 
-
+# %% ../../neuro_nbs/02e_screen.ipynb #d3ee3024
 def _sweep_features(stimulus: str, size: str, seed: int) -> pd.DataFrame:
     "What each sweep of a non-movie stimulus shows, in order of presentation."
     s, random = size_named(size), rng(seed, "sweeps", stimulus)
@@ -206,7 +206,7 @@ def _sweep_features(stimulus: str, size: str, seed: int) -> pd.DataFrame:
     table["condition"] = k
     return table
 
-
+# %% ../../neuro_nbs/02e_screen.ipynb #cfa0496e
 _SWEEP = {
     "drifting_gratings": (180, 120),
     "static_gratings": (15, 14),
@@ -227,7 +227,7 @@ def _block_rows(stimulus: str, count: int, late: int, size: str, random: np.rand
     first = every * np.arange(n + 1) + before
     return pd.DataFrame({"first": first[:-1], "last": first[:-1] + last + slow, "next": first[1:]})
 
-
+# %% ../../neuro_nbs/02e_screen.ipynb #3f15941a
 def _features(stimulus: str, rows: pd.DataFrame, size: str, seed: int) -> pd.DataFrame:
     "The rows of one stimulus with what each shows."
     table = rows[["onset", "offset", "start", "end"]].reset_index(drop=True)
@@ -268,7 +268,7 @@ class Timeline:
     tables: dict[str, pd.DataFrame]
     epochs: pd.DataFrame
 
-
+# %% ../../neuro_nbs/02e_screen.ipynb #a0ebc264
 def session_timeline(
     session_type: str,  # "three_session_A" or "three_session_B"
     size: str = "demo",  # "tiny", "demo" or "full"
@@ -334,7 +334,7 @@ def resize(
     wide = stack.astype(np.float32).reshape(n * h, w) @ np.ascontiguousarray(weights(w, shape[1]).T)
     return weights(h, shape[0]) @ wide.reshape(n, h, shape[1])
 
-
+# %% ../../neuro_nbs/02e_screen.ipynb #a2efd9c5
 @lru_cache(maxsize=8)
 def _plane(shape: tuple[int, int], slope: float) -> tuple[np.ndarray, np.ndarray]:
     "Amplitude and angle of each frequency of a texture; the same for all textures of a kind, so they are kept."
@@ -346,7 +346,7 @@ def _plane(shape: tuple[int, int], slope: float) -> tuple[np.ndarray, np.ndarray
         part.flags.writeable = False
     return found
 
-
+# %% ../../neuro_nbs/02e_screen.ipynb #4ea7cd7b
 def texture(
     random: np.random.Generator,
     shape: tuple[int, int],  # height and width, px
@@ -394,7 +394,7 @@ def _window(picture: np.ndarray, start: int, n: int, axis: int) -> np.ndarray:
         return picture.take(range(start, start + n), axis, mode="wrap")
     return picture[start : start + n] if axis == 0 else picture[:, start : start + n]
 
-
+# %% ../../neuro_nbs/02e_screen.ipynb #0c3f352c
 def scene(
     random: np.random.Generator,
     frames: int,  # length of the scene, movie frames (1/30 s)
@@ -458,7 +458,7 @@ def natural_movie(
     movie.flags.writeable = False  # kept for the next caller
     return movie
 
-
+# %% ../../neuro_nbs/02e_screen.ipynb #caab20d0
 @lru_cache(maxsize=2)
 def movie_on_field(
     name: str,  # as for `natural_movie`
@@ -476,7 +476,7 @@ def movie_on_field(
     pictures.flags.writeable = False
     return pictures
 
-
+# %% ../../neuro_nbs/02e_screen.ipynb #a096e484
 def natural_scenes(
     images: int,  # how many
     seed: int = 0,

@@ -84,7 +84,7 @@ def roi_masks(
         mask[row - 12 : row + 13, column - 12 : column + 13] = inside
     return masks
 
-
+# %% ../../neuro_nbs/02_synthetic_session.ipynb #dbac0ea3
 def max_projection(
     masks: np.ndarray,  # (cells, 512, 512)
     seed: int = 0,
@@ -135,11 +135,11 @@ def _metadata(stage: Stage) -> dict[str, str]:
         "nwb_version": "NWB-1.0.6",
     }
 
-
+# %% ../../neuro_nbs/02_synthetic_session.ipynb #40bf0da3
 def _container_id(seed: int, offset: int = 0) -> int:
     return 910_000_000 + offset + seed
 
-
+# %% ../../neuro_nbs/02_synthetic_session.ipynb #3f8ed2c8
 def _write_behaviour(file: h5py.File, stage: Stage) -> None:
     "Running on a bit-exact run of the clock; eye tracking in session A only."
     b, clock = stage.behaviour, stage.timeline.timestamps
@@ -207,7 +207,7 @@ def _write_stimuli(file: h5py.File, stage: Stage, size: str) -> None:
         file[f"{base}/timestamps"] = rows["onset"].to_numpy()
         file[f"{base}/num_samples"] = len(frames)
 
-
+# %% ../../neuro_nbs/02_synthetic_session.ipynb #e253018b
 def _write_field(file: h5py.File, stage: Stage) -> None:
     "Cells: ids, masks and the picture of the field."
     base = f"{_PIPELINE}/ImageSegmentation"
@@ -295,7 +295,7 @@ def _truth(stage: Stage, traces: Mapping[str, np.ndarray]) -> dict[str, np.ndarr
         known |= {f"rate_{movie}": rates.astype(np.float32), f"expected_{movie}": response.astype(np.float32)}
     return known
 
-
+# %% ../../neuro_nbs/02_synthetic_session.ipynb #2981288b
 def _save_arrays(path: Path, **arrays: np.ndarray) -> None:
     "Compressed npz; gzip level 1, because the traces are mostly noise or zeros."
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
@@ -356,7 +356,7 @@ def _catalogue(stages: list[tuple[int, str, pd.DataFrame]], seed: int, offset: i
         "manifest.json": {"manifest": [{"type": "manifest_version", "value": "1.3"}, *_MANIFEST]},
     }
 
-
+# %% ../../neuro_nbs/02_synthetic_session.ipynb #a85e14cd
 def _entry(key: str, spec: str) -> dict[str, str]:
     return {"key": key, "parent_key": "BASEDIR", "spec": spec, "type": "file"}
 
@@ -441,7 +441,7 @@ def embedded_session(
     with locked(root):
         return root if (root / "cortexlit.json").exists() else write_session(root, size, seed)
 
-
+# %% ../../neuro_nbs/02_synthetic_session.ipynb #5a04f61e
 _TRUTH = {  # array -> its axes; others have one number for each cell, or for each cell and movie frame
     "expected": ("cells", "frames"), "events": ("cells", "frames"), "gaze": ("frames", "x, y"), "running": ("frames",),
     "pupil_area": ("frames",), "receptive_fields": ("cells", "parts", "rows", "columns"),
@@ -492,7 +492,7 @@ def load_truth(
         truth["expected_natural_scenes"] = _scene_expectation(truth["expected"], about["size"], about["seed"])
     return truth
 
-
+# %% ../../neuro_nbs/02_synthetic_session.ipynb #095064da
 def _scene_expectation(expected: np.ndarray, size: str, seed: int) -> np.ndarray:
     "(cells, pictures + 1): mean of `expected` in the half second after onset, grey last; made when asked for."
     table, count = session_timeline(SESSION_B, size, seed).tables["natural_scenes"], size_named(size).images

@@ -178,7 +178,7 @@ def _smooth_noise(mask: np.ndarray, spacing: int = 3, width: float = 2.0) -> np.
     bumps = np.exp(-away[:, away.min(0) <= 4] / (2 * width**2))
     return bumps / np.linalg.norm(bumps, axis=1, keepdims=True)
 
-
+# %% ../../neuro_nbs/11b_synthetic_subject.ipynb #8c00aec0
 def _loadings(
     rois: pd.DataFrame, ratings: pd.DataFrame, generator: np.random.Generator
 ) -> dict[str, np.ndarray]:
@@ -303,7 +303,7 @@ def _write_tables(root: Path, made: dict[str, Any], design: pd.DataFrame, subjec
         made["affine"],
     )
 
-
+# %% ../../neuro_nbs/11b_synthetic_subject.ipynb #00663a73
 def _write_volumes(
     root: Path, made: dict[str, Any], design: pd.DataFrame, subject: str, catch: int, seed: int
 ) -> None:
@@ -429,7 +429,7 @@ def write_things(
         )
     return Path(root)
 
-
+# %% ../../neuro_nbs/11b_synthetic_subject.ipynb #914b84da
 def embedded_things(
     size: str = "demo",  # see `write_things`
     seed: int = 0,
@@ -447,7 +447,7 @@ def embedded_things(
     with locked(root):
         return root if (root / "things.json").exists() else write_things(root, size, seed, layouts)
 
-
+# %% ../../neuro_nbs/11b_synthetic_subject.ipynb #c52e5039
 _TRUTH = {  # array -> its axes
     "latents": ("concepts", "latents"), "weights": ("properties", "latents"), "latent_noise": ("latents",),
     "concept_loadings": ("voxels", "latents"), "image_loadings": ("voxels", "details"),

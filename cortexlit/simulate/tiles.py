@@ -47,7 +47,7 @@ def neuron_types(
     lent = [population.neurons(3 * each, 7100 + 100 * seed + mouse) for mouse in range(mice)]
     return pd.concat([m[m["kind"] == "reliable"].iloc[:each] for m in lent], ignore_index=True)
 
-
+# %% ../../neuro_nbs/02d_tiled_cells.ipynb #7baa23f4
 def tiled(
     types: pd.DataFrame,  # from `neuron_types`
     altitude: np.ndarray,  # (rows,) degrees
@@ -113,7 +113,7 @@ def _flashed(types: pd.DataFrame, sheet: pd.DataFrame, seen: np.ndarray) -> list
             out.append(np.mean([4 * np.maximum(0, (z * s).real) ** 2 for s in toward + against], axis=0))
     return out
 
-
+# %% ../../neuro_nbs/02d_tiled_cells.ipynb #28a68548
 def simulated_responses(
     types: pd.DataFrame,  # from `neuron_types`
     altitude: np.ndarray,  # (rows,) degrees

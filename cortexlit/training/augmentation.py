@@ -57,7 +57,7 @@ def _table(what: str, values: np.ndarray, rows: int | None = None) -> np.ndarray
         raise DataError(f"{what} that are not finite", fix="leave these trials or columns out")
     return values
 
-
+# %% ../../neuro_nbs/13b_augmentation.ipynb #93613280
 def check_augmentation(
     name: str,  # one of `AUGMENTATIONS`
     ratio: float = 1.0,  # made trials for each recorded one
@@ -79,7 +79,7 @@ def check_augmentation(
         raise DataError(f"ratio={ratio!r}", expected="made trials for each recorded one, 0 to 100")
     check_seed(seed, 2**32 - 1)
 
-
+# %% ../../neuro_nbs/13b_augmentation.ipynb #87de3fca
 def check_worthwhile(
     name: str,  # one of `WORTHWHILE`
 ) -> None:
@@ -198,7 +198,7 @@ def augmenter(
 
     return grow
 
-
+# %% ../../neuro_nbs/13b_augmentation.ipynb #234691a1
 def augment(
     name: str,  # one of `AUGMENTATIONS`
     patterns: np.ndarray,  # (trials, voxels) of the training trials, and of no others
@@ -246,7 +246,7 @@ def _through(model: ViT3D, tokens: torch.Tensor) -> torch.Tensor:
         tokens = block(tokens)
     return tokens
 
-
+# %% ../../neuro_nbs/13b_augmentation.ipynb #2c9f5fa2
 def _learn_hidden(
     model: ViT3D, x: torch.Tensor, how: str, steps: int, rate: float, count: int, average: float
 ) -> None:

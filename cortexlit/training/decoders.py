@@ -82,7 +82,7 @@ class _Named(torch.utils.data.Dataset):
         rows = np.asarray(rows)
         return several(self.data, self.rows[rows].tolist()) | {"labels": self.numbers[rows]}
 
-
+# %% ../../neuro_nbs/13a_decoder_training.ipynb #f91b1f6b
 class _More(torch.utils.data.Dataset):
     "Training rows, and below them trials that were made from these rows alone."
 
@@ -177,7 +177,7 @@ class FoldFits(Shown):
                             expected=f"a row for each of {len(split.fold)} trials")  # fmt: skip
         return cls(predictions, pd.DataFrame(content["rows"], columns=_COLUMNS), folder)
 
-
+# %% ../../neuro_nbs/13a_decoder_training.ipynb #1b075046
 def fit_folds(
     build: Callable[[], PreTrainedModel],  # a fresh model; drawn with the seed
     data: Any,  # a `ThingsDataset`, for a split by concept with ratings, or what has its `trials`, `labels` and items
@@ -244,7 +244,7 @@ def fit_folds(
     write_json(out / "folds.json", seal(plain_values(content)))
     return FoldFits.load(out, split)
 
-
+# %% ../../neuro_nbs/13a_decoder_training.ipynb #bd378381
 def _fitting(split: Split | None, data: Any) -> Split:
     "The split of these trials, of a kind that can be fitted."
     split = getattr(data, "split", None) if split is None else split
@@ -268,7 +268,7 @@ def _task(model: PreTrainedModel, data: Any, split: Split) -> tuple[np.ndarray |
         raise DataError(f"a {type(model).__name__} on a split by session", wish)
     return model.config.indices(data.trials["concept"]), model.config.num_labels
 
-
+# %% ../../neuro_nbs/13a_decoder_training.ipynb #62baf8d0
 def _sound(found: np.ndarray, shape: tuple[int, int], path: Path) -> np.ndarray:
     "Predictions of a fold, if they are of its trials."
     if found.shape != shape or not np.isfinite(found).all():
@@ -298,7 +298,7 @@ def _fresh(build: Callable[[], PreTrainedModel], seed: int) -> PreTrainedModel:
     with seeded(seed):
         return build()
 
-
+# %% ../../neuro_nbs/13a_decoder_training.ipynb #47aad5db
 def _tiers(split: Split, k: int) -> list[np.ndarray]:
     "Training, validation and test rows of a fold; without a validation tier the next fold is one."
     tier = split.tier[k]
@@ -310,7 +310,7 @@ def _tiers(split: Split, k: int) -> list[np.ndarray]:
         raise DataError(f"fold {k} has no {empty[0]} trials", expected="trials to train, to choose, to test")
     return rows
 
-
+# %% ../../neuro_nbs/13a_decoder_training.ipynb #b7a7886d
 def _fold(
     build: Callable[[], PreTrainedModel], data: Any, rows: list[np.ndarray], folder: Path, k: int,
     plan: dict[str, Any], options: dict[str, Any], numbers: np.ndarray | None, row: dict[str, Any],
@@ -338,7 +338,7 @@ def _standardised(data: Any, rows: list[np.ndarray], k: int) -> tuple[list[_Part
         raise DataError(what, fix="leave this property out")
     return [_Part(data, r, mean, spread) for r in rows], mean, spread
 
-
+# %% ../../neuro_nbs/13a_decoder_training.ipynb #0fb9ae51
 def decoding_tiers(
     data: Any,  # trials with ratings, as for `fit_folds`
     split: Split,
@@ -359,7 +359,7 @@ def decoding_tiers(
         raise DataError(f"fold {k}", expected=f"0 to {len(split.tier) - 1}")
     return tuple(_standardised(data, _tiers(split, k), k)[0])
 
-
+# %% ../../neuro_nbs/13a_decoder_training.ipynb #2548244d
 def _decode(
     build: Callable[[], PreTrainedModel], data: Any, rows: list[np.ndarray], folder: Path, k: int,
     plan: dict[str, Any], options: dict[str, Any],

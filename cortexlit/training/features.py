@@ -165,7 +165,7 @@ def weights_digest(
     """
     return tensors_digest(module.state_dict())
 
-
+# %% ../../neuro_nbs/06a_features.ipynb #b88d3f9d
 _INCIDENTAL = ("transformers_version", "architectures", "dtype", "use_cache", "loss", "loss_frames")
 _HEAD = (
     "neurons",
@@ -191,7 +191,7 @@ def config_options(
     """
     return {k: v for k, v in model.config.to_diff_dict().items() if k not in _INCIDENTAL}
 
-
+# %% ../../neuro_nbs/06a_features.ipynb #9d08c479
 def _core_options(model: Any) -> dict[str, Any] | None:
     "Options that the output of the core may depend on, where weights do not tell: heads, strides, ..."
     if not hasattr(model, "config"):
@@ -320,7 +320,7 @@ def _rows(work: Path, dtype: Any, shape: tuple[int, ...]) -> tuple[Any, Any]:
     same = found[0].shape == shape and found[0].dtype == dtype and found[1].shape == shape[:1]
     return tuple(found) if same and found[1].dtype == bool else (None, None)
 
-
+# %% ../../neuro_nbs/06a_features.ipynb #a9dbbce9
 def _build(
     path: Path, model: Any, dataset: Any, plan: dict[str, Any], batch_size: int, progress: bool
 ) -> None:
@@ -372,7 +372,7 @@ def _check_card(path: Path, plan: dict[str, Any]) -> None:
         raise DataError("these features were made from other data, or their card is damaged", path=path,
                         fix="delete the folder, and it is made again")  # fmt: skip
 
-
+# %% ../../neuro_nbs/06a_features.ipynb #02aa1ca3
 def cached_features(
     model: Any,  # a `ViV1T`, or any model with `core` and `encode(video, behavior, pupil_center, last)`
     dataset: Any,  # map-style, with the items of `MouseDataset`

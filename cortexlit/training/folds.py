@@ -45,7 +45,7 @@ class _Reads:
         del item["video"]
         return item | {"features": self.cache.features(self.rows[i])}
 
-
+# %% ../../neuro_nbs/08a_all_folds.ipynb #e901238d
 class SharedCore:
     """The output of one frozen core for all clips of a session, computed once; gives any dataset of its folds its part.
 
@@ -119,13 +119,13 @@ def run_folds(
             print(f"{told}{', ' if told else ''}fold {k}{_scored(row)}", flush=True)
     return found, rows
 
-
+# %% ../../neuro_nbs/08a_all_folds.ipynb #b3525348
 def _scored(row: Mapping[str, Any]) -> str:
     if "best epoch" not in row:  # of an earlier version
         return ""
     return f": validation correlation {row['validation correlation']:.4f} after epoch {row['best epoch']}"
 
-
+# %% ../../neuro_nbs/08a_all_folds.ipynb #5fadc7a8
 def predict_fold(
     folder: str | Path,  # dataset folder of one fold
     adapt: Mapping[str, Any]
@@ -178,7 +178,7 @@ def _plainly(options: Mapping[str, Any] | None) -> dict[str, Any] | None:
     "Options as text can hold them."
     return options and {name: asdict(v) if is_dataclass(v) else v for name, v in options.items()}
 
-
+# %% ../../neuro_nbs/08a_all_folds.ipynb #a6af1c37
 def _checked(
     root: Path,
     adapt: Mapping[str, Any],
@@ -204,7 +204,7 @@ def _checked(
             )
     return model
 
-
+# %% ../../neuro_nbs/08a_all_folds.ipynb #4b70425a
 def fold_predictions(
     root: str | Path,  # a folder by `build_folds`
     adapt: Mapping[str, Mapping[str, Any] | None]

@@ -114,7 +114,7 @@ def _at(maps: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     read = F.grid_sample(maps.transpose(1, 2).flatten(0, 1), grid, align_corners=True)[:, :, 0]
     return read.unflatten(0, (n, t)).transpose(1, 2)
 
-
+# %% ../../neuro_nbs/08_head_training.ipynb #455e8d1a
 def _look(readout: torch.nn.Module, wanted: torch.Tensor) -> None:
     "Make the readout look at the wanted positions (N, 2), as far as coordinates can tell."
     if not readout.predicted:
@@ -278,7 +278,7 @@ def train_head(
     reverse_correlate(model, train, validation, last)
     return fit(model, (train, validation), **options)
 
-
+# %% ../../neuro_nbs/08_head_training.ipynb #c7d92af9
 def head_predictions(
     root: str | Path,  # dataset folder
     core: str | Path | None = None,  # as `fresh_head`
@@ -310,7 +310,7 @@ def head_predictions(
         found[names[control], seed] = comparable(test, predict(done.model, kept, last=last, batch_size=8))
     return found
 
-
+# %% ../../neuro_nbs/08_head_training.ipynb #db7d179e
 def at_rate(
     core: str | Path,  # core folder, or published run
     rate: float,  # Hz, of what it is to be fed

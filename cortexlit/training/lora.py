@@ -55,7 +55,7 @@ def _alone(recipe: Recipe) -> Mapping[str, Any]:
         )
     return recipe.fit
 
-
+# %% ../../neuro_nbs/09_lora_grid.ipynb #4cffa4de
 class Grid:
     """Configurations times seeds as the trials of one Optuna study; each trial keeps its run folder.
 
@@ -254,7 +254,7 @@ def clip_folds(
         )
     return parts
 
-
+# %% ../../neuro_nbs/09_lora_grid.ipynb #d1eda1a4
 def cross_validate(
     root: str | Path,  # dataset folder; its test tier is left alone
     configuration: Recipe,

@@ -180,7 +180,7 @@ class Simulated:
     videos: np.ndarray
     responses: np.ndarray
 
-
+# %% ../../neuro_nbs/07_pretraining.ipynb #59ca00f5
 def teachers(
     types: pd.DataFrame,  # from `neuron_types`
     config: ViV1TConfig,
@@ -222,7 +222,7 @@ def teachers(
 
     return answer
 
-
+# %% ../../neuro_nbs/07_pretraining.ipynb #27d26ca5
 def simulate(
     recipe: Pretraining,
     seed: int = 0,  # of the population and its films
@@ -272,7 +272,7 @@ def simulate(
                 write_json(tmp / "card.json", made_from | card)
     return _simulated(folder, made_from)
 
-
+# %% ../../neuro_nbs/07_pretraining.ipynb #bbf446e0
 def _simulated(folder: Path, made_from: dict[str, Any]) -> Simulated:
     "What has been simulated, if it was from this and has not changed."
     card = read_json(folder / "card.json")
@@ -318,7 +318,7 @@ def _output(core: torch.nn.Module, bias: torch.Tensor, videos: np.ndarray, frame
     features = features[:, :, -frames:].flatten(3).transpose(2, 3).float()
     return F.softplus(features + bias[:, None, None])
 
-
+# %% ../../neuro_nbs/07_pretraining.ipynb #f46e8c64
 @torch.no_grad()
 def held_out_correlation(
     model: ViV1T,
@@ -364,7 +364,7 @@ def _load_state(path: Path) -> dict[str, Any]:
         raise DataError("the state of the interrupted run differs from what was written", path=path, fix=fix)
     return torch.load(io.BytesIO(content.tobytes()), weights_only=True)
 
-
+# %% ../../neuro_nbs/07_pretraining.ipynb #86c56c00
 def pretrain(
     out: str | Path,  # folder of the finished core, which is as that of `demo_core`
     recipe: Pretraining | None = None,  # default: the one of the shipped core

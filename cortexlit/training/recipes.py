@@ -122,7 +122,7 @@ def _adapted(
     }
     return Recipe(name, fit, demo={"fit": short}, source=source)
 
-
+# %% ../../neuro_nbs/06d_recipes.ipynb #c72ea968
 STUDY = tuple(
     _adapted(f"r{rank}-{targets}", Adapters(rank, targets), lr, schedule, *epochs, source="study 1, report 2")
     for rank, targets, lr, schedule, epochs in (

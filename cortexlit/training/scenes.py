@@ -51,7 +51,7 @@ def _asked(recipe: Recipe) -> dict[str, Any]:
         raise DataError(f"samples={n!r}", expected="a whole number from 1 up, or None: all")
     return asked
 
-
+# %% ../../neuro_nbs/11a_v1t_training.ipynb #37cdf7f6
 def fresh_model(
     root: str | Path,  # a folder made by `build_scenes` or one of the importers
     recipe: Recipe,  # such as `SCENE_RECIPE`
@@ -104,7 +104,7 @@ def fresh_model(
         model.add_mouse(train.card["name"], len(mean), None if free else placed, mean)
     return model.eval()
 
-
+# %% ../../neuro_nbs/11a_v1t_training.ipynb #e1e235e2
 def _shrunk(size: tuple[int, int]) -> tuple[int, int] | None:
     "What pictures are shrunk to, as the published code does with those of 144 x 256; None: they stay as they are."
     times = max(size[0] / SCENE_SIZES[0][0], size[1] / SCENE_SIZES[0][1])
@@ -130,7 +130,7 @@ def first_model(
         locate(model, train, ScenesDataset(root, "train").neurons[["x_um", "y_um"]].to_numpy(float))
     return model
 
-
+# %% ../../neuro_nbs/11a_v1t_training.ipynb #9583acea
 def train_scenes(
     root: str | Path,  # a folder of scenes
     recipe: Recipe | None = None,  # None: `SCENE_RECIPE`, with the core that is given
@@ -171,7 +171,7 @@ def _places(
         first + config.stride * np.arange(columns) - w / 2
     ) * wide
 
-
+# %% ../../neuro_nbs/11a_v1t_training.ipynb #cde30dec
 _SHOWN = (120, WORLD[1])  # pixels of a simulated scene; cells see its middle rows
 
 

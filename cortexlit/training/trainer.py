@@ -123,7 +123,7 @@ class _Mice:
         found = several(self.mice[mouse], [self.items[row][1] for row in rows])
         return found | ({} if mouse is None else {"mouse_id": mouse})
 
-
+# %% ../../neuro_nbs/06b_trainer.ipynb #b2e0e2cc
 def _checked(batch: dict[str, Any]) -> dict[str, Any]:
     "A batch whose labels are numbers."
     if not torch.isfinite(batch.get("labels", torch.zeros(1))).all():
@@ -204,7 +204,7 @@ class Diverged(DataError):
       do: a lower learning rate
     """
 
-
+# %% ../../neuro_nbs/06b_trainer.ipynb #99225a69
 class _Trainer(Trainer):
     "The Hugging Face Trainer with batches of one mouse each, scored by single-trial correlation."
 
@@ -321,7 +321,7 @@ def _save_best(folder: Path, step: int, save: Callable[[Path], None]) -> None:
         save(tmp)
         write_card(tmp, "model", step=step)
 
-
+# %% ../../neuro_nbs/06b_trainer.ipynb #ab2e6525
 class _Keeper(TrainerCallback):
     "Progress bar, best model, whole checkpoints, history, early stopping."
 
@@ -367,7 +367,7 @@ class _Keeper(TrainerCallback):
     def on_train_end(self, *_: Any, **__: Any) -> None:
         self.bar.close()
 
-
+# %% ../../neuro_nbs/06b_trainer.ipynb #a1dcfe52
 def _last_checkpoint(folder: Path) -> Path | None:
     "The newest whole checkpoint; what was cut short is ignored."
     whole = [mark.parent for mark in folder.glob(f"checkpoint-*/{_MARK}")]
@@ -397,7 +397,7 @@ def _resumed(folder: Path) -> tuple[Path | None, TrainerState]:
             _opened(checkpoint, fix)
         return checkpoint, TrainerState.load_from_json(checkpoint / "trainer_state.json")
 
-
+# %% ../../neuro_nbs/06b_trainer.ipynb #c83fcdf1
 def _opened(checkpoint: Path, fix: str) -> None:
     "Raise `DataError` if a file of a checkpoint cannot be read."
     found: dict[str, Any] = {}
@@ -419,7 +419,7 @@ def _opened(checkpoint: Path, fix: str) -> None:
     if not list(checkpoint.glob("rng_state*.pth")):
         raise DataError("rng_state.pth of this checkpoint is missing", path=checkpoint, fix=fix)
 
-
+# %% ../../neuro_nbs/06b_trainer.ipynb #0bde5e2a
 def _check_finished(folder: Path) -> None:
     "Raise `DataError` for a run that would go on: a later epoch may be better."
     newest, config = _last_checkpoint(folder), folder / "config.json"
@@ -433,7 +433,7 @@ def _check_finished(folder: Path) -> None:
             raise DataError(f"this run is not finished: {done} of {whole} epochs", "a finished run",
                             "start the same training again: it goes on where it stopped", folder)  # fmt: skip
 
-
+# %% ../../neuro_nbs/06b_trainer.ipynb #380761fc
 def best_folder(
     folder: str | Path,  # of a run
 ) -> Path:  # for `from_pretrained`
@@ -562,7 +562,7 @@ def _whole(name: str, value: Any, low: int) -> None:
     if not isinstance(value, Integral) or isinstance(value, bool) or value < low:
         raise DataError(f"{name}={value!r}", expected=f"a whole number from {low} up")
 
-
+# %% ../../neuro_nbs/06b_trainer.ipynb #2cc91514
 def _phases(epochs: Any) -> tuple[int, ...]:
     "Epochs of each phase."
     given = (epochs,) if isinstance(epochs, Integral) else epochs
@@ -572,7 +572,7 @@ def _phases(epochs: Any) -> tuple[int, ...]:
         raise DataError(f"epochs={told!r}", expected="a whole number from 1 up, or one for each phase")
     return tuple(int(n) for n in given)
 
-
+# %% ../../neuro_nbs/06b_trainer.ipynb #0dfcccdc
 def check_options(
     **options: Any,  # of `fit`; those not given have its defaults
 ) -> None:
@@ -597,7 +597,7 @@ def check_options(
     options = known | options
     _check(options | {"epochs": _phases(options["epochs"])})
 
-
+# %% ../../neuro_nbs/06b_trainer.ipynb #ff51fa25
 def _check(options: Mapping[str, Any]) -> None:
     allowed = {"adapt": ADAPT, "schedule": SCHEDULES, "precision": ("float32", "bfloat16")}
     for name, values in allowed.items():
@@ -696,7 +696,7 @@ def audited(
     audit({"train": train, "validation": validation}, allow_shared_stimuli)
     return train, validation
 
-
+# %% ../../neuro_nbs/06b_trainer.ipynb #eb75e7d6
 def origin(
     model: PreTrainedModel,  # with the weights at the start
     dataset: Any,  # as for `fit`
@@ -725,7 +725,7 @@ def model_content(
     config = {f"model.{k}": v for k, v in config_options(model).items()}
     return {"starting weights": weights_digest(model), **config, **own_code(model.config)}
 
-
+# %% ../../neuro_nbs/06b_trainer.ipynb #7088b33a
 class _Looked:
     "A dataset, each sample of which is looked at when it is read: numbers only, labels as many as outputs."
 
@@ -762,7 +762,7 @@ class _Looked:
             )
         return item
 
-
+# %% ../../neuro_nbs/06b_trainer.ipynb #3e81bf69
 def _origin(
     model: PreTrainedModel, train: Mapping[str, Any], validation: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -783,7 +783,7 @@ def _claim(folder: Path, options: dict[str, Any], resume: bool, sources: dict[st
     if not (folder / "provenance.json").is_file():
         write_json(folder / "provenance.json", provenance(seed=options["seed"], data=sources))
 
-
+# %% ../../neuro_nbs/06b_trainer.ipynb #471ef098
 def check_trained_on(
     folder: str | Path,  # of a run
     dataset: Any,  # of the library, of any tier
@@ -828,7 +828,7 @@ def _repair_best(
         raise DataError("the best model is missing, or of another run", path=folder / "best",
                         fix=f"delete {checkpoint.name} and the run begins anew")  # fmt: skip
 
-
+# %% ../../neuro_nbs/06b_trainer.ipynb #b3889541
 def _train(
     model: PreTrainedModel,
     train: dict[str, Any],
@@ -931,7 +931,7 @@ def _fits(
             raise DataError(f"last={options['last']}", path=mouse and f"mouse {mouse}",
                             expected=f"at most {labels.shape[-1]}, the frames of a clip")  # fmt: skip
 
-
+# %% ../../neuro_nbs/06b_trainer.ipynb #896cbd84
 def fit(
     model: PreTrainedModel,  # a `ViV1T`, or another model of the library; it is copied, not changed
     dataset: Any,  # a dataset folder, or (train, validation) map-style datasets, or {mouse: one of these}

@@ -47,7 +47,7 @@ def database(
     """
     return URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
 
-
+# %% ../../neuro_nbs/06e_trials.ipynb #86a54b24
 class _Journal(JournalStorage, BaseHeartbeat):
     "A file to which all workers append; each says in it that it lives, and each watches by its own clock."
 
@@ -77,7 +77,7 @@ class _Journal(JournalStorage, BaseHeartbeat):
 
     get_failed_trial_callback = get_heartbeat_stale_trial_callback  # its name until Optuna 4.9
 
-
+# %% ../../neuro_nbs/06e_trials.ipynb #d3f877b4
 _STORED = (
     "a database URL such as sqlite:///grid.db or postgresql://user@host/grid, or a file: journal:///grid.log"
 )
@@ -123,7 +123,7 @@ def open_storage(
                 fix='pip install "cortexlit[postgres]"' if driver else None,
             ) from error
 
-
+# %% ../../neuro_nbs/06e_trials.ipynb #2a2fce67
 def _one_at_a_time(storage: RDBStorage) -> RDBStorage:
     "SQLite locks no rows: who reads and then writes gets the whole file, or two workers would take the same trial."
     if storage.engine.url.database in (None, "", ":memory:"):
@@ -151,7 +151,7 @@ def _driven(storage: str) -> str:
     driver = next((name for name in ("psycopg", "psycopg2") if find_spec(name)), None)
     return storage.replace("postgresql:", f"postgresql+{driver}:", 1) if driver else storage
 
-
+# %% ../../neuro_nbs/06e_trials.ipynb #5ae7cfe7
 def _open_journal(storage: str) -> _Journal:
     "Its file is made if it is not there, in a folder that is."
     path = Path(storage.removeprefix("journal:///"))
@@ -171,7 +171,7 @@ def _open_journal(storage: str) -> _Journal:
         problem = f"storage {storage!r} is no journal that can be read: {type(error).__name__}: {error}"
         raise DataError(problem, "a file that Optuna wrote, or none", "choose another file", path) from error
 
-
+# %% ../../neuro_nbs/06e_trials.ipynb #0208fa19
 @contextmanager
 def _quietly() -> Iterator[None]:
     "Without Optuna's own lines: each trial has one of ours."
@@ -257,7 +257,7 @@ def _asked(trial: FrozenTrial) -> dict[str, Any]:
     "Parameters of a trial, also of one that waits, or that died before it asked for them."
     return {**trial.system_attrs.get("fixed_params", {}), **trial.params}
 
-
+# %% ../../neuro_nbs/06e_trials.ipynb #b5c913d0
 def _missing(
     study: optuna.Study, places: int | Sequence[Mapping[str, Any]]
 ) -> list[tuple[Mapping[str, Any], dict[str, Any]]]:
@@ -281,7 +281,7 @@ def _place(study: optuna.Study, number: int, places: int | Sequence[Mapping[str,
     twice = again is not None and again in [t.user_attrs.get("again") for t in before]
     return None if twice or len(before) >= places else len(before)
 
-
+# %% ../../neuro_nbs/06e_trials.ipynb #c72078e1
 def run_trials(
     study: optuna.Study,  # from `open_study`
     places: int | Sequence[Mapping[str, Any]],  # values of each trial; or how many trials, drawn by a sampler
@@ -341,7 +341,7 @@ def run_trials(
         else:
             return
 
-
+# %% ../../neuro_nbs/06e_trials.ipynb #8ab59042
 def _run(
     trial: Trial, parameters: dict[str, Any], work: Callable[..., float], told: Callable[..., str] | None
 ) -> float:

@@ -87,7 +87,7 @@ class Choice:
             plain = tuple(v.item() if isinstance(v, np.generic) else v for v in self.values)
             object.__setattr__(self, "values", plain)
 
-
+# %% ../../neuro_nbs/15a_cnn_vit_optuna.ipynb #afc256a2
 @dataclass(frozen=True)
 class Range:
     """A number between two others, both included; a whole number if both are.
@@ -121,7 +121,7 @@ class Range:
         "Are only whole numbers meant?"
         return isinstance(self.low, int) and isinstance(self.high, int)
 
-
+# %% ../../neuro_nbs/15a_cnn_vit_optuna.ipynb #bdf775d9
 _GIVEN = ("model", "dataset", "out", "epochs", "resume", "on_epoch", "progress")  # what a search sets itself
 _OPTIONS = tuple(
     name for name in inspect.signature(fit).parameters if name not in _GIVEN
@@ -137,7 +137,7 @@ def _value(told: str) -> Any:
             return kind(told)
     return words.get(told.lower(), told)
 
-
+# %% ../../neuro_nbs/15a_cnn_vit_optuna.ipynb #96f33919
 @dataclass(frozen=True)
 class Space:
     """What a search may try.
@@ -273,7 +273,7 @@ def _split(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         k: v for k, v in params.items() if k in _OPTIONS
     }
 
-
+# %% ../../neuro_nbs/15a_cnn_vit_optuna.ipynb #e7363caa
 def _built(
     build: Callable[[dict[str, Any]], PreTrainedModel], params: dict[str, Any], seed: int
 ) -> PreTrainedModel:
@@ -592,7 +592,7 @@ def tune(
     })  # fmt: skip
     return done
 
-
+# %% ../../neuro_nbs/15a_cnn_vit_optuna.ipynb #930822ed
 def load_best(
     path: str | Path,  # best.json in a search's folder
 ) -> tuple[dict[str, Any], dict[str, Any]]:  # for the search's own `build` (not in the file); for `fit`
@@ -644,7 +644,7 @@ def tune_scenes(
     tiers = tuple(ScenesDataset(root, tier) for tier in ("train", "validation"))
     return tune(build, tiers, space, seed=seed, **_given_once(recipe.fit, space, options))
 
-
+# %% ../../neuro_nbs/15a_cnn_vit_optuna.ipynb #5e4d0e3b
 def tune_decoder(
     data: Any,  # trials with ratings, as for `fit_folds`
     space: Space,  # options of `fit`, and of `decoder`: layers, noise, mixing
