@@ -29,9 +29,11 @@ from cortexlit.commands.shell import (
     Epochs,
     Json,
     Last,
+    Overwrite,
     Rate,
     Resume,
     Scale,
+    ScoresFolder,
     Storage,
     cache_of,
     given_of,
@@ -143,7 +145,7 @@ def build_command(
     folds: Annotated[int | None, typer.Option(help="With --split folds: how many; default 5.")] = None,
     resample: Annotated[str, typer.Option(help="antialiased, or bilinear as published.")] = "antialiased",
     pupil: Annotated[str, typer.Option(help="if-present, required or ignore.")] = "if-present",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
+    overwrite: Overwrite = False,
     cache: Cache = None,
     embedded: Embedded = None,
     as_json: Json = False,
@@ -183,7 +185,7 @@ def score_command(
         ),
     ] = None,
     run: Annotated[list[Path] | None, typer.Option(help="Run folder of `fit` (repeat the option).")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for scores.csv and scores.json.")] = None,
+    out: ScoresFolder = None,
     as_json: Json = False,
 ) -> None:
     """Fit the baselines on train, choose on validation, score once on test, beside trained models.
@@ -217,7 +219,7 @@ def import_command(
     allow_shared_stimuli: Annotated[
         bool, typer.Option("--allow-shared-stimuli", help="Take tiers that share stimuli.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Make a dataset folder of a tree that other loaders read, or of plain arrays.
@@ -241,7 +243,7 @@ def export_command(
         str | None,
         typer.Option(help="Of clips: sensorium (2023, the default) or study1; of pictures: sensorium2022."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Write a dataset folder as a tree that published loaders read.
@@ -498,7 +500,7 @@ def folds(
     core_folder: Core = None,
     scale: Scale = None,
     last: Last = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for scores.csv and scores.json.")] = None,
+    out: ScoresFolder = None,
     as_json: Json = False,
 ) -> None:
     """Train on every fold of a session and score all of its clips, beside the baselines.

@@ -26,34 +26,9 @@ ALLOWED = {
     "evaluation": {"core", "shown", "metrics"},
     "insilico": {"core", "metrics", "plots", "data", "simulate", "models", "training", "evaluation"},
     "front": {"core", "metrics", "data", "simulate", "models", "training", "evaluation"},
-    "commands": {
-        "core",
-        "shown",
-        "metrics",
-        "plots",
-        "data",
-        "simulate",
-        "models",
-        "training",
-        "evaluation",
-        "insilico",
-        "front",
-    },
-    "cli": {
-        "commands",
-        "core",
-        "shown",
-        "metrics",
-        "plots",
-        "data",
-        "simulate",
-        "models",
-        "training",
-        "evaluation",
-        "insilico",
-        "front",
-    },
 }
+ALLOWED["commands"] = set(ALLOWED)
+ALLOWED["cli"] = set(ALLOWED)
 # Exceptions, module by module: what scores, or plans, by a dataset folder can read it; figures take a
 # recording.
 ALSO = {

@@ -16,9 +16,11 @@ from cortexlit.commands.shell import (
     Batch,
     Epochs,
     Json,
+    Overwrite,
     Pruner,
     Rate,
     Sampler,
+    ScoresFolder,
     Search,
     Storage,
     Trials,
@@ -73,7 +75,7 @@ def things_build(
         str | None, typer.Option(help="figshare, openneuro or volumes; default the one found.")
     ] = None,
     zscore: Annotated[str, typer.Option(help="Within session, run, or none.")] = "session",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
+    overwrite: Overwrite = False,
     embedded: Annotated[
         str | None,
         typer.Option(
@@ -264,7 +266,7 @@ def things_score(
     run: Annotated[
         list[Path] | None, typer.Option(help="Folder made by `cortexlit things fit` (repeat the option).")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for scores.csv and scores.json.")] = None,
+    out: ScoresFolder = None,
     as_json: Json = False,
 ) -> None:
     """Constants, ridge and trained decoders on held-out concepts.

@@ -17,10 +17,12 @@ from cortexlit.commands.shell import (
     Embedded,
     Epochs,
     Json,
+    Overwrite,
     Pruner,
     Rate,
     Resume,
     Sampler,
+    ScoresFolder,
     Search,
     Storage,
     Trials,
@@ -57,7 +59,7 @@ def scenes_build(
     constant_neurons: Annotated[
         str, typer.Option(help="error, or drop neurons that never change in training.")
     ] = "error",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
+    overwrite: Overwrite = False,
     cache: Cache = None,
     embedded: Embedded = None,
     as_json: Json = False,
@@ -174,7 +176,7 @@ def scenes_score(
     run: Annotated[
         list[Path] | None, typer.Option(help="Run folder of `scenes fit` (repeat the option).")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for scores.csv and scores.json.")] = None,
+    out: ScoresFolder = None,
     as_json: Json = False,
 ) -> None:
     """Baselines, trained models, oracle and ceilings on the test tier.

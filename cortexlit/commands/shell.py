@@ -16,8 +16,8 @@ from rich.console import Console
 from .. import core
 
 # %% auto #0
-__all__ = ['Json', 'Cache', 'Embedded', 'Scale', 'Core', 'Epochs', 'Rate', 'Batch', 'Tried', 'Trials', 'Sampler', 'Pruner',
-           'Storage', 'Search', 'Resume', 'Last']
+__all__ = ['Json', 'Cache', 'Embedded', 'Scale', 'Core', 'Overwrite', 'ScoresFolder', 'Epochs', 'Rate', 'Batch', 'Tried',
+           'Trials', 'Sampler', 'Pruner', 'Storage', 'Search', 'Resume', 'Last']
 
 # %% ../../neuro_nbs/19d_shell.ipynb #sh000005
 if TYPE_CHECKING:  # a command that prints no table starts without them
@@ -42,6 +42,8 @@ Core = Annotated[
         help="Core folder, published run or Hugging Face repository; default the demonstration core.",
     ),
 ]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")]
+ScoresFolder = Annotated[Path | None, typer.Option(help="Folder for scores.csv and scores.json.")]
 Epochs = Annotated[int | None, typer.Option(help="In place of those of the recipe.")]
 Rate = Annotated[float | None, typer.Option(help="Highest learning rate, likewise.")]
 Batch = Annotated[int | None, typer.Option(help="Samples in a step, likewise.")]

@@ -348,11 +348,7 @@ class ThingsDataset(Shown):
 
     def __getitem__(self, key: int | tuple[int, ...]) -> dict[str, torch.Tensor]:
         place = self.locate(*(key if isinstance(key, tuple) else (key,)))
-        values = np.array(self._values[self._rows[place]][self._columns])
-        item = {"voxels": values} if self.form == "voxels" else {"volume": self.unmask(values)[None]}
-        if self.labels is not None:
-            item["labels"] = self.labels[place]
-        return {k: torch.from_numpy(v) for k, v in item.items()}
+        return {name: values[0] for name, values in self.stacked([place]).items()}
 
     def stacked(
         self,
