@@ -1,6 +1,5 @@
 """One list of trials: each place once, whoever comes, whatever happens to him, and whatever wrote the list."""
 
-import gc
 import math
 import time
 from collections import Counter
@@ -241,7 +240,6 @@ def test_a_storage_that_is_let_go_closes_its_connections(tmp_path):
     event.listen(storage.engine, "close", lambda connection, _: shut.append(connection))
     assert storage.get_all_studies() == [] and made and not shut
     del storage
-    gc.collect()
     assert shut == made
 
 

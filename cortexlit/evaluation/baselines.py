@@ -482,9 +482,8 @@ def _halves(
     return found
 
 # %% ../../neuro_nbs/05_baseline.ipynb #d9cae1c4
-MIN_FEVE_FRAMES = (
-    300  # of film, each shown once more, below which there is no FEVE: 20 pictures of half a second
-)
+# of film, each shown once more, below which there is no FEVE: 20 pictures of half a second
+MIN_FEVE_FRAMES = 300
 
 
 def _sheet(

@@ -116,8 +116,7 @@ class VAEConfig(PretrainedConfig):
         refuse_unknown(self, kwargs)
         super().__init__(**kwargs)
 
-# %% ../../nbs/14_autoencoders.ipynb #f2f34ffe
-#| code-fold: true
+
 @dataclass
 class VAEOutput(ModelOutput):
     """What `VAE` returns.
@@ -143,8 +142,7 @@ class VAEOutput(ModelOutput):
     mean: torch.Tensor | None = None
     log_variance: torch.Tensor | None = None
 
-# %% ../../nbs/14_autoencoders.ipynb #44de509e
-#| code-fold: true
+
 class Patterns(Saved, PreTrainedModel):
     """What models of response patterns have in common: trials (batch, inputs), and a label vector beside each if the config says so.
 
@@ -222,8 +220,7 @@ class Patterns(Saved, PreTrainedModel):
         self.zero_grad()
         return self.eval()
 
-# %% ../../nbs/14_autoencoders.ipynb #f0bb275e
-#| code-fold: true
+
 class VAE(Patterns):
     """Response pattern -> distribution of a code -> response pattern, told a label vector if there is one.
 

@@ -55,8 +55,7 @@ class DiffusionConfig(PretrainedConfig):
         refuse_unknown(self, kwargs)
         super().__init__(**kwargs)
 
-# %% ../../nbs/16_diffusion.ipynb #edcf8819
-#| code-fold: true
+
 @dataclass
 class DiffusionOutput(ModelOutput):
     """What `Diffusion` returns.
@@ -74,8 +73,7 @@ class DiffusionOutput(ModelOutput):
 
     loss: torch.Tensor | None = None
 
-# %% ../../nbs/16_diffusion.ipynb #f11052e3
-#| code-fold: true
+
 class Diffusion(Patterns):
     """Noise -> response pattern, for a label vector if there is one, by a network that predicts the noise.
 

@@ -48,8 +48,7 @@ class FlowMatchingConfig(PretrainedConfig):
         refuse_unknown(self, kwargs)
         super().__init__(**kwargs)
 
-# %% ../../nbs/17_flow_matching.ipynb #47e0bcb9
-#| code-fold: true
+
 @dataclass
 class FlowMatchingOutput(ModelOutput):
     """What `FlowMatching` returns.
@@ -70,8 +69,7 @@ class FlowMatchingOutput(ModelOutput):
     loss: torch.Tensor | None = None
     prediction: torch.Tensor | None = None
 
-# %% ../../nbs/17_flow_matching.ipynb #3f4efbef
-#| code-fold: true
+
 class FlowMatching(Patterns):
     """Noise -> response pattern, along a learned field of velocities, told a label vector if there is one.
 

@@ -63,8 +63,7 @@ class GANConfig(PretrainedConfig):
         refuse_unknown(self, kwargs)
         super().__init__(**kwargs)
 
-# %% ../../nbs/15_gan.ipynb #8dbdb933
-#| code-fold: true
+
 @dataclass
 class GANOutput(ModelOutput):
     """What `GAN` returns.
@@ -82,8 +81,7 @@ class GANOutput(ModelOutput):
 
     logits: torch.Tensor | None = None
 
-# %% ../../nbs/15_gan.ipynb #dc5e481a
-#| code-fold: true
+
 class GAN(Patterns):
     """Random numbers -> response pattern, for a label vector if there is one; learned from a judge.
 

@@ -43,9 +43,7 @@ def mse(
     """
     return F.mse_loss(*_pair(responses, labels))
 
-# %% ../../nbs/04_losses.ipynb #267a986a
-#| code-fold: true
-#| code-summary: "For the library: four losses, to be asked for by name"
+
 def poisson(
     responses: Tensor,  # predicted rates (samples, neurons, frames), not negative
     labels: Tensor,  # measured, same shape; below 0 counts as 0
@@ -67,9 +65,7 @@ def _unit(x: Tensor, dims: int | tuple[int, ...], eps: float) -> Tensor:
     x = x - x.mean(dims, keepdim=True)
     return x / (x.square().mean(dims, keepdim=True) + eps).sqrt()
 
-# %% ../../nbs/04_losses.ipynb #0f093118
-#| code-fold: true
-#| code-summary: "For the library: four losses, to be asked for by name"
+
 def correlation(
     responses: Tensor,  # predicted (samples, neurons, frames)
     labels: Tensor,  # measured, same shape
@@ -86,9 +82,7 @@ def correlation(
     x, y = (_unit(values, -1, eps) for values in _pair(responses, labels))
     return 1 - (x * y).mean()
 
-# %% ../../nbs/04_losses.ipynb #5a0c88ce
-#| code-fold: true
-#| code-summary: "For the library: four losses, to be asked for by name"
+
 def poisson_correlation(
     responses: Tensor,  # predicted rates (samples, neurons, frames), not negative
     labels: Tensor,  # measured, same shape; below 0 counts as 0 in the Poisson part
@@ -107,9 +101,7 @@ def poisson_correlation(
     frames = labels.shape[0] * labels.shape[2]
     return poisson(responses, labels, eps) + alpha / frames * (1 - (x * y).mean())
 
-# %% ../../nbs/04_losses.ipynb #43f3aefe
-#| code-fold: true
-#| code-summary: "For the library: four losses, to be asked for by name"
+
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mse": mse,
     "poisson": poisson,

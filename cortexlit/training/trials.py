@@ -140,9 +140,8 @@ def _one_at_a_time(storage: RDBStorage) -> RDBStorage:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     storage.engine.dispose()
-    finalize(
-        storage, storage.engine.dispose
-    ).atexit = False  # its connections end with it, not when they are swept up
+    # its connections end with it, not when they are swept up
+    finalize(storage, storage.engine.dispose).atexit = False
     return storage
 
 
