@@ -125,7 +125,7 @@ def _moments(
                 means[both] = np.where(used, pair, 0).sum(-1) / np.maximum(count[at], 1)
                 pair = np.where(used, pair - means[both][..., None], 0)  # left out: nothing to add
             else:
-                means[both] = pair @ np.full(frames, 1 / frames)
+                means[both] = np.einsum("kmnt->kmn", pair) / frames
             squares[both], products[at] = _sums(pair)
         if not skip:
             _centre(predictions, labels, means, squares, products)
